@@ -1,0 +1,1 @@
+"""CMT-MAE: self-supervised pre-training of vision transformers, and an honest number for the result."""

@@ -1,0 +1,146 @@
+"""From settings to the parts of a pre-training run: images, student, teacher."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.data.loader import CropSettings, channel_stats
+from cmt_mae.data.sources import Source
+from cmt_mae.errors import InputError
+from cmt_mae.method.cmtmae import Guides, Learner
+from cmt_mae.method.teacher import Teacher
+from cmt_mae.method.vit import build_student
+from cmt_mae.settings import PretrainConfig
+from cmt_mae.training.checkpoint import load_last
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def statistics(config: PretrainConfig, source: Source) -> Statistics:
+    """Mean and standard deviation of each channel, in 0..1, with which the student's images are normalised."""
+    channels = config.student.in_chans
+    if config.data.mean or config.data.std:
+        if len(config.data.mean) != channels or len(config.data.std) != channels:
+            raise InputError(f"data.mean and data.std need {channels} numbers each, one a channel")
+        return tuple(config.data.mean), tuple(config.data.std)
+    if channels == 3:
+        return IMAGENET
+    mean, std = channel_stats(source, channels)
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def build_teacher(config: PretrainConfig, stats: Statistics) -> tuple[Teacher | None, Backbone | None]:
+    """The frozen teacher at the input size that gives the student's grid, or (None, None)."""
+    if not config.needs_teacher():
+        return None, None
+    grid = config.student.grid()
+    backbone = load_backbone(config.teacher.name)
+    if config.teacher.grid_align == "input":
+        rows, columns = backbone.model.patch_embed.patch_size
+        size = (grid[0] * int(rows), grid[1] * int(columns))
+        if size != tuple(backbone.img_size):
+            backbone = load_backbone(config.teacher.name, img_size=size)
+    elif config.teacher.grid_align != "resample":
+        raise InputError(f"teacher.grid_align '{config.teacher.grid_align}': use input or resample")
+    teacher = Teacher(
+        backbone.model, config.teacher, mean=backbone.mean, std=backbone.std, student_mean=stats[0],
+        student_std=stats[1], grid=grid, projection=backbone.proj,
+    )  # fmt: skip
+    return teacher, backbone
+
+
+def build_learner(config: PretrainConfig, teacher: Teacher | None) -> Learner:
+    """Student, decoder and heads, started at random from the run's seed or from ``init_from``."""
+    torch.manual_seed(config.seed)
+    student = build_student(config.student)
+    pixels = config.student.patch_size**2 * config.student.in_chans
+    widths = {
+        "pixel": pixels,
+        "hog": hog_width(config),
+        "teacher": teacher.width if teacher is not None else 0,
+        "momentum": int(student.embed_dim),
+    }
+    names = ("teacher", "momentum") if config.target.source == "collab" else (config.target.source,)
+    heads = {name: widths[name] for name in names if widths[name]}
+    learner = Learner(student, config.decoder, config.target, heads)
+    if config.init_from:
+        start_from(learner, config)
+    return learner
+
+
+def hog_width(config: PretrainConfig) -> int:
+    """Numbers of a patch's HOG target."""
+    if config.target.source != "hog":
+        return 0
+    from cmt_mae.method.hog import hog_targets
+
+    side = config.student.patch_size
+    height, width = config.student.size()
+    return int(hog_targets(torch.zeros(1, config.student.in_chans, height, width), side).shape[-1])
+
+
+def start_from(learner: Learner, config: PretrainConfig) -> None:
+    """Load ``init_from``: everything of a run with the same shapes, else the student alone."""
+    state = load_last(Path(config.init_from) / "checkpoints")
+    if state is not None and shapes(state["learner"]) == shapes(learner.state_dict()):
+        learner.load_state_dict(state["learner"])
+        return
+    backbone = load_backbone(config.init_from, img_size=config.student.size())
+    given = backbone.model.state_dict()
+    own = learner.student.state_dict()
+    if shapes(given) != shapes(own):
+        names = sorted(k for k in {*given, *own} if k not in given or k not in own or given[k].shape != own[k].shape)
+        raise InputError(
+            f"init_from {config.init_from} does not fit the student ({len(names)} tensors differ, first "
+            f"{', '.join(names[:3])}): choose student.preset, patch_size and pos_embed of that network"
+        )
+    learner.student.load_state_dict(given)
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def build_guides(config: PretrainConfig, teacher: Teacher | None, stats: Statistics) -> Guides:
+    """Teacher and (later) momentum student behind one call."""
+    return Guides(
+        config.mask, config.target, teacher=teacher, grid=config.student.grid(),
+        patch_size=config.student.patch_size, mean=stats[0], std=stats[1],
+    )  # fmt: skip
+
+
+def crop_settings(config: PretrainConfig, teacher: Teacher | None) -> CropSettings:
+    """How images are cut; with a second size where the teacher looks at the photo itself."""
+    size = config.student.size()
+    second = None
+    if teacher is not None:
+        larger = teacher.input_size[0] > size[0] or teacher.input_size[1] > size[1]
+        if config.teacher.pixels == "crop" or (config.teacher.pixels == "auto" and larger):
+            second = teacher.input_size
+        elif config.teacher.pixels not in ("auto", "resize"):
+            raise InputError(f"teacher.pixels '{config.teacher.pixels}': use auto, resize or crop")
+    if config.data.crops not in ("random", "fixed"):
+        raise InputError(f"data.crops '{config.data.crops}': use random or fixed")
+    if len(config.data.scale) != 2 or not 0 < config.data.scale[0] <= config.data.scale[1] <= 1:
+        raise InputError(f"data.scale {config.data.scale}: give least and most share of the area, e.g. [0.2, 1]")
+    return CropSettings(
+        size=size, second_size=second, scale=(config.data.scale[0], config.data.scale[1]),
+        channels=config.student.in_chans, fixed=config.data.crops == "fixed",
+    )  # fmt: skip
+
+
+def worker_count(wanted: int, processes: int) -> int:
+    """Loader processes for each training process."""
+    if wanted >= 0:
+        return wanted
+    return max(0, min(16, (os.cpu_count() or 1) // processes - 1))
+
+
+def trainable(module: nn.Module) -> int:
+    """Number of parameters that learn."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

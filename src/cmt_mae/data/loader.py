@@ -1,0 +1,355 @@
+"""Batches of uint8 crops, exact over processes, workers, epochs and resumes.
+
+What a sample is (its crop, flip and mask noise) follows from (seed, epoch, index) alone, and which
+samples make a step from (seed, step) alone. So ranks, workers and restarts cannot change a run.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize, sample_rng
+from cmt_mae.data.decode import BadImage, decode_image
+from cmt_mae.data.sources import Source
+from cmt_mae.data.steps import Steps, order
+from cmt_mae.errors import InputError
+
+__all__ = [
+    "Batch",
+    "CropSettings",
+    "channel_stats",
+    "eval_batches",
+    "load_image",
+    "order",
+    "pretrain_batches",
+]
+
+# Broken images in a row, in place of one sample, after which the data itself is at fault.
+MAX_REPLACED = 20
+# Restarts of the workers without a batch in between, after which the run stops.
+MAX_RESTARTS = 3
+# Smallest noise: half the step of a float32 draw, so that noise lies in the open interval (0, 1).
+_NOISE_MIN = np.float32(2**-25)
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How a pre-training image is cut."""
+
+    size: tuple[int, int]
+    """Height and width of the crop in pixels."""
+    second_size: tuple[int, int] | None = None
+    """Height and width of the same crop a second time, for a teacher with another input size."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's share of the image area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's aspect ratio, width over height."""
+    channels: int = 3
+    """Channels of an image."""
+    fixed: bool = False
+    """The same crop and flip of an image in every epoch (the noise still changes)."""
+
+
+class Batch(TypedDict):
+    """A micro-batch of B samples on the CPU."""
+
+    images: torch.Tensor
+    """uint8 (B, C, H, W), not flipped."""
+    second: torch.Tensor | None
+    """uint8 (B, C, h, w): the same crops at the second size, not flipped."""
+    flip: torch.Tensor
+    """bool (B,): which samples the consumer flips left to right (p = 1/2)."""
+    noise: torch.Tensor
+    """float32 (B, noise_length), uniform in the open interval (0, 1)."""
+    index: torch.Tensor
+    """int64 (B,): the image's number in the source (the replacement's for a broken one)."""
+    bad: list[tuple[int, str, str]]
+    """Broken images met: (index, name, reason)."""
+
+
+def load_image(source: Source, index: int, channels: int) -> np.ndarray:
+    """Image `index` as uint8 (H, W, channels). Raises BadImage; InputError for a pack made with
+    other channels."""
+    data = source.read(index)
+    if isinstance(data, bytes):
+        return decode_image(data, channels)
+    have = data.shape[2]
+    if have == 1 and channels == 3:
+        return np.repeat(data, 3, axis=2)
+    if have != channels:
+        raise InputError(
+            f"packed images have {have} channels, {channels} are wanted; "
+            f"pack again with --channels {channels}"
+        )
+    return data
+
+
+class _Micro(Dataset[Any]):
+    """Item = one whole micro-batch, given (epoch, indexes). An InputError is returned, not raised:
+    torch would wrap it in a traceback."""
+
+    def __init__(self, source: Source, crops: CropSettings, noise_length: int, seed: int) -> None:
+        self.source, self.crops = source, crops
+        self.noise_length, self.seed = noise_length, seed
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Batch | InputError:
+        try:
+            return self._batch(*key)
+        except InputError as error:
+            return error
+
+    def _batch(self, epoch: int, indexes: np.ndarray) -> Batch:
+        crops, count = self.crops, len(indexes)
+        images = torch.empty((count, crops.channels, *crops.size), dtype=torch.uint8)
+        second = None
+        if crops.second_size is not None:
+            second = torch.empty((count, crops.channels, *crops.second_size), dtype=torch.uint8)
+        flip = np.empty(count, dtype=bool)
+        noise = np.empty((count, self.noise_length), dtype=np.float32)
+        used = np.empty(count, dtype=np.int64)
+        bad: list[tuple[int, str, str]] = []
+        for row, index in enumerate(indexes.tolist()):
+            rng = sample_rng(self.seed, NO_EPOCH if crops.fixed else epoch, index)
+            flip[row] = rng.random() < 0.5
+            image, used[row] = self._read(rng, index, bad)
+            height, width = image.shape[:2]
+            piece = cut(image, crop_box(rng, height, width, crops.scale, crops.ratio))
+            images[row] = resize(piece, crops.size)
+            if second is not None and crops.second_size is not None:
+                second[row] = resize(piece, crops.second_size)
+            # Last, so that crops do not depend on how much noise a method wants.
+            noise_rng = sample_rng(self.seed, epoch, index) if crops.fixed else rng
+            noise_rng.random(out=noise[row], dtype=np.float32)
+        np.maximum(noise, _NOISE_MIN, out=noise)
+        return Batch(
+            images=images,
+            second=second,
+            flip=torch.from_numpy(flip),
+            noise=torch.from_numpy(noise),
+            index=torch.from_numpy(used),
+            bad=bad,
+        )
+
+    def _read(
+        self, rng: np.random.Generator, index: int, bad: list[tuple[int, str, str]]
+    ) -> tuple[np.ndarray, int]:
+        """Image `index`, or in place of a broken one another drawn from the sample's stream."""
+        failed: list[tuple[int, str, str]] = []
+        while len(failed) < MAX_REPLACED:
+            try:
+                return load_image(self.source, index, self.crops.channels), index
+            except BadImage as error:
+                failed.append((index, self.source.name(index), str(error)))
+                bad.append(failed[-1])
+            index = int(rng.integers(len(self.source)))
+        named = "; ".join(f"{name}: {reason}" for _, name, reason in failed[:3])
+        raise InputError(
+            f"{MAX_REPLACED} images in a row cannot be read ({named}; ...); check the data"
+        )
+
+
+def _start_worker(_: int) -> None:
+    """Signals belong to the main process: it writes the checkpoint, then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def pretrain_batches(
+    source: Source,
+    crops: CropSettings,
+    *,
+    noise_length: int,
+    seed: int,
+    batch_size: int,
+    micro_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    start_step: int = 0,
+    pin_memory: bool = False,
+    timeout_s: float = 0,
+) -> Iterator[Batch]:
+    """Endless micro-batches of this rank, beginning with optimizer step `start_step`.
+
+    batch_size is global (all ranks, all accumulations of a step), micro_batch what one process puts
+    through one forward pass; batch_size / (world * micro_batch) micro-batches make a step. An epoch
+    is n // batch_size steps; the rest of its order is dropped. The same global batches come for any
+    rank count and worker count. timeout_s > 0: a worker silent for so long counts as hung.
+    Raises InputError: sizes that do not divide, fewer images than a batch, too many broken images,
+    a worker that died or hung.
+    """
+    if batch_size < 1 or micro_batch < 1 or batch_size % (world * micro_batch):
+        raise InputError(
+            f"batch size {batch_size} is not a multiple of processes x micro-batch = "
+            f"{world} x {micro_batch}; change one of them"
+        )
+    if len(source) < batch_size:
+        raise InputError(
+            f"{len(source)} images are fewer than one batch of {batch_size}; "
+            "give more images or a smaller batch size"
+        )
+    if not (0 <= seed < 2**63 and start_step >= 0):
+        raise InputError(f"seed {seed} and step {start_step} must not be negative")
+    steps = Steps(len(source), seed, batch_size, micro_batch, rank, world)
+    steps.position = start_step * steps.accumulation
+    dataset = _Micro(source, crops, noise_length, seed)
+    return _run(dataset, steps, workers, pin_memory, timeout_s)
+
+
+def _run(
+    dataset: _Micro, steps: Steps, workers: int, pin_memory: bool, timeout_s: float
+) -> Iterator[Batch]:
+    """Micro-batches in order. Workers that die or hang are started again where they were."""
+    failures = 0
+    while True:
+        batches = _iterate(dataset, steps, workers, pin_memory, timeout_s)
+        try:
+            for item in batches:
+                if isinstance(item, InputError):
+                    raise item
+                failures = 0
+                steps.position += 1
+                yield item
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader") and "Pin memory thread" not in str(error):
+                raise
+            failures += 1
+            _, indexes = next(iter(steps))
+            names = ", ".join(dataset.source.name(i) for i in indexes[:3].tolist())
+            what = f"{' '.join(str(error).split())[:200]} (it was to read {names}, ...)"
+            if failures > MAX_RESTARTS:
+                raise InputError(
+                    f"{what}; {failures} times in a row: check these images, the memory and the "
+                    "disk, or use --workers 0"
+                ) from None
+            logging.getLogger(__name__).warning("%s; the workers are started again", what)
+        finally:
+            batches.close()
+
+
+def _iterate(
+    dataset: _Micro, steps: Steps, workers: int, pin_memory: bool, timeout_s: float
+) -> Generator[Any, None, None]:
+    """The torch DataLoader from steps.position on; its workers are gone when this is closed."""
+    # torch answers a worker's death by raising from a signal handler, anywhere in the training
+    # step. Put back: then a death is noticed by the next batch (within 5 s), and mended in _run.
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if main else None
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        timeout=timeout_s if workers else 0,
+        worker_init_fn=_start_worker if workers else None,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # without it torch would draw from the global stream
+    )
+    batches = iter(loader)
+    processes = list(getattr(batches, "_workers", ()))
+    if main and workers:
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        while True:
+            yield next(batches)
+    finally:
+        del batches  # asks the workers to end
+        for process in processes:
+            if process.is_alive():  # it hangs, and it does not hear SIGTERM
+                process.kill()
+                process.join(timeout=5)
+
+
+class _Centre(Dataset[Any]):
+    """Item = one evaluation batch, given its indexes."""
+
+    def __init__(
+        self, source: Source, size: tuple[int, int], channels: int, resize_ratio: float
+    ) -> None:
+        self.source, self.size = source, size
+        self.channels, self.resize_ratio = channels, resize_ratio
+
+    def __getitem__(self, indexes: np.ndarray) -> Any:
+        images = torch.empty((len(indexes), self.channels, *self.size), dtype=torch.uint8)
+        labels = torch.full((len(indexes),), -1, dtype=torch.int64)
+        for row, index in enumerate(indexes.tolist()):
+            try:
+                image = load_image(self.source, index, self.channels)
+            except BadImage as error:
+                return InputError(
+                    f"{self.source.name(index)}: {error}; evaluation counts every image, so mend "
+                    "or remove it"
+                )
+            except InputError as error:
+                return error
+            images[row] = torch.from_numpy(
+                center_crop(image, self.size, self.resize_ratio).transpose(2, 0, 1)
+            )
+            label = self.source.label(index)
+            labels[row] = -1 if label is None else label
+        return images, labels, torch.from_numpy(indexes)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    size: tuple[int, int],
+    channels: int = 3,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    resize_ratio: float = 256 / 224,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Centre crops of every image exactly once over all ranks; rank r takes r, r + world, ...
+
+    Yields images uint8 (B, C, H, W), labels int64 (B,) (-1: none) and indexes int64 (B,); the last
+    batch may be smaller, a rank without images yields nothing. Raises InputError naming the first
+    image that cannot be read.
+    """
+    mine = np.arange(rank, len(source), world, dtype=np.int64)
+    loader: DataLoader[Any] = DataLoader(
+        _Centre(source, size, channels, resize_ratio),
+        batch_size=None,
+        sampler=[mine[i : i + batch_size] for i in range(0, len(mine), batch_size)],
+        num_workers=workers,
+        worker_init_fn=_start_worker if workers else None,
+        generator=torch.Generator(),  # without it torch would draw from the global stream
+    )
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def channel_stats(
+    source: Source, channels: int, limit: int = 2000, seed: int = 0
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, in 0..1, over at most `limit` images drawn by seed.
+
+    Every image weighs the same, whatever its size. Broken images are left out.
+    """
+    chosen = order(len(source), seed, 0)[:limit]
+    first, second, count = np.zeros(channels), np.zeros(channels), 0
+    for index in chosen.tolist():
+        try:
+            image = load_image(source, index, channels)
+        except BadImage:
+            continue
+        pixels = image.reshape(-1, channels).astype(np.float64) / 255
+        first += pixels.mean(axis=0)
+        second += (pixels**2).mean(axis=0)
+        count += 1
+    if not count:
+        raise InputError("no image can be read; check the data")
+    mean = first / count
+    std = np.sqrt(np.maximum(second / count - mean**2, 0))
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,210 @@
+"""Parquet files and Hugging Face data sets, read through the `datasets` library (extra `hf`)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmt_mae.data.decode import BadImage
+from cmt_mae.data.folder import Names, fingerprint_of, read_file
+from cmt_mae.errors import InputError
+
+_IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
+_LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
+_ROWS = 1024
+
+
+class TableSource:
+    """Rows of a `datasets.Dataset` with an image column, encoded bytes left as they are.
+
+    Image column: an Image feature, else a {bytes, path} struct, else a binary column (a usual name
+    first). Label column: a ClassLabel (label or fine_label first), else an integer column with a
+    usual name. Raises InputError when there is no image column.
+    """
+
+    def __init__(self, data: Any, where: str) -> None:
+        import datasets
+
+        image = _image_column(data.features)
+        if image is None:
+            raise InputError(
+                f"{where}: no image column among {', '.join(data.column_names)}; it needs an Image "
+                "feature, a struct {bytes, path} or a binary column"
+            )
+        if len(data) == 0:
+            raise InputError(f"{where}: no rows; give a data set with images")
+        label = _label_column(data.features)
+        self.classes: list[str] | None = None
+        self._labels = np.full(len(data), -1, dtype=np.int64)
+        if label is not None:
+            feature = data.features[label]
+            self.classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+            parts = [_integers(table[label]) for table in _tables(data, label)]
+            self._labels = np.concatenate(parts)
+        rows = data.select_columns([image])
+        if isinstance(data.features[image], datasets.Image):
+            rows = rows.cast_column(image, datasets.Image(decode=False))
+        self._rows, self._image = rows.with_format(None), image
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def name(self, index: int) -> str:
+        """The path that the row carries, or its number."""
+        cell = self._rows[index][self._image]
+        path = cell.get("path") if isinstance(cell, dict) else None
+        return str(path) if path else f"row {index}"
+
+    def label(self, index: int) -> int | None:
+        """Class number, None without."""
+        label = int(self._labels[index])
+        return label if label >= 0 else None
+
+    def read(self, index: int) -> bytes:
+        """The encoded image. Raises BadImage for an empty cell or a missing file."""
+        cell = self._rows[index][self._image]
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is not None:
+            return bytes(data)
+        path = cell.get("path") if isinstance(cell, dict) else None
+        if not path:
+            raise BadImage("the row has no image")
+        return read_file(str(path).encode("utf-8", "surrogateescape"))
+
+    def fingerprint(self) -> str:
+        """sha256 over count, names and sizes; reads offsets and paths, no pixels."""
+        import pyarrow.compute as pc
+
+        names: list[str] = []
+        sizes: list[int] = []
+        for table in _tables(self._rows, self._image):
+            column = table[self._image].combine_chunks()
+            paths: list[str | None] = [None] * len(column)
+            if pc.is_valid(column).type is not None and hasattr(column.type, "get_field_index"):
+                if column.type.get_field_index("path") >= 0:
+                    paths = pc.struct_field(column, "path").to_pylist()
+                column = pc.struct_field(column, "bytes")
+            sizes += pc.fill_null(pc.binary_length(column), -1).to_pylist()
+            names += [path or f"row {len(names) + i}" for i, path in enumerate(paths)]
+        return fingerprint_of(Names(names), sizes)
+
+
+def _tables(data: Any, column: str) -> Iterator[Any]:
+    """The column as pyarrow tables of some rows each; memory-mapped, not copied."""
+    yield from data.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS)
+
+
+def _integers(column: Any) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values: np.ndarray = pc.fill_null(pc.cast(column, pa.int64()), -1).to_numpy()
+    return values
+
+
+def _first(names: list[str], preferred: tuple[str, ...]) -> str | None:
+    """The most usual of the names, else the first, None of none."""
+    usual = [name for name in preferred if name in names]
+    return (usual + names)[0] if names else None
+
+
+def _image_column(features: Any) -> str | None:
+    import datasets
+
+    kinds: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            kinds[0].append(name)
+        elif isinstance(feature, dict) and _is_binary(feature.get("bytes")):
+            kinds[1].append(name)
+        elif _is_binary(feature):
+            kinds[2].append(name)
+    return next((_first(names, _IMAGE_NAMES) for names in kinds if names), None)
+
+
+def _is_binary(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _label_column(features: Any) -> str | None:
+    import datasets
+
+    named = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    if named:
+        return _first(named, _LABEL_NAMES)
+    integers = [
+        name
+        for name in _LABEL_NAMES
+        if name in features and "int" in str(getattr(features[name], "dtype", ""))
+    ]
+    return integers[0] if integers else None
+
+
+def open_parquet(files: list[Path]) -> TableSource:
+    """Parquet files of one schema, as one set of rows in the order given."""
+    datasets = _library(str(files[0]))
+    import pyarrow.parquet as pq
+
+    first = None
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except Exception as error:  # pyarrow has many
+            raise InputError(f"{file}: broken or not a parquet file ({_line(error)})") from None
+        first = first or schema
+        if not schema.equals(first):
+            raise InputError(f"{file}: other columns than {files[0]}; give files of one schema")
+    try:
+        data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+    except Exception as error:
+        raise InputError(f"{files[0].parent}: cannot be read ({_line(error)})") from None
+    return TableSource(data, str(files[0]))
+
+
+def open_saved(root: Path) -> TableSource:
+    """A folder written by `Dataset.save_to_disk`."""
+    datasets = _library(str(root))
+    try:
+        data = datasets.load_from_disk(str(root))
+    except Exception as error:
+        raise InputError(f"{root}: cannot be read ({_line(error)}); save it again") from None
+    return TableSource(data, str(root))
+
+
+def open_hub(path: str, words: tuple[str, ...] | None) -> TableSource:
+    """hf://owner/name[:split]; `words` are names of the wanted split, tried in order.
+
+    Without both, the data set must have one split only. Never runs a data set's own code.
+    """
+    datasets = _library(path)
+    name, _, split = path.removeprefix("hf://").partition(":")
+    try:
+        data = datasets.load_dataset(name, split=split or None)
+    except Exception as error:
+        raise InputError(
+            f"{path}: cannot be loaded ({_line(error)}); check name, split and network, or give a "
+            "local copy"
+        ) from None
+    if isinstance(data, dict):
+        chosen = [word for word in words or tuple(data) if word in data]
+        if not chosen or (words is None and len(chosen) > 1):
+            raise InputError(f"{path}: has the splits {', '.join(data)}; add :{next(iter(data))}")
+        data = data[chosen[0]]
+    return TableSource(data, path)
+
+
+def _library(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{path}: needs the datasets library: pip install 'cmt-mae[hf]'") from None
+    return datasets
+
+
+def _line(error: Exception) -> str:
+    """The innermost cause on one line."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"

@@ -1,0 +1,170 @@
+"""Tar shards in the WebDataset layout, indexed once and then read at random.
+
+A sample is a run of members with one key (the path up to the first dot of the file name, as in
+webdataset): key.jpg + key.cls (an integer) or key.json ({"label": 3}). Only offsets are kept, so
+shuffling and resuming are as exact as over a folder. Nothing is ever unpacked to the disk.
+"""
+
+import json
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
+from cmt_mae.data.folder import MAX_BYTES, Names, fingerprint_of
+from cmt_mae.errors import InputError
+
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_LABEL_BYTES = 2**20  # a label file above this is not a label
+_LABEL_FIELDS = ("label", "cls", "class", "class_id")
+
+Member = tuple[str, int, int]  # suffix, offset, size
+
+
+class TarSource:
+    """All samples with an image in the given shards, in their order.
+
+    A sample with several images gives its first (.npy only when there is no other). `classes` is
+    None: shards carry numbers, not names. Raises InputError naming the shard: unreadable, cut,
+    garbage in the middle, a .cls that is no integer, no image at all.
+    """
+
+    classes: list[str] | None = None
+
+    def __init__(self, shards: list[Path]) -> None:
+        self._shards = [os.path.abspath(shard) for shard in shards]
+        names: list[str] = []
+        where, offsets, sizes, labels = array("l"), array("q"), array("q"), array("q")
+        for number, shard in enumerate(self._shards):
+            short = os.path.basename(shard)
+            for key, members, label in _samples(shard):
+                images = [m for m in members if _suffix(m) in IMAGE_SUFFIXES]
+                images.sort(key=lambda m: _suffix(m) == ".npy")
+                if not images:
+                    continue
+                suffix, offset, size = images[0]
+                names.append(f"{short}/{key}.{suffix}")
+                where.append(number)
+                offsets.append(offset)
+                sizes.append(size)
+                labels.append(label)
+        if not names:
+            raise InputError(
+                f"{self._shards[0]} (and {len(self._shards) - 1} more): no image found; shards "
+                "need members such as 0001.jpg"
+            )
+        self._names = Names(names)
+        self._where, self._offsets = np.array(where), np.array(offsets)
+        self._sizes, self._labels = np.array(sizes), np.array(labels)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """shard.tar/member."""
+        return self._names[index]
+
+    def label(self, index: int) -> int | None:
+        """The number in .cls or .json, None without."""
+        label = int(self._labels[index])
+        return label if label >= 0 else None
+
+    def read(self, index: int) -> bytes:
+        """The member's bytes. Raises BadImage when the shard is gone or has changed."""
+        size = int(self._sizes[index])
+        if size > MAX_BYTES:
+            raise BadImage(f"member larger than {MAX_BYTES >> 20} MiB")
+        try:
+            # Opened for each read: no descriptors to keep, to share over forks or to run out of.
+            file = os.open(self._shards[self._where[index]], os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(file, size, int(self._offsets[index]))
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise BadImage(error.strerror or type(error).__name__) from None
+        if len(data) != size:
+            raise BadImage("the shard has become shorter")
+        return data
+
+    def fingerprint(self) -> str:
+        """sha256 over count, names and sizes."""
+        return fingerprint_of(self._names, self._sizes.tolist())
+
+
+def _suffix(member: Member) -> str:
+    """ ".jpg" of "jpg", "JPG" or "seg.jpg"."""
+    return "." + member[0].rsplit(".", 1)[-1].lower()
+
+
+def _samples(shard: str) -> Iterator[tuple[str, list[Member], int]]:
+    """(key, members, label or -1) for each run of members with one key."""
+    with open(shard, "rb") as raw:
+        key = ""
+        members: list[Member] = []
+        for info in _members(shard):
+            match = _KEY.match(info.name)
+            if match is None:
+                continue
+            if match[1] != key:
+                if members:
+                    yield key, members, _label(shard, raw.fileno(), key, members)
+                key, members = match[1], []
+            members.append((match[2], info.offset_data, info.size))
+        if members:
+            yield key, members, _label(shard, raw.fileno(), key, members)
+
+
+def _members(shard: str) -> Iterator[tarfile.TarInfo]:
+    """Regular members of a shard, every header and the end checked.
+
+    The tarfile module takes garbage after the first member for the end of the archive; here the
+    archive must end with zeros or at the end of the file.
+    """
+    try:
+        total = os.path.getsize(shard)
+        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            before = -1
+            while (info := tar.next()) is not None:
+                # A hostile header may carry a negative size and lead backwards for ever.
+                if info.size < 0 or tar.offset <= before or info.offset_data + info.size > total:
+                    raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end")
+                before = tar.offset
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
+                if info.isreg() and not info.issparse():
+                    yield info
+            file.seek(tar.offset)
+            if file.read(512).strip(b"\0"):
+                raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(
+            f"{shard}: broken or not a tar file ({reason}); make or download it again"
+        ) from None
+
+
+def _label(shard: str, file: int, key: str, members: list[Member]) -> int:
+    """The sample's label from its .cls, else from its .json; -1 without."""
+    for suffix, offset, size in members:
+        if suffix.lower() == "cls":
+            text = os.pread(file, min(size, 64), offset).decode("utf-8", "replace").strip()
+            if not re.fullmatch(r"\d{1,9}", text):
+                raise InputError(f"{shard}: {key}.cls holds {text[:40]!r}, not a class number")
+            return int(text)
+    for suffix, offset, size in members:
+        if suffix.lower() == "json" and size <= _LABEL_BYTES:
+            try:
+                fields = json.loads(os.pread(file, size, offset))
+            except (ValueError, RecursionError):
+                continue  # other people's metadata: no label in it, no fault of the image
+            if isinstance(fields, dict):
+                for field in _LABEL_FIELDS:
+                    value = fields.get(field)
+                    if type(value) is int and 0 <= value < 10**9:
+                        return value
+    return -1

@@ -1,0 +1,356 @@
+"""Frozen features of a labelled data set: one forward pass an image, kept on disk if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object, pad_across_processes
+from torch import Tensor, nn
+
+from cmt_mae.data.loader import eval_batches
+from cmt_mae.data.sources import Source, open_split
+from cmt_mae.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from cmt_mae.backbones import Backbone
+
+Precision = Literal["fp32", "bf16"]
+CACHE_VERSION = 1  # raise it when the same key would stand for other numbers
+GATHER_ROWS = 16384  # rows a process sends at a time, so that gathering needs little device memory
+
+
+@dataclass
+class Features:
+    """Features of N images, in the order of the data set, on the CPU."""
+
+    pools: dict[str, Tensor]
+    """Name of the pool -> (N, D) float32."""
+    labels: Tensor
+    """(N,) int64; -1 where the image has no label."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def default_pools(backbone: Backbone) -> tuple[str, ...]:
+    """``cls``, ``mean`` and both side by side; only ``mean`` without a class token."""
+    return ("cls", "mean", "cls+mean") if backbone.has_cls else ("mean",)
+
+
+def start_processes(device: str) -> tuple[torch.device, int, int]:
+    """The device of this process, its rank and the number of processes (torchrun's or accelerate's).
+
+    Args:
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: unknown name, or ``cuda`` without a GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no GPU here; use --device cpu or auto")
+    state = PartialState(cpu=device == "cpu")
+    where = torch.device("cpu") if device == "cpu" else state.device
+    return where, state.process_index, state.num_processes
+
+
+def open_labelled(path: str) -> tuple[Source, Source]:
+    """The training and validation images under ``path``, every one labelled, with equal classes.
+
+    Raises:
+        InputError: a split is missing, an image has no label, or the classes differ.
+    """
+    train, val = open_split(path, "train"), open_split(path, "val")
+    a, b = train.classes, val.classes
+    if a is not None and b is not None and a != b:
+        differ = f"only in train: {_few(set(a) - set(b))}; only in val: {_few(set(b) - set(a))}"
+        if set(a) == set(b):
+            differ = "the same names in another order"
+        raise InputError(f"{path}: train and val have different classes ({differ}); make them equal")
+    unknown = set(label_list(val, path)) - set(label_list(train, path))
+    if unknown:
+        raise InputError(
+            f"{path}: val has labels that train lacks ({_few(unknown)}); "
+            "evaluate on classes that have training images"
+        )
+    return train, val
+
+
+def label_list(source: Source, path: str) -> list[int]:
+    """The label of every image.
+
+    Raises:
+        InputError: an image has none.
+    """
+    labels = []
+    for i in range(len(source)):
+        label = source.label(i)
+        if label is None or label < 0:
+            raise InputError(
+                f"{path}: {source.name(i)} has no label; an evaluation needs labelled images in "
+                "train and val, for example one folder per class"
+            )
+        labels.append(int(label))
+    return labels
+
+
+def _few(values: set[Any]) -> str:
+    """At most five of the values, for an error of one line."""
+    more = f" and {len(values) - 5} more" if len(values) > 5 else ""
+    return (", ".join(map(str, sorted(values)[:5])) or "none") + more
+
+
+def describe_data(path: str, train: Source, val: Source) -> dict[str, Any]:
+    """``Result.data`` of a data set with two splits."""
+    both = f"{train.fingerprint()} {val.fingerprint()}"
+    return {
+        "path": path,
+        "fingerprint": hashlib.sha256(both.encode()).hexdigest(),
+        "train": len(train),
+        "val": len(val),
+        "classes": count_classes(train),
+    }
+
+
+def count_classes(train: Source) -> int:
+    """Number of classes: of the list of names if there is one, else the highest label + 1."""
+    if train.classes is not None:
+        return len(train.classes)
+    return 1 + max(label_list(train, "the training split"))
+
+
+def normalise(images: Tensor, backbone: Backbone) -> Tensor:
+    """uint8 images (B, C, H, W) as the backbone wants them: (x / 255 - mean) / std, float32."""
+    mean = torch.tensor(backbone.mean, device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(backbone.std, device=images.device).view(1, -1, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def pool_parts(pool: str, backbone: Backbone) -> list[str]:
+    """The parts that a pool is made of, laid side by side: ``cls+mean`` -> [cls, mean].
+
+    Raises:
+        InputError: unknown pool, a class token that is not there, or more blocks than there are.
+    """
+    parts = pool.split("+")
+    for part in parts:
+        blocks = re.fullmatch(r"blocks([1-9]\d*)", part)
+        if part not in ("cls", "mean") and blocks is None:
+            raise InputError(
+                f"unknown pool {pool!r}; use cls, mean, blocksK (class token of the last K blocks) "
+                "or several joined by +"
+            )
+        if part != "mean" and not backbone.has_cls:
+            raise InputError(f"pool {pool!r}: {backbone.architecture} has no class token; use mean")
+        depth = len(backbone.model.blocks)  # type: ignore[arg-type]
+        if blocks is not None and int(blocks[1]) > depth:
+            raise InputError(f"pool {pool!r}: {backbone.architecture} has {depth} blocks")
+    return parts
+
+
+@torch.no_grad()
+def forward_parts(
+    backbone: Backbone, images: Tensor, parts: list[str], precision: Precision = "fp32"
+) -> dict[str, Tensor]:
+    """Parts of the feature of uint8 images (B, C, H, W), each (B, D) float32.
+
+    ``cls`` is the class token after the final norm, ``mean`` the mean of the patch tokens (without
+    class and register tokens) after the final norm, ``blocksK`` the class tokens of the last K
+    blocks, each after the final norm, side by side (DINO's feature for small ViTs). A network
+    trained with pooling keeps its norm behind the pool (timm's fc_norm); then that is applied.
+    """
+    model: Any = backbone.model
+    deepest = max([int(part[6:]) for part in parts if part.startswith("blocks")], default=0)
+    device = images.device.type
+    with torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext():
+        x = normalise(images, backbone)
+        class_tokens: list[Tensor] = []
+        if deepest:
+            tokens, kept = model.forward_intermediates(
+                x, indices=deepest, norm=True, output_fmt="NLC", return_prefix_tokens=True
+            )
+            class_tokens = [prefix[:, 0] for _, prefix in kept]
+        else:
+            tokens = model.forward_features(x)
+        after: nn.Module = getattr(model, "fc_norm", None) or nn.Identity()
+        found = {}
+        for part in parts:
+            if part == "cls":
+                value = after(tokens[:, 0])
+            elif part == "mean":
+                value = after(tokens[:, backbone.prefix_tokens :].mean(1))
+            else:
+                value = torch.cat([after(t) for t in class_tokens[-int(part[6:]) :]], 1)
+            found[part] = value.float()
+    return found
+
+
+def join_parts(parts: dict[str, Tensor], pools: tuple[str, ...]) -> dict[str, Tensor]:
+    """The pools, put together from their parts."""
+    return {pool: torch.cat([parts[p] for p in pool.split("+")], 1) for pool in pools}
+
+
+def extract(
+    backbone: Backbone,
+    source: Source,
+    *,
+    device: torch.device,
+    pools: tuple[str, ...] = ("cls", "mean", "cls+mean"),
+    size: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    cache: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+    title: str = "features",
+) -> Features:
+    """Features of every image's centre crop (shorter side to 256/224 of the size, bicubic).
+
+    Each process forwards its share; every process returns all of them, each image once. With
+    ``cache`` the parts are kept there under a name made of the weights' digest, the data's
+    fingerprint and the settings, so only what was never computed is computed.
+
+    Args:
+        size: height and width of the crop; the backbone's own by default.
+        batch_size: images in a forward pass of one process.
+
+    Raises:
+        InputError: impossible pool, broken image, unwritable cache.
+    """
+    parts = list(dict.fromkeys(p for pool in pools for p in pool_parts(pool, backbone)))
+    size = size or backbone.img_size
+    files = {
+        part: cache / f"{_cache_key(backbone, source, size, precision)}-{part}.safetensors"
+        for part in parts
+        if cache is not None
+    }
+    found, labels = _read_cache(files, world)
+    missing = [part for part in parts if part not in found]
+    if missing:
+        batches: Iterator[Any] = eval_batches(
+            source,
+            size=size,
+            channels=len(backbone.mean),
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+            workers=workers,
+        )
+        if progress is not None:
+            total = -(-len(source) // (batch_size * world))
+            batches = iter(progress.track(batches, total=total, description=title))
+        new, labels = _forward_all(
+            backbone, batches, len(source), missing, device, precision, world
+        )
+        found |= new
+        if rank == 0:
+            for part in missing:
+                if part in files:
+                    _write_cache(files[part], found[part], labels)
+    return Features(join_parts(found, pools), labels)
+
+
+def _forward_all(
+    backbone: Backbone,
+    batches: Iterator[Any],
+    n: int,
+    parts: list[str],
+    device: torch.device,
+    precision: Precision,
+    world: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward this process's batches and gather those of all: parts (n, D) and labels (n,)."""
+    backbone.model.to(device).eval()
+    rows: list[dict[str, Tensor]] = []
+    for images, labels, index in batches:
+        images = images.to(device, non_blocking=True)
+        row = {k: v.cpu() for k, v in forward_parts(backbone, images, parts, precision).items()}
+        rows.append({**row, "labels": labels, "index": index})
+    local = {k: torch.cat([row[k] for row in rows]) for k in rows[0]} if rows else {}
+    if world > 1:
+        shapes: Any = gather_object([{k: (v.shape[1:], v.dtype) for k, v in local.items()}])
+        for k, (shape, dtype) in max(shapes, key=len).items():  # a process may have had no image
+            local.setdefault(k, torch.empty((0, *shape), dtype=dtype))
+    index = gather_rows(local["index"], device, world)
+    if not torch.equal(index.sort().values, torch.arange(n)):
+        raise RuntimeError(f"{len(index)} features for {n} images: some counted twice or never")
+    place = index.argsort()
+    everything = {k: gather_rows(local[k], device, world)[place] for k in [*parts, "labels"]}
+    return {part: everything[part] for part in parts}, everything["labels"]
+
+
+def gather_rows(rows: Tensor, device: torch.device, world: int) -> Tensor:
+    """Rows (n, ...) of all processes, one process after the other, on the CPU; n may differ."""
+    if world == 1:
+        return rows
+    counts: Any = gather_object([len(rows)])
+    pieces: list[list[Tensor]] = [[] for _ in counts]
+    for start in range(0, max(counts), GATHER_ROWS):
+        piece = rows[start : start + GATHER_ROWS].to(device)
+        padded: Any = gather(pad_across_processes(piece, dim=0))
+        width = len(padded) // len(counts)
+        for r, count in enumerate(counts):
+            have = min(max(count - start, 0), GATHER_ROWS)
+            pieces[r].append(padded[r * width : r * width + have].cpu())
+    return torch.cat([piece for process in pieces for piece in process])
+
+
+def _cache_key(
+    backbone: Backbone, source: Source, size: tuple[int, int], precision: Precision
+) -> str:
+    """Name of one set of features: changes with the weights, the data or a setting."""
+    what = {
+        "version": CACHE_VERSION,
+        "digest": backbone.digest,
+        "architecture": [backbone.architecture, backbone.kwargs],
+        "normalisation": [backbone.mean, backbone.std],
+        "data": source.fingerprint(),
+        "size": size,
+        "precision": precision,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _read_cache(files: dict[str, Path], world: int) -> tuple[dict[str, Tensor], Tensor]:
+    """What the cache holds. All processes must see a file, or none uses it (they work together)."""
+    from safetensors.torch import load_file
+
+    here = [part for part, path in files.items() if path.is_file()]
+    if world > 1:
+        everywhere: Any = gather_object([here])
+        here = [part for part in here if all(part in other for other in everywhere)]
+    found, labels = {}, torch.empty(0, dtype=torch.int64)
+    for part in here:
+        stored = load_file(files[part])
+        found[part], labels = stored["features"], stored["labels"]
+    return found, labels
+
+
+def _write_cache(path: Path, features: Tensor, labels: Tensor) -> None:
+    """Store one part, written aside and renamed, so that a half-written file is never read."""
+    from safetensors.torch import save_file
+
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": features.contiguous(), "labels": labels}, aside)
+        os.replace(aside, path)
+    except OSError as error:
+        raise InputError(
+            f"features cannot be kept in {path.parent}: {error.strerror}; give another --cache"
+        ) from None

@@ -1,0 +1,232 @@
+"""k nearest neighbours on frozen features: DINO's protocol, exact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmt_mae.backbones import load_backbone
+from cmt_mae.errors import InputError
+from cmt_mae.evaluate.features import (
+    Features,
+    Precision,
+    count_classes,
+    default_pools,
+    describe_data,
+    extract,
+    open_labelled,
+    start_processes,
+)
+from cmt_mae.evaluate.result import Result, make_result, save_where
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+SIMILARITIES = 2**25  # entries of the similarity matrix held at a time: 128 MiB
+
+
+@dataclass
+class KnnConfig:
+    """Settings of the k-NN evaluation. It trains nothing, so it has no random part."""
+
+    backbone: str
+    """Run directory, checkpoint file, timm name or `embedded`."""
+    data: str
+    """Labelled data set with a train and a val split."""
+    out: str | None = None
+    """Folder for results/*.json. Default: the run directory, if the backbone is one."""
+    k: tuple[int, ...] = (10, 20)
+    """Numbers of neighbours. The last one is the headline's."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    pools: tuple[str, ...] | None = None
+    """Features: cls, mean, cls+mean, blocksK. Default: the first three; mean without a class
+    token. The first one is the headline's."""
+    size: int | None = None
+    """Input size in pixels. Default: the backbone's own."""
+    key: str | None = None
+    """`momentum` evaluates the momentum student of a run."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: Precision = "fp32"
+    """Of the backbone's forward pass: fp32 or bf16."""
+    batch_size: int = 64
+    """Images in a forward pass of one process. Does not change the result."""
+    workers: int = 2
+    """Processes that decode images, for each process that computes."""
+    cache: str | None = None
+    """Folder that keeps features, so the same backbone and data need no second pass."""
+    seed: int = 0
+    """Recorded with the result; nothing here is random."""
+
+
+def knn_predict(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: float = 0.07,
+    classes: int | None = None,
+    device: torch.device | None = None,
+) -> dict[int, Tensor]:
+    """Classes ranked by the weighted vote of the k most similar training features.
+
+    Cosine similarity s of l2-normalised features, weight exp(s / temperature), all in float32
+    (DINO eval_knn.py). Exact: every pair is compared, some rows at a time. Ties are settled, so
+    the answer does not depend on the device: among equally similar neighbours the one earlier in
+    the training set is taken, among equal votes the lower class.
+
+    Args:
+        train: (N, D) features; labels: (N,) classes, 0 or more; test: (M, D) features.
+        k: numbers of neighbours, each from 1 to N.
+        classes: number of classes; the highest label + 1 by default.
+        device: where the products are made; that of ``train`` by default.
+
+    Returns:
+        k -> (M, min(5, classes)) int64 classes on the CPU, the best first.
+
+    Raises:
+        InputError: a k that is not between 1 and N, or a temperature not above 0.
+    """
+    _check(k, temperature, len(train))
+    device = device or train.device
+    classes = classes or int(labels.max()) + 1
+    bank, labels = F.normalize(train.to(device).float(), dim=1), labels.to(device)
+    ranked: dict[int, list[Tensor]] = {neighbours: [] for neighbours in k}
+    rows = max(1, SIMILARITIES // len(bank))
+    for queries in test.split(rows):
+        similarity = F.normalize(queries.to(device).float(), dim=1) @ bank.T
+        values, index = nearest(similarity, max(k))
+        # a common factor of a row's votes changes no ranking; without it a low temperature overflows
+        weights = ((values - values[:, :1]) / temperature).exp()
+        for neighbours in k:
+            votes = torch.zeros(len(queries), classes, device=device)
+            near = slice(0, neighbours)
+            votes.scatter_add_(1, labels[index[:, near]], weights[:, near])
+            order = votes.sort(dim=1, descending=True, stable=True).indices
+            ranked[neighbours].append(order[:, :5].cpu())
+    return {neighbours: torch.cat(parts) for neighbours, parts in ranked.items()}
+
+
+def _check(k: Sequence[int], temperature: float, n: int) -> None:
+    """Refuse what has no meaning, before any feature is computed."""
+    if not k or min(k) < 1 or max(k) > n:
+        raise InputError(f"k-NN: k is {list(k)}; it must lie between 1 and the {n} training images")
+    if temperature <= 0:
+        raise InputError(f"k-NN: the temperature is {temperature}; it must be above 0")
+
+
+def nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their places, equal values in the order of their places.
+
+    topk leaves the order of equal values open (and which of them it takes), so rows where the
+    first k + 1 values hold a tie are sorted stably as a whole; such rows are rare.
+    """
+    values, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    tied = (values[:, 1:] == values[:, :-1]).any(1).nonzero().squeeze(1)
+    if len(tied):
+        full = similarity[tied].sort(dim=1, descending=True, stable=True)
+        width = values.shape[1]
+        values[tied], index[tied] = full.values[:, :width], full.indices[:, :width]
+    return values[:, :k], index[:, :k]
+
+
+def knn_accuracy(
+    train: Features,
+    test: Features,
+    *,
+    k: Sequence[int] = (10, 20),
+    temperature: float = 0.07,
+    classes: int | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """``POOL/kK/top1`` (and ``top5`` with more than 5 classes) in percent for every pool and k."""
+    classes = classes or int(torch.cat([train.labels, test.labels]).max()) + 1
+    metrics = {}
+    for pool, features in train.pools.items():
+        ranked = knn_predict(
+            features,
+            train.labels,
+            test.pools[pool],
+            k=k,
+            temperature=temperature,
+            classes=classes,
+            device=device,
+        )
+        for neighbours, guess in ranked.items():
+            hit = guess == test.labels[:, None]
+            metrics[f"{pool}/k{neighbours}/top1"] = 100 * hit[:, 0].double().mean().item()
+            if classes > 5:
+                metrics[f"{pool}/k{neighbours}/top5"] = 100 * hit.any(1).double().mean().item()
+    return metrics
+
+
+def evaluate_knn(config: KnnConfig, progress: Progress | None = None) -> Result:
+    """k-NN accuracy of a frozen backbone. Every process may call it; the first one saves.
+
+    Raises:
+        InputError: unusable backbone, data or setting, in one line.
+    """
+    started = time.perf_counter()
+    device, rank, world = start_processes(config.device)
+    train, val = open_labelled(config.data)
+    _check(config.k, config.temperature, len(train))
+    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
+    pools = tuple(config.pools or default_pools(backbone))
+    features = [
+        extract(
+            backbone,
+            source,
+            device=device,
+            pools=pools,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            cache=Path(config.cache) if config.cache else None,
+            rank=rank,
+            world=world,
+            precision=config.precision,
+            progress=progress,
+            title=f"features of {split}",
+        )
+        for split, source in (("train", train), ("val", val))
+    ]
+    metrics = knn_accuracy(
+        *features,
+        k=config.k,
+        temperature=config.temperature,
+        classes=count_classes(train),
+        device=device,
+    )
+    result = make_result(
+        task="knn",
+        metrics=metrics,
+        protocol={
+            "name": "dino",
+            "headline": f"{pools[0]}/k{config.k[-1]}/top1",
+            "k": config.k,
+            "temperature": config.temperature,
+            "similarity": "cosine",
+            "pools": pools,
+            "size": backbone.img_size,
+            "crop": "centre crop, shorter side 256/224 of the size, bicubic",
+            "precision": config.precision,
+        },
+        name=f"{config.backbone} ({config.key})" if config.key else config.backbone,
+        backbone=backbone,
+        data=describe_data(config.data, train, val),
+        seed=config.seed,
+        device=device,
+        processes=world,
+        started=started,
+    )
+    if rank == 0:
+        save_where(result, config.out, config.backbone)
+    return result

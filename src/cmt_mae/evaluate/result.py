@@ -1,0 +1,224 @@
+"""What an evaluation hands back: the numbers and everything needed to know what they mean."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cmt_mae.errors import InputError
+
+if TYPE_CHECKING:
+    from cmt_mae.backbones import Backbone
+
+
+@dataclass
+class Result:
+    """One evaluation of one backbone on one data set.
+
+    ``protocol`` always holds ``name`` and ``headline``, the key in ``metrics`` of the one number to
+    quote. Two results may stand in one column of a table only when their protocols are equal.
+    Accuracies are percentages, 0 to 100. A metric that does not exist (the AP of small objects
+    when there are none) is NaN, which the JSON text writes as null.
+    """
+
+    task: str
+    """knn, linear, finetune, coco, ade20k or davis."""
+    metrics: dict[str, float]
+    """Name of the metric -> value."""
+    protocol: dict[str, Any]
+    """Every setting that moves the number; ``name`` and ``headline`` are required."""
+    backbone: dict[str, Any]
+    """name, architecture, digest (sha256 of the weights), source, licence, img_size."""
+    data: dict[str, Any]
+    """path, fingerprint, and the number of images in each split."""
+    seed: int
+    """Seed of everything random in the evaluation."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of Python and of the libraries the number depends on."""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """What it ran on."""
+    seconds: float = 0.0
+    """Wall time, loading and feature extraction included."""
+    date: str = ""
+    """When it ended: ISO 8601, UTC."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Tables behind the metrics: every head of a sweep, every class, every sequence."""
+
+    def __post_init__(self) -> None:
+        """Make every value plain JSON now, so that a stored result equals the one in memory."""
+        for item in fields(self):
+            setattr(self, item.name, _plain(getattr(self, item.name)))
+        self.metrics = {k: math.nan if v is None else float(v) for k, v in self.metrics.items()}
+        for key in ("name", "headline"):
+            if key not in self.protocol:
+                raise ValueError(f"the protocol of a {self.task} result lacks {key!r}")
+        if self.protocol["headline"] not in self.metrics:
+            raise ValueError(f"the headline {self.protocol['headline']!r} is not among the metrics")
+
+    @property
+    def headline(self) -> float:
+        """The one number to quote."""
+        return self.metrics[self.protocol["headline"]]
+
+    def identity(self) -> str:
+        """Ten hex digits that name what was measured: task, protocol, weights, data and seed.
+
+        Time, machine, versions and the folder's place are left out, so the same evaluation again
+        replaces its file.
+        """
+        data = {k: v for k, v in self.data.items() if k != "path"}
+        what = [self.task, self.protocol, self.backbone.get("digest"), data, self.seed]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+
+    def to_json(self) -> str:
+        """The whole result as one line of strict JSON."""
+        return json.dumps(_plain(asdict(self)), allow_nan=False)
+
+    def save(self, out: Path | str) -> Path:
+        """Write ``out/results/TASK-PROTOCOL-HASH.json`` atomically and return its path.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        name = re.sub(r"[^a-z0-9]+", "-", str(self.protocol["name"]).lower()).strip("-")
+        path = Path(out) / "results" / f"{self.task}-{name}-{self.identity()}.json"
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("w", encoding="utf-8") as file:
+                json.dump(_plain(asdict(self)), file, allow_nan=False, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except OSError as error:
+            raise InputError(
+                f"the result cannot be written to {path}: {error.strerror}; give another --out"
+            ) from None
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Result:
+        """Read a result that ``save`` wrote.
+
+        Raises:
+            InputError: the file is missing, is not JSON or is not a result.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is not a result of cmt-mae evaluate: {error}") from None
+
+
+def make_result(
+    *,
+    task: str,
+    metrics: dict[str, float],
+    protocol: dict[str, Any],
+    name: str,
+    backbone: Backbone,
+    data: dict[str, Any],
+    seed: int,
+    device: torch.device,
+    processes: int,
+    started: float,
+    details: dict[str, Any] | None = None,
+) -> Result:
+    """Fill in what every task says alike: the backbone, versions, hardware, time and date.
+
+    Args:
+        name: what the user called the backbone.
+        started: ``time.perf_counter()`` at the start of the evaluation.
+    """
+    return Result(
+        task=task,
+        metrics=metrics,
+        protocol=protocol,
+        backbone={
+            "name": name,
+            "architecture": backbone.architecture,
+            "digest": backbone.digest,
+            "source": backbone.source,
+            "licence": backbone.licence,
+            "img_size": backbone.img_size,
+        },
+        data=data,
+        seed=seed,
+        versions=versions(),
+        hardware=hardware(device, processes),
+        seconds=round(time.perf_counter() - started, 2),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        details=details or {},
+    )
+
+
+def save_where(result: Result, out: str | None, backbone: str) -> Path | None:
+    """Save to ``out``; without it to the backbone's run directory; without that nowhere (None)."""
+    if out is not None:
+        return result.save(out)
+    is_run = any((Path(backbone) / file).is_file() for file in ("config.yaml", "run.json"))
+    return result.save(backbone) if is_run else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a number depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("cmt-mae", "torch", "torchvision", "timm", "numpy", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """The device, the processor and how much of it was used."""
+    name = _cpu_name() if device.type == "cpu" else str(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": device.type,
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it, else what Python knows."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1) if match else platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON knows it: no tuple, path, numpy number or tensor scalar; NaN becomes None."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if hasattr(value, "item"):  # numpy and torch scalars
+        value = value.item()
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)

@@ -1,0 +1,196 @@
+"""Linear heads trained side by side on the same features, in one pass over the data.
+
+The heads share each batch and its BatchNorm (which has no parameters), and those on the same
+feature share one matrix product. Nothing else connects them: each ends as it would alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmt_mae.evaluate.lars import LARS
+
+if TYPE_CHECKING:
+    from cmt_mae.evaluate.features import Features
+
+Step = tuple[dict[str, Tensor], Tensor]  # features (B, D) by pool, labels (B,)
+
+
+@dataclass(frozen=True)
+class Head:
+    """One linear classifier and how it is trained."""
+
+    pool: str
+    """The feature it reads."""
+    blr: float
+    """Learning rate at a batch of 256 images."""
+    weight_decay: float = 0.0
+    """Added to the gradient (not with LARS for the bias)."""
+    norm: bool = True
+    """BatchNorm1d(affine=False, eps=1e-6) before the linear layer."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all heads of one evaluation share."""
+
+    optimizer: Literal["lars", "sgd"]
+    """Both with momentum 0.9."""
+    epochs: int
+    """Passes over the training features."""
+    batch_size: int
+    """Images in a step. The learning rate is blr * batch_size / 256."""
+    warmup_epochs: float = 0.0
+    """Linear rise of the learning rate from 0."""
+    lr_by: Literal["step", "epoch"] = "step"
+    """Whether the schedule moves at every step (MAE) or stands still in an epoch (DINO)."""
+    init: Literal["trunc_normal", "normal"] = "trunc_normal"
+    """Distribution of the first weights, standard deviation 0.01; biases start at 0."""
+
+
+def warmup_cosine(epoch: float, epochs: float, warmup: float) -> float:
+    """Share of the full learning rate: linear from 0 to 1, then half a cosine down to 0 (MAE)."""
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+class Heads(nn.Module):
+    """A set of linear heads. Logits are (heads, B, classes)."""
+
+    def __init__(
+        self, heads: list[Head], dims: dict[str, int], classes: int, init: str, seed: int
+    ) -> None:
+        """Make the heads; those on one pool start from equal weights, drawn from ``seed``."""
+        super().__init__()
+        self.groups: dict[tuple[str, bool], list[int]] = {}
+        for i, head in enumerate(heads):
+            self.groups.setdefault((head.pool, head.norm), []).append(i)
+        # the running mean and variance depend on the data alone, so one a pool serves all
+        pools = sorted({head.pool for head in heads if head.norm})
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(dims[pool], affine=False, eps=1e-6) for pool in pools
+        )
+        self.norm_of = {pool: norm for pool, norm in zip(pools, self.norms, strict=True)}
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for head in heads:
+            generator = torch.Generator().manual_seed(seed)
+            weight = torch.empty(classes, dims[head.pool])
+            if init == "trunc_normal":
+                nn.init.trunc_normal_(weight, std=0.01, generator=generator)
+            else:
+                nn.init.normal_(weight, std=0.01, generator=generator)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(classes)))
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        """(B, D) features by pool -> (heads, B, classes)."""
+        normed = {pool: norm(x[pool]) for pool, norm in self.norm_of.items()}
+        logits: dict[int, Tensor] = {}
+        for (pool, norm), members in self.groups.items():
+            weight = torch.cat([self.weights[i] for i in members])
+            bias = torch.cat([self.biases[i] for i in members])
+            product = F.linear(normed[pool] if norm else x[pool], weight, bias)
+            for i, part in zip(members, product.chunk(len(members), dim=1), strict=True):
+                logits[i] = part
+        return torch.stack([logits[i] for i in range(len(self.weights))])
+
+
+def head_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each head: (heads, B, C), (B,) -> (heads,)."""
+    heads, batch, _ = logits.shape
+    every = F.cross_entropy(logits.flatten(0, 1), labels.repeat(heads), reduction="none")
+    return every.view(heads, batch).mean(1)
+
+
+def train_heads(
+    heads: list[Head],
+    training: Training,
+    steps: Iterable[Step],
+    *,
+    dims: dict[str, int],
+    classes: int,
+    steps_per_epoch: int,
+    seed: int,
+    device: torch.device,
+    after_step: Callable[[], Any] = lambda: None,
+) -> tuple[Heads, list[float]]:
+    """Train all heads together on the batches of ``steps``.
+
+    The sum of the losses is minimised: the gradient of a head's own weights is then that of its
+    own loss, so no head feels another, even one that diverges.
+
+    Args:
+        dims: length of the feature of each pool.
+        after_step: called after every step (a progress bar).
+
+    Returns:
+        The heads in evaluation mode, and the mean training loss of each in the last epoch.
+    """
+    model = Heads(heads, dims, classes, training.init, seed).to(device)
+    scale = training.batch_size / 256
+    groups: list[dict[str, Any]] = [
+        {"params": [w, b], "lr": head.blr * scale, "weight_decay": head.weight_decay}
+        for head, w, b in zip(heads, model.weights, model.biases, strict=True)
+    ]
+    kind = LARS if training.optimizer == "lars" else torch.optim.SGD
+    optimizer: torch.optim.Optimizer = kind(groups, lr=0.0, momentum=0.9)
+    full = [group["lr"] for group in groups]
+    last = torch.zeros(len(heads), device=device)
+    model.train()
+    for step, (x, labels) in enumerate(steps):
+        epoch = step / steps_per_epoch if training.lr_by == "step" else step // steps_per_epoch
+        share = warmup_cosine(epoch, training.epochs, training.warmup_epochs)
+        for group, lr in zip(optimizer.param_groups, full, strict=True):
+            group["lr"] = lr * share
+        x = {pool: value.to(device) for pool, value in x.items()}
+        losses = head_losses(model(x), labels.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        losses.sum().backward()
+        optimizer.step()
+        if step >= (training.epochs - 1) * steps_per_epoch:
+            last += losses.detach() / steps_per_epoch
+        after_step()
+    return model.eval(), last.tolist()
+
+
+def cached_steps(features: Features, training: Training, seed: int) -> Iterator[Step]:
+    """Shuffled batches of fixed features; the rest of an epoch that fills no batch is dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    n, batch = len(features), training.batch_size
+    for _ in range(training.epochs):
+        order = torch.randperm(n, generator=generator)
+        for rows in order[: n // batch * batch].split(batch):
+            yield {pool: v[rows] for pool, v in features.pools.items()}, features.labels[rows]
+
+
+@torch.no_grad()
+def head_accuracy(
+    model: Heads, features: Features, device: torch.device, chunk: int = 1024
+) -> list[dict[str, float]]:
+    """top1 and (with more than 5 classes) top5 of each head, in percent, every image once.
+
+    A head whose weights are not finite has diverged; its guesses count as wrong.
+    """
+    finite = torch.stack([w.isfinite().all() for w in model.weights]).cpu()
+    hits1, hits5, classes = torch.zeros(len(finite)), torch.zeros(len(finite)), 0
+    for rows in torch.arange(len(features)).split(chunk):
+        logits = model({pool: v[rows].to(device) for pool, v in features.pools.items()})
+        classes = logits.shape[-1]
+        guess = logits.topk(min(5, classes), dim=-1).indices.cpu()
+        hit = guess == features.labels[rows][None, :, None]
+        hits1 += hit[..., 0].sum(1) * finite
+        hits5 += hit.any(-1).sum(1) * finite
+    percent = 100 / len(features)
+    table = []
+    for top1, top5 in zip(hits1.tolist(), hits5.tolist(), strict=True):
+        table.append({"top1": top1 * percent} | ({"top5": top5 * percent} if classes > 5 else {}))
+    return table

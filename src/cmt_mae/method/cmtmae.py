@@ -1,0 +1,322 @@
+"""CMT-MAE as a module: who guides (teacher, momentum student) and who learns (student, decoder, heads).
+
+Stage one: the teacher's attention hides patches, its features are predicted (Eq. 2). Stage two: the
+momentum student's attention is mixed in (Eq. 3) and both networks' features are predicted (Eq. 4).
+Pixel MAE (Eq. 1) and the published relatives are settings of the same two classes.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cmt_mae.errors import InputError
+from cmt_mae.method import targets as T
+from cmt_mae.method.attention import attention_map, mix_attention, normalise_map
+from cmt_mae.method.decoder import Decoder, DecoderConfig
+from cmt_mae.method.hog import hog_targets
+from cmt_mae.method.masking import GUIDED, Mask, hide
+from cmt_mae.method.teacher import Teacher
+from cmt_mae.method.vit import BeforeLast, encode_visible, finish, forward_to_last, mean_of_last
+
+SOURCES = ("teacher", "momentum", "collab")
+
+
+@dataclass
+class MaskConfig:
+    """Which patches are hidden."""
+
+    rule: str = "sampled_high"
+    """random | block (BEiT) | square (SimMIM) | sampled_high (drawn by attention) | high | low | hint
+    (AttMask) | sampled_visible (MILAN: attended patches stay visible) | mix_random (HPM's ramp)."""
+    source: str = "collab"
+    """Whose attention guides the rule: teacher | momentum | collab (Eq. 3; the teacher alone in stage one)."""
+    ratio: float = 0.75
+    """Share of hidden patches, in (0, 1)."""
+    temperature: float = 1.0
+    """Of the drawing; larger is closer to random."""
+    heads: str = "mean"
+    """How the heads' maps become one: mean | max | minmax_mean (AMT)."""
+    normalise: str = "sum"
+    """Scale of the two maps before they are mixed: sum | none | minmax | rank | zscore_softmax."""
+    hint_share: float = 0.1
+    """Share of top patches that AttMask's hint reveals from."""
+    square_side: int = 2
+    """Side of SimMIM's squares, in patches."""
+    random_until_epoch: float = 0.0
+    """Random masks before this epoch (AMT: 40)."""
+    mix_random_start: float = 0.0
+    """mix_random: guided share of the hidden patches at the first step."""
+    mix_random_end: float = 0.5
+    """mix_random: guided share at the last step."""
+
+
+@dataclass
+class TargetConfig:
+    """What is predicted, and how the distance is measured."""
+
+    source: str = "collab"
+    """pixel | hog | teacher | momentum | collab (Eq. 4; the teacher alone in stage one)."""
+    norm: str = "layer_norm"
+    """Of the target: layer_norm | l2 (target and prediction) | none | mae (MAE's normalised pixels)."""
+    loss: str = "mse"
+    """mse | smooth_l1 | cosine."""
+    beta: float = 2.0
+    """Of smooth_l1 (data2vec: 2)."""
+    reduce: str = "mean"
+    """Over channels: mean | sum (the paper's squared norm, literally)."""
+    tokens: str = "masked"
+    """Where the loss is taken: masked | all | all+cls (MILAN)."""
+    momentum_last_k: int = 1
+    """Momentum target: mean of the last K block outputs; 1 = last block after the final norm."""
+
+
+@dataclass
+class Weights:
+    """Weights of the two networks at one step: alpha of Eq. 3 and of Eq. 4."""
+
+    mask: float
+    loss: float
+
+
+class Learner(nn.Module):
+    """Everything that receives gradient: student, decoder, one linear head for each predicted network."""
+
+    def __init__(
+        self,
+        student: VisionTransformer,
+        decoder: DecoderConfig,
+        target: TargetConfig,
+        head_widths: dict[str, int],
+    ) -> None:
+        """head_widths: channels of each target, e.g. {"teacher": 512, "momentum": 768} or {"pixel": 768}."""
+        super().__init__()
+        self.student, self.target = student, target
+        self.decoder = Decoder(decoder, student.embed_dim, student.patch_embed.grid_size)
+        self.heads = nn.ModuleDict({name: nn.Linear(decoder.width, w) for name, w in head_widths.items()})
+        for head in self.heads.values():
+            nn.init.xavier_uniform_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def activate(self, names: set[str]) -> None:
+        """Heads outside ``names`` stay as they are: no gradient, so the optimizer leaves them alone."""
+        for name, head in self.heads.items():
+            head.requires_grad_(name in names)
+
+    def forward(
+        self, images: Tensor, mask: Mask, targets: dict[str, Tensor], alpha: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (scalar fp32) and the numbers to log.
+
+        images (B, C, H, W) normalised; targets: name -> (B, N, D_name) normalised, at the tokens that
+        ``target.tokens`` names, one or both of teacher and momentum (or one of pixel, hog); alpha in 0..1
+        weighs the momentum student where both are predicted (Eq. 4).
+        """
+        tokens = self.decoder(encode_visible(self.student, images, mask.ids_keep), mask)
+        tokens = select_tokens(tokens, mask, self.target.tokens)
+        losses, logs = {}, {}
+        for name, target in targets.items():
+            prediction = self.heads[name](tokens)
+            losses[name] = T.distance(
+                prediction, target, loss=self.target.loss, norm=self.target.norm,
+                beta=self.target.beta, reduce=self.target.reduce,
+            )  # fmt: skip
+            logs[f"loss_{name}"] = losses[name].detach()
+            logs[f"spread_prediction_{name}"] = T.spread(prediction)
+        if len(losses) == 2:
+            loss = T.combine_losses(losses["momentum"], losses["teacher"], alpha)
+        else:
+            (loss,) = losses.values()
+        return loss, {"loss": loss.detach(), **logs}
+
+
+def select_tokens(tokens: Tensor, mask: Mask, which: str) -> Tensor:
+    """Decoder tokens (B, 1 + L, W) where the loss is taken: masked (B, M, W), all (B, L, W), all+cls."""
+    if which == "all+cls":
+        return tokens
+    if which == "all":
+        return tokens[:, 1:]
+    if which != "masked":
+        raise InputError(f"target.tokens '{which}' is unknown: use masked, all or all+cls")
+    return tokens[:, 1:].gather(1, mask.ids_mask[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+class Guides(nn.Module):
+    """The two frozen networks: from full images to the mask and the targets of a step, without gradient."""
+
+    def __init__(
+        self,
+        mask: MaskConfig,
+        target: TargetConfig,
+        *,
+        teacher: Teacher | None,
+        grid: tuple[int, int],
+        patch_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        """mean, std: the student's normalisation, to show HOG the pixels themselves."""
+        super().__init__()
+        self.mask, self.target, self.teacher = mask, target, teacher
+        self.momentum: VisionTransformer | None = None
+        self.grid, self.patch_size = grid, patch_size
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def start_momentum(self, student: VisionTransformer) -> None:
+        """theta_hat := theta, at the switch of stages (spec O14)."""
+        self.momentum = copy.deepcopy(student).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update_momentum(self, student: VisionTransformer, m: float, skipped: Tensor | None = None) -> None:
+        """theta_hat <- m * theta_hat + (1 - m) * theta, after an optimizer step (spec 5.2).
+
+        skipped: 1.0 where that step was not taken (non-finite), 0.0 else, on the device: then nothing moves.
+        """
+        assert self.momentum is not None
+        slow = list(self.momentum.parameters())
+        fast = [p.detach() for p in student.parameters()]
+        if skipped is None:
+            torch._foreach_lerp_(slow, fast, 1.0 - m)
+        else:  # a tensor as weight keeps the decision on the device
+            weight = (1.0 - m) * (1.0 - skipped)
+            torch._foreach_lerp_(slow, fast, [weight] * len(slow))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        n_mask: int,
+        weights: Weights,
+        *,
+        teacher_images: Tensor | None = None,
+        random_mask: bool = False,
+        guided_share: float = 1.0,
+    ) -> tuple[Mask, dict[str, Tensor], dict[str, Tensor]]:
+        """The mask, the normalised targets by name, and numbers to log.
+
+        images (B, C, H, W) normalised; noise (B, noise_length) uniform; teacher_images: the same crop at the
+        teacher's size where it is cut from the photo again. random_mask: ignore attention at this step.
+        """
+        look = Looks(self, images, images if teacher_images is None else teacher_images)
+        logs: dict[str, Tensor] = {}
+        rule = "random" if random_mask and self.mask.rule in GUIDED else self.mask.rule
+        scores = self._scores(look, weights.mask, logs) if rule in GUIDED else None
+        mask = hide(
+            rule, n_mask, noise, self.grid, scores, temperature=self.mask.temperature,
+            guided_share=guided_share, hint_share=self.mask.hint_share, square_side=self.mask.square_side,
+        )  # fmt: skip
+        return mask, self._targets(look, mask, weights.loss, logs), logs
+
+    @torch.no_grad()
+    def maps(
+        self, images: Tensor, noise: Tensor, n_mask: int, weights: Weights, teacher_images: Tensor
+    ) -> tuple[dict[str, Tensor], Mask]:
+        """For pictures: the normalised map of each network there is (and their mixture), and the mask."""
+        look = Looks(self, images, teacher_images)
+        maps: dict[str, Tensor] = {}
+        for name, network in (("teacher", self.teacher), ("momentum", self.momentum)):
+            if network is not None:
+                raw, _ = look.attention(name, self.mask.heads)
+                maps[name] = raw / raw.sum(-1, keepdim=True)
+        if len(maps) == 2:
+            maps["collab"] = mix_attention(maps["momentum"], maps["teacher"], weights.mask)
+        mask, _, _ = self(images, noise, n_mask, weights, teacher_images=teacher_images)
+        return maps, mask
+
+    def _scores(self, look: "Looks", alpha: float, logs: dict[str, Tensor]) -> Tensor:
+        """Normalised attention that guides the mask (Eq. 3), on the student's grid."""
+        maps: dict[str, Tensor] = {}
+        for name, weight in shares(self.mask.source, alpha).items():
+            if weight > 0:
+                raw, mass = look.attention(name, self.mask.heads)
+                maps[name] = normalise_map(raw, self.mask.normalise)  # type: ignore[arg-type]
+                logs[f"class_mass_{name}"] = mass.mean()
+                logs[f"entropy_{name}"] = T.entropy(maps[name] / maps[name].sum(-1, keepdim=True))
+        if len(maps) == 1:
+            return next(iter(maps.values()))
+        count = max(1, maps["teacher"].shape[1] // 4)
+        logs["overlap"] = T.overlap(maps["teacher"], maps["momentum"], count)
+        mixed = mix_attention(maps["momentum"], maps["teacher"], alpha)
+        logs["entropy_collab"] = T.entropy(mixed / mixed.sum(-1, keepdim=True))
+        return mixed
+
+    def _targets(
+        self, look: "Looks", mask: Mask, alpha: float, logs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        ids = mask.ids_mask if self.target.tokens == "masked" else None
+        with_class = self.target.tokens == "all+cls"
+        if self.target.source in ("pixel", "hog"):
+            if with_class:
+                raise InputError("target.tokens all+cls needs a network as target: use masked or all")
+            raw = {self.target.source: self._image_target(look.images, ids)}
+        else:
+            raw = {
+                name: look.features(name, ids, with_class)
+                for name, weight in shares(self.target.source, alpha).items()
+                if weight > 0
+            }
+        for name, features in raw.items():
+            logs[f"spread_target_{name}"] = T.spread(features)
+        return {name: T.normalise_target(features, self.target.norm) for name, features in raw.items()}
+
+    def _image_target(self, images: Tensor, ids: Tensor | None) -> Tensor:
+        """Pixels of patches in MAE's order, or HOG of the unnormalised image; at hidden patches ids."""
+        if self.target.source == "pixel":
+            patches = T.patchify(images, self.patch_size)
+        else:
+            patches = hog_targets(images.float() * self.std + self.mean, self.patch_size)
+        return patches if ids is None else patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[-1]))
+
+
+def shares(source: str, alpha: float) -> dict[str, float]:
+    """Weight of each network: the momentum student alpha, the teacher 1 - alpha (Eqs. 3 and 4).
+
+    Raises InputError for an unknown source.
+    """
+    if source not in SOURCES:
+        raise InputError(f"'{source}' names no network: use {', '.join(SOURCES)}")
+    if source == "collab":
+        return {"teacher": 1.0 - alpha, "momentum": alpha}
+    return {source: 1.0}
+
+
+class Looks:
+    """Forward passes of the guides on one batch, each run at most once and only when something asks."""
+
+    def __init__(self, guides: Guides, images: Tensor, teacher_images: Tensor) -> None:
+        self.guides, self.images, self.teacher_images = guides, images, teacher_images
+        self.states: dict[str, BeforeLast] = {}
+
+    def state(self, name: str) -> BeforeLast:
+        """All but the last block of the named network."""
+        if name not in self.states:
+            if name == "teacher":
+                assert self.guides.teacher is not None
+                self.states[name] = self.guides.teacher.look(self.teacher_images)
+            else:
+                assert self.guides.momentum is not None
+                kept = self.guides.target.momentum_last_k - 1
+                self.states[name] = forward_to_last(self.guides.momentum, self.images, kept)
+        return self.states[name]
+
+    def attention(self, name: str, heads: str) -> tuple[Tensor, Tensor]:
+        """Raw map (B, L) and prefix mass (B,) of the named network."""
+        if name == "teacher":
+            assert self.guides.teacher is not None
+            return self.guides.teacher.attention(self.state(name), heads)
+        assert self.guides.momentum is not None
+        return attention_map(self.guides.momentum, self.state(name), heads)  # type: ignore[arg-type]
+
+    def features(self, name: str, ids: Tensor | None, class_token: bool) -> Tensor:
+        """Targets before normalisation, (B, N, D)."""
+        if name == "teacher":
+            assert self.guides.teacher is not None
+            return self.guides.teacher.features(self.state(name), ids, class_token)
+        assert self.guides.momentum is not None
+        run = mean_of_last if self.guides.target.momentum_last_k > 1 else finish
+        tokens = run(self.guides.momentum, self.state(name), ids)
+        return tokens if class_token else tokens[:, 1:]

@@ -1,0 +1,100 @@
+"""The light decoder: MAE's (default) and MILAN's prompting decoder (spec section 4)."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmt_mae.errors import InputError
+from cmt_mae.method.masking import Mask
+from cmt_mae.method.vit import gather_tokens, initialise, sincos_table
+
+
+@dataclass
+class DecoderConfig:
+    """The decoder that predicts targets at hidden patches."""
+
+    kind: str = "mae"
+    """mae (every token through every block) | prompting (MILAN: only hidden tokens are updated)."""
+    width: int = 512
+    """Token width."""
+    depth: int = 8
+    """Number of blocks, 0 or more."""
+    heads: int = 16
+    """Attention heads."""
+
+
+class Decoder(nn.Module):
+    """MAE's decoder without its last linear layer: latents of visible patches -> tokens at every place."""
+
+    def __init__(self, config: DecoderConfig, encoder_width: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        if config.kind not in ("mae", "prompting"):
+            raise InputError(f"decoder.kind '{config.kind}' is unknown: use mae or prompting")
+        if config.width % config.heads or config.width % 4:
+            raise InputError(
+                f"decoder.width {config.width} must be a multiple of 4 and of decoder.heads {config.heads}"
+            )
+        self.embed = nn.Linear(encoder_width, config.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(sincos_table(config.width, grid)[None], requires_grad=False)
+        block = PromptingBlock if config.kind == "prompting" else partial(Block, mlp_ratio=4.0, qkv_bias=True)
+        self.blocks = nn.ModuleList([block(config.width, config.heads) for _ in range(config.depth)])
+        self.norm = LayerNorm(config.width)
+        self.prompting = config.kind == "prompting"
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latents: Tensor, mask: Mask) -> Tensor:
+        """latents (B, 1 + K, D) with the class token first -> (B, 1 + L, width) after the norm, raster order."""
+        tokens = self._in_raster_order(self.embed(latents), mask) + self.pos_embed
+        if self.prompting:
+            return self.norm(self._prompt(tokens, mask))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def _in_raster_order(self, visible: Tensor, mask: Mask) -> Tensor:
+        """Put visible tokens at their places and the mask token at the others; class token first."""
+        batch, n_patches = mask.mask.shape
+        full = self.mask_token.to(visible.dtype).expand(batch, n_patches, -1)
+        places = mask.ids_keep[:, :, None].expand(-1, -1, visible.shape[-1])
+        return torch.cat([visible[:, :1], full.scatter(1, places, visible[:, 1:])], dim=1)
+
+    def _prompt(self, tokens: Tensor, mask: Mask) -> Tensor:
+        """Visible tokens stay as they are and only serve as keys and values (MILAN)."""
+        hidden = gather_tokens(tokens[:, 1:], mask.ids_mask)
+        places = 1 + mask.ids_mask[:, :, None].expand(-1, -1, tokens.shape[-1])
+        for block in self.blocks:
+            hidden = block(hidden, tokens, places)
+        return tokens.scatter(1, places, hidden)
+
+
+class PromptingBlock(nn.Module):
+    """A block that updates hidden tokens only: queries are hidden tokens, keys and values all tokens.
+
+    norm1 is applied to the hidden tokens; the fixed visible ones enter keys and values as they are.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, hidden: Tensor, fixed: Tensor, places: Tensor) -> Tensor:
+        """hidden (B, M, W), fixed (B, 1 + L, W) raster order, places (B, M, W) int64 -> (B, M, W)."""
+        asked = self.norm1(hidden)
+        keys, values = self.key_value(fixed.scatter(1, places, asked.to(fixed.dtype))).chunk(2, dim=-1)
+        query, keys, values = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(asked), keys, values)
+        )
+        mixed = F.scaled_dot_product_attention(query, keys, values)
+        hidden = hidden + self.proj(mixed.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(self.norm2(hidden))

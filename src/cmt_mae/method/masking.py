@@ -1,0 +1,201 @@
+"""From scores to hidden patches (spec section 2).
+
+Every rule is a pure function of attention maps and of uniform numbers that come with the sample: nothing
+depends on the rank, the loader worker or the number of processes. All counts are exact.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cmt_mae.errors import InputError
+
+Rule = Literal[
+    "random", "block", "square", "sampled_high", "high", "low", "hint", "sampled_visible", "mix_random"
+]
+RULES: tuple[str, ...] = (
+    "random", "block", "square", "sampled_high", "high", "low", "hint", "sampled_visible", "mix_random",
+)  # fmt: skip
+GUIDED: tuple[str, ...] = RULES[3:]
+BLOCKS = 64  # candidate rectangles of the block-wise rule; what they leave bare is filled at random
+SMALLEST = 1e-8
+
+
+@dataclass
+class Mask:
+    """Which patches are hidden, the same count in every image."""
+
+    ids_keep: Tensor
+    """(B, K) int64, visible patches in raster order."""
+    ids_mask: Tensor
+    """(B, M) int64, hidden patches in raster order."""
+    mask: Tensor
+    """(B, K + M) bool, True = hidden."""
+
+
+def count_masked(n_patches: int, ratio: float) -> int:
+    """Number of hidden patches M; the visible count is n * (1 - ratio) rounded half down.
+
+    0.75 of 196 is 147. Raises InputError unless at least one patch is hidden and one is visible.
+    """
+    if not 0.0 < ratio < 1.0:
+        raise InputError(f"mask.ratio {ratio} is impossible: give a share between 0 and 1, e.g. 0.75")
+    # ceil(x - 1/2) is round half down; the small term keeps 196 * (1 - 0.75) = 49.000000001 at 49
+    keep = int(-(-(n_patches * (1.0 - ratio) - 0.5 - 1e-6) // 1))
+    if not 0 < keep < n_patches:
+        raise InputError(
+            f"mask.ratio {ratio} of {n_patches} patches leaves {keep} visible: choose another ratio "
+            "or a larger image"
+        )
+    return n_patches - keep
+
+
+def noise_length(rule: str, n_patches: int) -> int:
+    """How many uniform numbers per sample a rule needs."""
+    return 2 * n_patches + (5 * BLOCKS if rule == "block" else 0)
+
+
+def hide(
+    rule: str,
+    n_mask: int,
+    noise: Tensor,
+    grid: tuple[int, int],
+    scores: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    hint_share: float = 0.1,
+    guided_share: float = 1.0,
+    square_side: int = 2,
+) -> Mask:
+    """Choose n_mask hidden patches an image.
+
+    noise: (B, noise_length) uniform in (0, 1). scores: (B, L) attention normalised to sum 1; needed by the
+    guided rules. temperature > 0: 1 = the law of the attention, larger = closer to random.
+    guided_share 0..1: share of the hidden patches that follows the attention (mix_random).
+    Raises InputError for unknown rules and for a guided rule without scores.
+    """
+    n_patches = grid[0] * grid[1]
+    uniform, second = noise[:, :n_patches], noise[:, n_patches : 2 * n_patches]
+    if rule in GUIDED and scores is None:
+        raise InputError(f"mask.rule '{rule}' follows attention: set mask.source to teacher, momentum or collab")
+    if rule == "random":
+        priority = uniform
+    elif rule == "block":
+        priority = block_priority(noise[:, 2 * n_patches :], grid, uniform)
+    elif rule == "square":
+        priority = square_priority(uniform, second, grid, square_side)
+    elif rule not in GUIDED:
+        raise InputError(f"mask.rule '{rule}' is unknown: use {', '.join(RULES)}")
+    else:
+        assert scores is not None
+        priority = _guided(rule, n_mask, scores, uniform, second, temperature, hint_share, guided_share)
+    return from_priority(priority, n_mask)
+
+
+def _guided(
+    rule: str,
+    n_mask: int,
+    scores: Tensor,
+    uniform: Tensor,
+    second: Tensor,
+    temperature: float,
+    hint_share: float,
+    guided_share: float,
+) -> Tensor:
+    if rule == "high":
+        return scores
+    if rule == "low":
+        return -scores
+    if rule == "hint":
+        return hint_priority(scores, uniform, n_mask, hint_share)
+    if rule == "sampled_high":
+        return perturbed(scores, uniform, temperature)
+    if rule == "sampled_visible":
+        return -perturbed(scores, uniform, temperature)
+    return mixed_priority(perturbed(scores, uniform, temperature), second, n_mask, guided_share)
+
+
+def from_priority(priority: Tensor, n_mask: int) -> Mask:
+    """Hide the n_mask patches of highest priority (B, L); ties go to the lower index."""
+    order = priority.argsort(dim=1, descending=True, stable=True)
+    ids_mask = order[:, :n_mask].sort(dim=1).values
+    ids_keep = order[:, n_mask:].sort(dim=1).values
+    mask = torch.zeros_like(priority, dtype=torch.bool).scatter_(1, ids_mask, True)
+    return Mask(ids_keep, ids_mask, mask)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel numbers from uniform ones in (0, 1)."""
+    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+
+
+def perturbed(scores: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """log(A) / tau + Gumbel: its order is drawing without replacement in proportion to A ** (1 / tau).
+
+    The same law as ``torch.multinomial`` (spec 2.3), and never fails on zeros.
+    """
+    return scores.float().clamp_min(SMALLEST).log() / temperature + gumbel(uniform.float())
+
+
+def hint_priority(scores: Tensor, uniform: Tensor, n_mask: int, share: float) -> Tensor:
+    """AttMask-Hint: the most attended patches are hidden but a few of the very top are revealed.
+
+    r = int(share * n_mask) random ones of the top int(share * L) are shown; the next r in line are hidden
+    instead, so the count stays (spec 2.3: 14 of the top 19 at 147 of 196).
+    """
+    n_patches = scores.shape[1]
+    top, revealed = int(share * n_patches), int(share * n_mask)
+    rank = scores.argsort(1, descending=True, stable=True).argsort(1)
+    draw = uniform.masked_fill(rank >= top, -1.0)
+    shown = draw.argsort(1, descending=True, stable=True)[:, : min(revealed, top, n_patches - n_mask)]
+    return (-rank.float()).scatter(1, shown, -float(2 * n_patches))
+
+
+def mixed_priority(guided: Tensor, uniform: Tensor, n_mask: int, share: float) -> Tensor:
+    """The first round(share * n_mask) hidden patches by attention, the rest at random (HPM's ramp)."""
+    n_guided = round(share * n_mask)
+    rank = guided.argsort(1, descending=True, stable=True).argsort(1)
+    return torch.where(rank < n_guided, 2.0, uniform)
+
+
+def square_priority(uniform: Tensor, second: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """SimMIM: squares of side x side patches are hidden whole; the last one is cut to the exact count."""
+    rows, columns = grid
+    cell_rows, cell_columns = -(-rows // side), -(-columns // side)
+    cells = uniform[:, : cell_rows * cell_columns].reshape(-1, cell_rows, cell_columns)
+    order = cells.flatten(1).argsort(1).argsort(1).reshape_as(cells).to(second.dtype)
+    spread = order.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :rows, :columns]
+    return spread.flatten(1) + second
+
+
+def block_priority(numbers: Tensor, grid: tuple[int, int], uniform: Tensor) -> Tensor:
+    """BEiT's block-wise rule, on the device and with an exact count.
+
+    Rectangles are drawn one after another (area 16 patches up to 40 % of the grid, aspect 0.3 to 1/0.3) and
+    hidden in this order; the one that passes the count is hidden in part, at random. (BEiT instead skips a
+    rectangle that would pass it.) numbers: (B, 5 * BLOCKS) uniform.
+    """
+    rows, columns = grid
+    area_u, aspect_u, top_u, left_u, _ = numbers.unflatten(1, (5, BLOCKS)).unbind(1)
+    largest = max(1.0, 0.4 * rows * columns)
+    smallest = min(16.0, largest)
+    area = smallest + area_u * (largest - smallest)
+    log_aspect = torch.log(torch.tensor(1 / 0.3)).item()
+    aspect = torch.exp((2 * aspect_u - 1) * log_aspect)
+    height = (area * aspect).sqrt().round().clamp(1, rows)
+    width = (area / aspect).sqrt().round().clamp(1, columns)
+    top = (top_u * (rows - height + 1)).floor()
+    left = (left_u * (columns - width + 1)).floor()
+    row = torch.arange(rows, device=numbers.device)[None, None, :, None]
+    column = torch.arange(columns, device=numbers.device)[None, None, None, :]
+    inside = (
+        (row >= top[..., None, None])
+        & (row < (top + height)[..., None, None])
+        & (column >= left[..., None, None])
+        & (column < (left + width)[..., None, None])
+    ).flatten(2)
+    drawn = torch.arange(BLOCKS, device=numbers.device)[None, :, None].expand_as(inside)
+    first = torch.where(inside, drawn, BLOCKS).amin(1)
+    return -first.to(uniform.dtype) + uniform

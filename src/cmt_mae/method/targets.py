@@ -1,0 +1,105 @@
+"""What is predicted, and the distance to it (spec section 3; paper Eqs. 1, 2 and 4)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmt_mae.errors import InputError
+
+Norm = Literal["layer_norm", "l2", "none", "mae"]
+Loss = Literal["mse", "smooth_l1", "cosine"]
+NORMS: tuple[str, ...] = ("layer_norm", "l2", "none", "mae")
+LOSSES: tuple[str, ...] = ("mse", "smooth_l1", "cosine")
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, p * p * C) in MAE's order: row, column, channel within a patch."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    grid = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of ``patchify``: (B, L, p * p * C) -> (B, C, H, W)."""
+    batch, rows, columns = patches.shape[0], grid[0], grid[1]
+    blocks = patches.reshape(batch, rows, columns, patch_size, patch_size, -1)
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch_size, columns * patch_size)
+
+
+def normalise_target(target: Tensor, norm: str) -> Tensor:
+    """Normalise targets (..., D) over channels, in fp32.
+
+    layer_norm: F.layer_norm without affine (biased variance, eps 1e-5), the default for features.
+    mae: MAE's normalised pixels (unbiased variance, eps 1e-6). l2: unit length (and the prediction too, see
+    ``distance``). none: as they are. Raises InputError for another name.
+    """
+    target = target.float()
+    if norm == "layer_norm":
+        return F.layer_norm(target, target.shape[-1:])
+    if norm == "mae":
+        mean = target.mean(-1, keepdim=True)
+        return (target - mean) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    if norm == "l2":
+        return F.normalize(target, dim=-1)
+    if norm == "none":
+        return target
+    raise InputError(f"target.norm '{norm}' is unknown: use {', '.join(NORMS)}")
+
+
+def distance(
+    prediction: Tensor, target: Tensor, *, loss: str = "mse", norm: str = "layer_norm", beta: float = 2.0,
+    reduce: str = "mean",
+) -> Tensor:  # fmt: skip
+    """L of Eqs. 1 and 2: mean over images and tokens of the distance between (B, N, D) and (B, N, D).
+
+    The target is normalised already; the prediction stays raw, except with norm ``l2`` where both have unit
+    length (then reduce ``sum`` is 2 - 2 cos). reduce: over channels, ``mean`` (default: two targets of other
+    widths weigh alike) or ``sum`` (the paper's squared norm, literally). smooth_l1: beta as data2vec (2).
+    cosine: 1 - cos. Returns a scalar in fp32. Raises InputError for another loss or reduction.
+    """
+    prediction = prediction.float()
+    if norm == "l2":
+        prediction = F.normalize(prediction, dim=-1)
+    if loss == "cosine":
+        return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+    if loss == "mse":
+        each = (prediction - target) ** 2
+    elif loss == "smooth_l1":
+        each = F.smooth_l1_loss(prediction, target, beta=beta, reduction="none")
+    else:
+        raise InputError(f"target.loss '{loss}' is unknown: use {', '.join(LOSSES)}")
+    if reduce == "mean":
+        return each.mean()
+    if reduce == "sum":
+        return each.sum(-1).mean()
+    raise InputError(f"target.reduce '{reduce}' is unknown: use mean or sum")
+
+
+def combine_losses(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """Eq. 4: L = alpha * L_s + (1 - alpha) * L_t."""
+    return alpha * student + (1 - alpha) * teacher
+
+
+def spread(features: Tensor) -> Tensor:
+    """Standard deviation of each channel over images and tokens, averaged: near 0 means collapse."""
+    return features.detach().float().flatten(0, -2).std(0).mean()
+
+
+@torch.no_grad()
+def entropy(attention: Tensor) -> Tensor:
+    """Entropy of maps (B, L) that sum to 1, as a share of the uniform map's; 1 = uniform. Mean over B."""
+    share = attention.clamp_min(1e-12)
+    return (-(share * share.log()).sum(-1) / torch.log(torch.tensor(float(share.shape[-1])))).mean()
+
+
+@torch.no_grad()
+def overlap(first: Tensor, second: Tensor, count: int) -> Tensor:
+    """Share of the ``count`` most attended patches that two maps (B, L) have in common."""
+    marks = [
+        torch.zeros_like(a, dtype=torch.bool).scatter_(1, a.topk(count, dim=1).indices, True)
+        for a in (first, second)
+    ]
+    return (marks[0] & marks[1]).float().sum(1).mean() / count

@@ -1,0 +1,270 @@
+"""A timm vision transformer as tokens: build it, encode visible patches, stop before the last block.
+
+The student is a plain timm ``VisionTransformer`` (so its weights load with ``timm.create_model``); the
+teacher may also be timm's ``Eva`` (DINOv3, EVA-02) or ``Beit`` (BEiT, data2vec).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cmt_mae.errors import InputError
+
+# width, depth, heads of the usual sizes; the timm name that carries them.
+PRESETS: dict[str, tuple[int, int, int, str]] = {
+    "micro": (128, 6, 4, "vit_tiny_patch16_224"),
+    "tiny": (192, 12, 3, "vit_tiny_patch16_224"),
+    "small": (384, 12, 6, "vit_small_patch16_224"),
+    "base": (768, 12, 12, "vit_base_patch16_224"),
+    "large": (1024, 24, 16, "vit_large_patch16_224"),
+}
+
+
+@dataclass
+class StudentConfig:
+    """The vision transformer that is trained."""
+
+    preset: str = "base"
+    """micro (width 128, depth 6) | tiny | small | base | large."""
+    img_size: list[int] = field(default_factory=lambda: [224])
+    """Input size in pixels: one number (square) or height and width."""
+    patch_size: int = 16
+    """Patch side in pixels; it must divide the input size."""
+    in_chans: int = 3
+    """Number of image channels, 1 or more."""
+    width: int | None = None
+    """Token width; overrides the preset."""
+    depth: int | None = None
+    """Number of blocks; overrides the preset."""
+    heads: int | None = None
+    """Attention heads; overrides the preset."""
+    pos_embed: str = "sincos"
+    """sincos (fixed, as MAE) | learned."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the student in pre-training (MAE: 0)."""
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if len(self.img_size) not in (1, 2) or min(self.img_size) < 1:
+            raise InputError(
+                f"student.img_size {self.img_size}: give one number or height and width, e.g. [224]"
+            )
+        return (self.img_size[0], self.img_size[-1])
+
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches. Raises InputError where the patch does not divide the size."""
+        height, width = self.size()
+        if self.patch_size < 1 or height % self.patch_size or width % self.patch_size:
+            raise InputError(
+                f"student.img_size {height}x{width} is not a multiple of student.patch_size "
+                f"{self.patch_size}: choose a size that is, e.g. "
+                f"{max(1, round(height / max(1, self.patch_size))) * max(1, self.patch_size)}"
+            )
+        return (height // self.patch_size, width // self.patch_size)
+
+    def architecture(self) -> tuple[str, dict[str, Any]]:
+        """Name and keywords with which ``timm.create_model`` builds this network."""
+        if self.preset not in PRESETS:
+            raise InputError(f"student.preset '{self.preset}' is unknown: use {', '.join(PRESETS)}")
+        if self.pos_embed not in ("sincos", "learned"):
+            raise InputError(f"student.pos_embed '{self.pos_embed}': use sincos or learned")
+        width, depth, heads, name = PRESETS[self.preset]
+        width, depth, heads = self.width or width, self.depth or depth, self.heads or heads
+        if width % heads:
+            raise InputError(
+                f"student.width {width} is not a multiple of student.heads {heads}: change one of them"
+            )
+        if width % 4 and self.pos_embed == "sincos":
+            raise InputError(f"student.width {width} is not a multiple of 4, as sincos positions need")
+        self.grid()
+        return name, {
+            "img_size": list(self.size()),
+            "patch_size": self.patch_size,
+            "in_chans": self.in_chans,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+        }
+
+
+def build_student(config: StudentConfig) -> VisionTransformer:
+    """A timm ViT with class token and no head, initialised as MAE does (spec section 4).
+
+    Raises InputError for unknown presets and sizes that do not divide.
+    """
+    _, kwargs = config.architecture()
+    vit = VisionTransformer(num_classes=0, drop_path_rate=config.drop_path, **kwargs)
+    initialise(vit)
+    nn.init.xavier_uniform_(vit.patch_embed.proj.weight.view(vit.embed_dim, -1))
+    nn.init.normal_(vit.cls_token, std=0.02)
+    if config.pos_embed == "sincos":
+        table = sincos_table(vit.embed_dim, config.grid())
+        vit.pos_embed = nn.Parameter(table[None], requires_grad=False)
+    else:
+        nn.init.normal_(vit.pos_embed, std=0.02)
+    return vit
+
+
+def initialise(module: nn.Module) -> None:
+    """MAE's start: every Linear xavier-uniform with zero bias, every LayerNorm 1 and 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+def sincos_table(width: int, grid: tuple[int, int], class_token: bool = True) -> Tensor:
+    """Fixed positions of MAE: (1 + rows * columns, width) fp32, or without the zero row of the class token.
+
+    The FIRST half of the channels encodes the column, each half is [sin | cos] (spec section 4; golden
+    values in section 12.2). ``width`` must be a multiple of 4.
+    """
+    rows, columns = grid
+    quarter = width // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64),
+        torch.arange(columns, dtype=torch.float64),
+        indexing="ij",
+    )
+    angles = [column.reshape(-1, 1) * omega, row.reshape(-1, 1) * omega]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    if class_token:
+        table = torch.cat([torch.zeros(1, width, dtype=torch.float64), table])
+    return table.float()
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens (B, N, D), ids (B, K) int64 -> (B, K, D)."""
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def encode_visible(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> Tensor:
+    """MAE's encoder: only visible patches enter the blocks.
+
+    images (B, C, H, W) normalised, ids_keep (B, K) -> latents (B, 1 + K, D) after the final norm, class
+    token first. Order: patch embedding, + position, drop hidden patches, prepend class token, blocks, norm.
+    """
+    tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+    tokens = gather_tokens(tokens, ids_keep)
+    class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+    tokens = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
+    return vit.norm(vit.blocks(vit.norm_pre(tokens)))
+
+
+@dataclass
+class BeforeLast:
+    """What a network knows just before its last block."""
+
+    tokens: Tensor
+    """(B, P + L, D): prefix tokens (class, registers), then patches."""
+    context: dict[str, Any]
+    """Keywords of the block: rotary embedding (Eva) or relative position bias (Beit)."""
+    earlier: list[Tensor]
+    """Outputs of the blocks before the last that were asked for, oldest first."""
+
+
+def forward_to_last(model: nn.Module, images: Tensor, keep_outputs: int = 0) -> BeforeLast:
+    """Run all blocks but the last on full images (B, C, H, W).
+
+    keep_outputs: how many outputs of the preceding blocks to keep (for the mean of the last K blocks).
+    Raises InputError for networks that are not timm's VisionTransformer, Eva or Beit.
+    """
+    tokens, context = _embed(model, images)
+    blocks = list(model.blocks)
+    earlier: list[Tensor] = []
+    for number, block in enumerate(blocks[:-1]):
+        tokens = block(tokens, **context)
+        if number >= len(blocks) - 1 - keep_outputs:
+            earlier.append(tokens)
+    return BeforeLast(tokens, context, earlier)
+
+
+def _embed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Patch embedding, prefix tokens and positions of the three families of timm."""
+    kind = type(model).__name__
+    tokens = model.patch_embed(images)
+    if kind == "VisionTransformer":
+        return model.norm_pre(model._pos_embed(tokens)), {}
+    if kind == "Eva":
+        if getattr(model, "rope_mixed", False):
+            raise InputError("a teacher with rotary positions that change with depth is not supported")
+        tokens, rope = model._pos_embed(tokens)
+        return model.norm_pre(tokens), {"rope": rope}
+    if kind == "Beit":
+        tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        if model.pos_embed is not None:
+            tokens = tokens + model.pos_embed
+        bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
+        return tokens, {"shared_rel_pos_bias": bias}
+    raise InputError(f"a network of kind {kind} has no token interface here: use a ViT, EVA or BEiT")
+
+
+def finish(model: nn.Module, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
+    """The last block and the final norm.
+
+    ids (B, K): patches to finish; the attention of the last block sees every token, but its MLP and the
+    final norm run on the class token and these patches only. None: all tokens.
+    Returns (B, P + K, D) or (B, P + L, D), prefix tokens first, after the final norm.
+    """
+    block, tokens = model.blocks[-1], state.tokens
+    tokens = tokens + _scaled(block, 1, block.attn(block.norm1(tokens), **_attn_context(state)))
+    if ids is not None:
+        prefix = num_prefix(model)
+        tokens = torch.cat([tokens[:, :prefix], gather_tokens(tokens[:, prefix:], ids)], dim=1)
+    tokens = tokens + _scaled(block, 2, block.mlp(block.norm2(tokens)))
+    return model.norm(tokens)
+
+
+def mean_of_last(model: nn.Module, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
+    """Mean of the raw outputs of the kept blocks and the last one (data2vec). Shapes as ``finish``."""
+    block, tokens = model.blocks[-1], state.tokens
+    last = block(tokens, **state.context)
+    mean = torch.stack([*state.earlier, last]).mean(0)
+    if ids is None:
+        return mean
+    prefix = num_prefix(model)
+    return torch.cat([mean[:, :prefix], gather_tokens(mean[:, prefix:], ids)], dim=1)
+
+
+def num_prefix(model: nn.Module) -> int:
+    """How many tokens stand before the patches (class token and registers)."""
+    return int(getattr(model, "num_prefix_tokens", 1))
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether token 0 is a class token. Never treat token 0 of another network as one (spec 1.4)."""
+    return getattr(model, "cls_token", None) is not None
+
+
+def grid_of(model: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of patches at the network's input size."""
+    rows, columns = model.patch_embed.grid_size
+    return int(rows), int(columns)
+
+
+def _attn_context(state: BeforeLast) -> dict[str, Any]:
+    return {name: value for name, value in state.context.items() if value is not None}
+
+
+def _scaled(block: nn.Module, part: int, update: Tensor) -> Tensor:
+    """Layer scale of the block, whichever of timm's two spellings it has; frozen networks drop no path."""
+    scale = getattr(block, f"ls{part}", None)
+    if scale is not None:
+        return scale(update)
+    gamma = getattr(block, f"gamma_{part}", None)
+    return update if gamma is None else gamma * update
+
+
+def count_parameters(modules: Sequence[nn.Module]) -> int:
+    """Number of parameters, fixed positions included (spec 12.1)."""
+    return sum(math.prod(p.shape) for module in modules for p in module.parameters())

@@ -1,0 +1,310 @@
+"""The pre-training loop, readable from top to bottom. Settings are in settings.py, one step in stepping.py."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from cmt_mae import assemble
+from cmt_mae.data.loader import eval_batches, pretrain_batches
+from cmt_mae.data.sources import Source, open_split
+from cmt_mae.errors import InputError, Stopped
+from cmt_mae.evaluate.online import OnlineProbe
+from cmt_mae.method.masking import noise_length
+from cmt_mae.report.pictures import attention_picture
+from cmt_mae.settings import INDIFFERENT, PretrainConfig
+from cmt_mae.stepping import Plan, Stepper, make_plan
+from cmt_mae.training.checkpoint import list_checkpoints, load_last, mark_best, rotate, save_checkpoint
+from cmt_mae.training.processes import any_process, make_accelerator
+from cmt_mae.training.progress import training_bar
+from cmt_mae.training.run_dir import RunDir, plain
+from cmt_mae.training.signals import StopRequest
+from cmt_mae.training.trackers import Trackers
+from cmt_mae.writing import as_backbone, save_student
+
+PICTURED = 6  # images in a picture of attention and mask
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Run, or continue, pre-training; returns the last metrics.
+
+    Writes the run directory ``config.out`` (design section 5). Raises InputError for what the user can mend
+    and Stopped when a signal asked for the end; both leave a checkpoint to continue from.
+    """
+    config.check()
+    accelerator = make_accelerator(config.runtime.device, config.precision)
+    source = open_split(config.data.path, "train")
+    plan = make_plan(config, len(source), accelerator.num_processes)
+    run = RunDir(config.out, plain(config), INDIFFERENT, writes=accelerator.is_main_process)
+    try:
+        return Training(config, accelerator, source, plan, run).run_to_the_end()
+    finally:
+        run.close()
+
+
+class Training:
+    """One process of a run."""
+
+    def __init__(
+        self, config: PretrainConfig, accelerator: Accelerator, source: Source, plan: Plan, run: RunDir
+    ) -> None:
+        self.config, self.accelerator, self.source, self.plan, self.run = config, accelerator, source, plan, run
+        self.stats = assemble.statistics(config, source)
+        teacher, self.teacher_backbone = assemble.build_teacher(config, self.stats)
+        self.crops = assemble.crop_settings(config, teacher)
+        self.stepper = Stepper(
+            config, accelerator, plan,
+            assemble.build_learner(config, teacher), assemble.build_guides(config, teacher, self.stats),
+        )  # fmt: skip
+        self.step, self.best = 0, -1.0
+        self.bad: dict[int, tuple[str, str]] = {}
+        self.last_row: dict[str, Any] = {}
+        self.since = time.perf_counter()
+
+    def run_to_the_end(self) -> dict[str, Any]:
+        """Resume or start, then step to the end."""
+        config, plan, runtime = self.config, self.plan, self.config.runtime
+        self.resume()
+        self.announce()
+        self.stepper.enter_stage(self.step)
+        batches = self.open_batches()
+        probe = OnlineProbe.open(runtime.probe_data)
+        main = self.accelerator.is_main_process
+        tracking = Trackers(self.run, runtime.tracker, plain(config), self.step)
+        bar = training_bar(runtime.progress and main)
+        with StopRequest() as stop, tracking, bar:
+            task = bar.add_task("", total=plan.total_steps, completed=self.step, images_per_step=config.batch_size)
+            self.since, self.stepper.waited = time.perf_counter(), 0.0
+            while self.step < plan.total_steps:
+                if self.step == plan.switch_step:
+                    self.stepper.enter_stage(self.step)
+                for index, name, reason in self.stepper.step(batches, self.step):
+                    self.bad.setdefault(index, (name, reason))
+                self.step += 1
+                if self.step % runtime.log_every == 0 or self.step == plan.total_steps:
+                    bar.update(task, description=describe(self.log(tracking), plan))
+                bar.update(task, completed=self.step)
+                if probe and self.falls_due(runtime.probe_every):
+                    self.measure(probe, tracking)
+                if self.falls_due(runtime.picture_every) or self.step in (plan.switch_step, plan.total_steps):
+                    self.picture()
+                asked = any_process(self.accelerator, stop.asked)
+                if asked or self.falls_due(runtime.checkpoint_every) or self.step == plan.total_steps:
+                    self.checkpoint()
+                if asked and self.step < plan.total_steps:
+                    raise Stopped(
+                        f"stopped at step {self.step} of {plan.total_steps}, checkpoint written in "
+                        f"{self.run.path}: run the same command to continue"
+                    )
+        return self.last_row
+
+    def open_batches(self) -> Any:
+        """Batches from the current step on, for this process."""
+        processes = self.accelerator.num_processes
+        return pretrain_batches(
+            self.source,
+            self.crops,
+            noise_length=noise_length(self.config.mask.rule, self.plan.n_patches),
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            micro_batch=self.plan.micro_batch,
+            rank=self.accelerator.process_index,
+            world=processes,
+            workers=assemble.worker_count(self.config.data.workers, processes),
+            start_step=self.step,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def falls_due(self, every: float) -> bool:
+        """Whether a thing done every so many epochs falls on this step; never for 0."""
+        steps = max(1, round(every * self.plan.steps_per_epoch))
+        return every > 0 and (self.step % steps == 0 or self.step == self.plan.total_steps)
+
+    def log(self, tracking: Trackers) -> dict[str, Any]:
+        """One line of metrics. Reading the meters is the only time the host waits for the device."""
+        means, nonfinite = self.stepper.meters.read()
+        names = sorted(means)
+        if self.accelerator.num_processes > 1:
+            vector = torch.tensor([means[n] for n in names], device=self.accelerator.device)
+            means = dict(zip(names, self.accelerator.reduce(vector, "mean").tolist(), strict=True))
+        every = self.config.runtime.log_every
+        steps = self.step % every or every
+        elapsed = time.perf_counter() - self.since
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / self.plan.steps_per_epoch, 4),
+            "stage": 1 if self.step <= self.plan.switch_step else 2,
+            "lr": self.stepper.optimizer.param_groups[0]["lr"],
+            **{name: means[name] for name in names},
+            "skipped_steps": round(means["skipped_steps"] * steps),
+            "images_per_second": round(steps * self.config.batch_size / elapsed, 1),
+            "data_wait_share": round(min(1.0, self.stepper.waited / elapsed), 4),
+            "peak_memory_gb": round(peak_memory(self.accelerator.device), 3),
+        }
+        self.since, self.stepper.waited = time.perf_counter(), 0.0
+        tracking.write(row)
+        self.last_row = row
+        self.check_numbers(nonfinite)
+        self.check_images()
+        return row
+
+    def check_numbers(self, nonfinite: dict[str, int]) -> None:
+        """Warn of skipped steps; raise InputError where they do not end."""
+        if nonfinite:
+            parts = ", ".join(f"{name} ({count})" for name, count in nonfinite.items())
+            self.say(f"warning: not finite in the steps before {self.step}, which were skipped: {parts}")
+        row = int(self.stepper.nonfinite_row.item())
+        if row >= self.config.runtime.max_nonfinite:
+            raise InputError(
+                f"{row} steps in a row up to step {self.step} had a loss or gradient that is not finite (first: "
+                f"{next(iter(nonfinite), 'gradient_norm')}); the last checkpoint in {self.run.path} is good: "
+                "lower optim.blr or set optim.clip"
+            )
+
+    def check_images(self) -> None:
+        """Name broken images in bad_images.txt; raise InputError where there are too many."""
+        found: list[tuple[int, tuple[str, str]]] = list(self.bad.items())
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        bad = dict(found)
+        if not bad:
+            return
+        if self.run.writes:
+            lines = [f"{name}\t{reason}\n" for _, (name, reason) in sorted(bad.items())]
+            (self.run.path / "bad_images.txt").write_text("".join(lines), encoding="utf-8")
+        seen = min(len(self.source), self.step * self.config.batch_size)
+        if len(bad) > self.config.data.max_bad * seen:
+            names = ", ".join(name for name, _ in list(bad.values())[:3])
+            raise InputError(
+                f"{len(bad)} of {seen} images cannot be read (first: {names}), more than data.max_bad "
+                f"{self.config.data.max_bad}: mend or delete them, all are named in "
+                f"{self.run.path / 'bad_images.txt'}"
+            )
+
+    def measure(self, probe: OnlineProbe, tracking: Trackers) -> None:
+        """k-NN accuracy of the student so far; the best checkpoint is marked."""
+        learner = self.stepper.learner
+        learner.eval()
+        accuracy = probe.measure(as_backbone(self.config, learner.student, self.stats), self.accelerator)
+        learner.train()
+        tracking.write({"step": self.step, "knn_top1": accuracy})
+        self.last_row["knn_top1"] = accuracy
+        if accuracy > self.best:
+            self.best = accuracy
+            self.checkpoint()
+            if self.run.writes:
+                mark_best(list_checkpoints(self.run.checkpoints)[-1])
+
+    def picture(self) -> None:
+        """Image, maps and mask of the first few images, centre crops."""
+        if not self.run.writes:
+            return
+        sizes = [self.config.student.size()] + ([self.crops.second_size] if self.crops.second_size else [])
+        shown = [
+            next(iter(eval_batches(self.source, size=s, channels=self.config.student.in_chans, batch_size=PICTURED)))[0]
+            for s in sizes
+        ]
+        device, stepper = self.accelerator.device, self.stepper
+        ready = [stepper.normalise(images.to(device)) for images in shown]
+        noise = torch.rand(
+            len(shown[0]), noise_length(self.config.mask.rule, self.plan.n_patches),
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )  # fmt: skip
+        weights = stepper.weights_at(max(0, self.step - 1))
+        maps, mask = stepper.guides.maps(ready[0], noise.to(device), self.plan.n_mask, weights, ready[-1])
+        path = self.run.path / "pictures" / f"attention_step_{self.step:08d}.png"
+        title = f"{self.run.path.name}, step {self.step}, rule {self.config.mask.rule}"
+        maps = {name: value.float().cpu() for name, value in maps.items()}
+        attention_picture(path, shown[0] / 255, maps, mask.mask.cpu(), self.config.student.grid(), title)
+
+    def checkpoint(self) -> None:
+        """Write everything that continuing needs, and the student alone; forget old checkpoints."""
+        if self.run.writes:
+            bad = {index: list(entry) for index, entry in self.bad.items()}
+            state = {"step": self.step, "best": self.best, "bad": bad, **self.stepper.state_dict()}
+            save_checkpoint(self.run.checkpoints, self.step, state)
+            every = round(self.config.runtime.keep_every * self.plan.steps_per_epoch)
+            kept = set(range(0, self.step + 1, every)) if every else set()
+            rotate(self.run.checkpoints, self.config.runtime.keep_last, kept)
+            save_student(self.run.path, self.config, self.stepper.learner.student, self.stats, self.facts(), "")
+            if self.stepper.guides.momentum is not None:
+                average = self.stepper.guides.momentum
+                save_student(self.run.path, self.config, average, self.stats, self.facts(), "_momentum")
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one, and write run.json."""
+        state = load_last(self.run.checkpoints)
+        facts = self.facts()
+        before = self.run.known_facts().get("data", {}).get("fingerprint")
+        if state is not None and before not in (None, facts["data"]["fingerprint"]):
+            raise InputError(
+                f"{self.config.data.path} no longer holds the images that {self.run.path} was started with: give "
+                "those, or another --out"
+            )
+        if self.run.writes:
+            self.run.write_facts({**facts, "plan": vars(self.plan)})
+            self.run.cut_metrics(state["step"] if state else -1)
+        if state is not None:
+            self.step, self.best = state["step"], state["best"]
+            self.bad = {int(index): (entry[0], entry[1]) for index, entry in state["bad"].items()}
+            self.stepper.load_state_dict(state)
+            rows = self.run.read_metrics()
+            self.last_row = rows[-1] if rows else {}
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json and the header of the backbone say."""
+        teacher, source = self.teacher_backbone, self.source
+        return {
+            "step": self.step,
+            "epochs": self.config.epochs,
+            "seed": self.config.seed,
+            "data": {"path": self.config.data.path, "images": len(source), "fingerprint": source.fingerprint()},
+            "teacher": None
+            if teacher is None
+            else {
+                "name": self.config.teacher.name,
+                "source": teacher.source,
+                "licence": teacher.licence,
+                "digest": teacher.digest,
+            },
+        }
+
+    def announce(self) -> None:
+        """What is about to run, once."""
+        config, plan = self.config, self.plan
+        if self.step:
+            self.say(f"continuing {self.run.path} at step {self.step} of {plan.total_steps}")
+        self.say(
+            f"{len(self.source)} images, {plan.total_steps} steps of {config.batch_size} (stage one: "
+            f"{plan.switch_step}), lr {config.optim.blr:g} x {config.batch_size}/256 = {plan.lr:g}, {plan.n_mask} of "
+            f"{plan.n_patches} patches hidden, {assemble.trainable(self.stepper.learner) / 1e6:.1f} M trainable "
+            f"parameters, {self.accelerator.device}, {self.accelerator.mixed_precision}, "
+            f"{self.accelerator.num_processes} process(es), seed {config.seed}"
+        )
+        if self.teacher_backbone is not None:
+            teacher = self.teacher_backbone
+            self.say(f"teacher: {teacher.source}; licence of its weights: {teacher.licence or 'not stated'}")
+
+    def say(self, text: str) -> None:
+        """One line on stderr, from the main process."""
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr)
+
+
+def describe(row: dict[str, Any], plan: Plan) -> str:
+    """Text of the progress bar."""
+    losses = " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in row.items() if n.startswith("loss_"))
+    return f"stage {row['stage']} epoch {row['epoch']:.1f}/{plan.total_steps / plan.steps_per_epoch:.0f} {losses}"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: of the GPU, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

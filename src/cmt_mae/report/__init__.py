@@ -1,0 +1,1 @@
+"""Pictures and pages from tensors, run directories and results; trains nothing."""

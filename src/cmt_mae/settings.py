@@ -1,0 +1,191 @@
+"""Settings of a pre-training run: the command line, the recipes and the Python interface are these names."""
+
+from dataclasses import dataclass, field
+
+from cmt_mae.errors import InputError
+from cmt_mae.method.cmtmae import MaskConfig, TargetConfig
+from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.teacher import TeacherConfig
+from cmt_mae.method.vit import StudentConfig
+
+# Settings below these prefixes do not affect results: they may change when a run is continued.
+INDIFFERENT = ("runtime.", "out", "data.path", "data.workers")
+
+
+@dataclass
+class DataConfig:
+    """The images."""
+
+    path: str = ""
+    """A folder, tar shards, parquet files, hf://owner/name, or a folder made by `cmt-mae pack`."""
+    scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    """Share of the photo's area that a random crop takes: least and most."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    crops: str = "random"
+    """random (new ones every epoch) | fixed (an image's crop never changes)."""
+    mean: list[float] = field(default_factory=list)
+    """Per channel, in 0..1; empty: ImageNet's for three channels, else measured on the data."""
+    std: list[float] = field(default_factory=list)
+    """Per channel, in 0..1; empty: as mean."""
+    max_bad: float = 0.01
+    """The run stops when a larger share of the images seen cannot be read."""
+    workers: int = -1
+    """Loader processes; -1: one for each core but one, at most 16; 0: in the main process."""
+
+
+@dataclass
+class MomentumConfig:
+    """The moving average of the student (momentum encoder)."""
+
+    start: float = 0.996
+    """m at the switch of stages, 0..1."""
+    end: float = 1.0
+    """m at the end."""
+    schedule: str = "cosine"
+    """cosine | linear | constant."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    blr: float = 1.5e-4
+    """Base learning rate: lr = blr * batch_size / 256."""
+    weight_decay: float = 0.05
+    """Not applied to biases and 1-D parameters."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Of AdamW."""
+    warmup_epochs: float = 40.0
+    """Linear from 0."""
+    min_lr: float = 0.0
+    """At the end of the cosine."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0: no limit."""
+
+
+@dataclass
+class RuntimeConfig:
+    """Settings that do not affect the result."""
+
+    device: str = "auto"
+    """auto | cpu | cuda | mps."""
+    micro_batch: int = 0
+    """Images a process takes at a time; 0: the whole share of batch_size. Gradients are accumulated."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: float = 1.0
+    """Epochs between checkpoints."""
+    keep_last: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: float = 0.0
+    """Keep for good a checkpoint every so many epochs; 0: none."""
+    picture_every: float = 0.0
+    """Epochs between pictures of attention and mask; 0: at the switch of stages and at the end."""
+    probe_data: str = ""
+    """A labelled folder with train and val: k-NN accuracy is logged while training."""
+    probe_every: float = 5.0
+    """Epochs between two k-NN measurements."""
+    max_nonfinite: int = 20
+    """So many steps in a row without a finite loss and gradient stop the run."""
+    tracker: str = "none"
+    """none | wandb: a further place for metrics (metrics.jsonl and tensorboard are always written)."""
+    progress: bool = True
+    """Show the progress bar."""
+
+
+@dataclass
+class PretrainConfig:
+    """Pre-train a vision transformer with CMT-MAE or one of its relatives."""
+
+    out: str = ""
+    """Run directory. The same command again continues the run in it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    momentum: MomentumConfig = field(default_factory=MomentumConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    epochs: float = 800.0
+    """Passes over the images, both stages together."""
+    stage1_share: float = 0.5
+    """Share of the epochs that stage one takes, 0..1."""
+    stage1_epochs: float | None = None
+    """Epochs of stage one; overrides stage1_share."""
+    batch_size: int = 4096
+    """Images an optimizer step, over all processes and accumulation."""
+    alpha: float = 0.3
+    """Weight of the momentum student in Eqs. 3 and 4, 0..1."""
+    alpha_mask: float | None = None
+    """Of Eq. 3 alone."""
+    alpha_loss: float | None = None
+    """Of Eq. 4 alone."""
+    alpha_ramp_epochs: float = 0.0
+    """alpha grows linearly over so many epochs of stage two; 0: constant, as the paper."""
+    precision: str = "auto"
+    """auto (bf16 on GPUs, else fp32) | bf16 | fp32."""
+    seed: int = 0
+    """Of weights, order, crops and masks."""
+    init_from: str = ""
+    """Start from a backbone (any that `evaluate` reads) or from a run directory (decoder and heads too)."""
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot work, before anything is loaded."""
+        if not self.data.path:
+            raise InputError("no images: give --data FOLDER (or tar shards, parquet, a packed folder)")
+        for name, value in (("alpha", self.alpha), ("alpha_mask", self.alpha_mask), ("alpha_loss", self.alpha_loss)):
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise InputError(f"{name} {value} is out of range: give a weight in 0..1")
+        if self.epochs <= 0 or self.batch_size < 1 or self.runtime.log_every < 1:
+            raise InputError("epochs, batch_size and runtime.log_every must be positive")
+        if not 0.0 <= self.stage1_share <= 1.0:
+            raise InputError(f"stage1_share {self.stage1_share} is out of range: give a share in 0..1")
+        if not 0.0 <= self.stage_one() <= self.epochs:
+            raise InputError(f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}")
+        if self.target.source not in ("pixel", "hog", "teacher", "momentum", "collab"):
+            raise InputError(
+                f"target.source '{self.target.source}' is unknown: use pixel, hog, teacher, momentum or collab"
+            )
+        if self.mask.source not in ("teacher", "momentum", "collab"):
+            raise InputError(f"mask.source '{self.mask.source}' is unknown: use teacher, momentum or collab")
+        if self.needs_momentum() and "momentum" in (self.target.source, self.mask_source()) and self.stage_one():
+            raise InputError(
+                "the momentum student alone guides this run, so there is no stage one: set stage1_epochs to 0"
+            )
+
+    def stage_one(self) -> float:
+        """Epochs of stage one; 0 where no momentum student takes part."""
+        if not self.needs_momentum():
+            return self.epochs
+        return self.epochs * self.stage1_share if self.stage1_epochs is None else self.stage1_epochs
+
+    def mask_source(self) -> str:
+        """Whose attention guides the mask, or "none" for rules without attention."""
+        return self.mask.source if self.mask.rule not in ("random", "block", "square") else "none"
+
+    def needs_momentum(self) -> bool:
+        """Whether a momentum student is ever run."""
+        mask = self.mask_source() == "momentum" or (self.mask_source() == "collab" and self.alpha_of("mask") > 0)
+        target = self.target.source == "momentum" or (
+            self.target.source == "collab" and self.alpha_of("loss") > 0
+        )
+        return mask or target
+
+    def needs_teacher(self) -> bool:
+        """Whether the teacher is ever run (in stage one it stands for the mixture)."""
+        two_stages = self.stage_one() > 0
+        mask = self.mask_source() == "teacher" or (
+            self.mask_source() == "collab" and (two_stages or self.alpha_of("mask") < 1)
+        )
+        target = self.target.source == "teacher" or (
+            self.target.source == "collab" and (two_stages or self.alpha_of("loss") < 1)
+        )
+        return mask or target
+
+    def alpha_of(self, part: str) -> float:
+        """alpha of Eq. 3 ("mask") or Eq. 4 ("loss")."""
+        own = self.alpha_mask if part == "mask" else self.alpha_loss
+        return self.alpha if own is None else own

@@ -1,0 +1,215 @@
+"""One optimizer step of CMT-MAE and everything that changes with it; the loop around it is in pretrain.py."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cmt_mae.data.loader import Batch
+from cmt_mae.errors import InputError
+from cmt_mae.method.cmtmae import Guides, Learner, Weights
+from cmt_mae.method.masking import count_masked
+from cmt_mae.settings import PretrainConfig
+from cmt_mae.training.meters import Meters
+from cmt_mae.training.optim import adamw
+from cmt_mae.training.schedules import learning_rate, momentum
+
+
+@dataclass
+class Plan:
+    """What the settings and the number of images make of each other."""
+
+    steps_per_epoch: int
+    total_steps: int
+    switch_step: int
+    """The first step of stage two; total_steps where there is none."""
+    n_patches: int
+    n_mask: int
+    lr: float
+    """Peak learning rate."""
+    micro_batch: int
+    """Images a process takes at a time."""
+    accumulation: int
+    """Micro-batches of an optimizer step."""
+
+
+def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
+    """Steps, switch of stages, hidden count, learning rate. Raises InputError where they do not work out."""
+    if n_images < config.batch_size:
+        raise InputError(
+            f"{config.data.path} has {n_images} images, fewer than --batch-size {config.batch_size}: "
+            f"lower it to {n_images} or less"
+        )
+    per_process, rest = divmod(config.batch_size, processes)
+    micro = config.runtime.micro_batch or per_process
+    if rest or per_process % micro:
+        raise InputError(
+            f"--batch-size {config.batch_size} cannot be split into {processes} process(es) with micro-batches "
+            f"of {micro}: make it a multiple of {processes * micro}"
+        )
+    rows, columns = config.student.grid()
+    steps_per_epoch = n_images // config.batch_size
+    total = max(1, round(config.epochs * steps_per_epoch))
+    switch = min(total, round(config.stage_one() * steps_per_epoch)) if config.needs_momentum() else total
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        switch_step=switch,
+        n_patches=rows * columns,
+        n_mask=count_masked(rows * columns, config.mask.ratio),
+        lr=config.optim.blr * config.batch_size / 256,
+        micro_batch=micro,
+        accumulation=per_process // micro,
+    )
+
+
+class Stepper:
+    """Learner, guides, optimizer and meters of one process."""
+
+    def __init__(
+        self, config: PretrainConfig, accelerator: Accelerator, plan: Plan, learner: Learner, guides: Guides
+    ) -> None:
+        self.config, self.accelerator, self.plan = config, accelerator, plan
+        self.device = accelerator.device
+        self.learner, self.guides = learner.to(self.device), guides.to(self.device)
+        self.optimizer = adamw(
+            self.learner, plan.lr, (config.optim.betas[0], config.optim.betas[1]), config.optim.weight_decay
+        )
+        self.meters = Meters(self.device)
+        self.nonfinite_row = torch.zeros((), device=self.device)
+        self.model: nn.Module = self.learner
+        self.waited = 0.0  # seconds spent waiting for images since somebody set it to 0
+
+    def enter_stage(self, step: int) -> None:
+        """At the start, on resume and at the switch: momentum student, heads that learn, wrapped model."""
+        in_two = step >= self.plan.switch_step
+        if in_two and self.guides.momentum is None:
+            self.guides.start_momentum(self.learner.student)
+        active = set(self.learner.heads)
+        if self.config.target.source == "collab":
+            alpha = self.config.alpha_of("loss") if in_two else 0.0
+            active = {name for name, on in (("teacher", alpha < 1), ("momentum", alpha > 0)) if on}
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.learner.activate(active)  # what DDP reduces is fixed when it wraps, so it wraps again
+        self.learner.train()
+        self.model = self.accelerator.prepare_model(self.learner)
+
+    def step(self, batches: Iterator[Batch], step: int) -> list[tuple[int, str, str]]:
+        """One optimizer step over all micro-batches, then the moving average; the broken images met."""
+        bad: list[tuple[int, str, str]] = []
+        epoch = step / self.plan.steps_per_epoch
+        # only drop path draws from torch's generator: tied to the step, it needs no place in checkpoints
+        torch.manual_seed(self.config.seed + 1_000_003 * step + self.accelerator.process_index)
+        optim = self.config.optim
+        lr = learning_rate(epoch, self.plan.lr, optim.warmup_epochs, self.config.epochs, optim.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for number in range(self.plan.accumulation):
+            begin = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - begin
+            bad += batch["bad"]
+            last = number == self.plan.accumulation - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.loss(batch, step)
+                self.accelerator.backward(loss / self.plan.accumulation)
+            finite = finite & torch.isfinite(loss.detach())
+        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), optim.clip or math.inf)
+        self.meters.add({"gradient_norm": norm})
+        skipped = self._skip_unless(finite & torch.isfinite(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.guides.momentum is not None:
+            self.guides.update_momentum(self.learner.student, self.momentum_at(step), skipped)
+        return bad
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """Mask and targets from the guides, loss from the learner; numbers into the meters."""
+        images, teacher_images = self.to_device(batch)
+        weights, mask_config = self.weights_at(step), self.config.mask
+        share = step / self.plan.total_steps
+        with self.accelerator.autocast():
+            mask, targets, logs = self.guides(
+                images,
+                batch["noise"].to(self.device, non_blocking=True),
+                self.plan.n_mask,
+                weights,
+                teacher_images=teacher_images,
+                random_mask=step < mask_config.random_until_epoch * self.plan.steps_per_epoch,
+                guided_share=mask_config.mix_random_start
+                + (mask_config.mix_random_end - mask_config.mix_random_start) * share,
+            )
+            loss, more = self.model(images, mask, targets, weights.loss)
+        self.meters.add({**more, **logs})
+        return loss
+
+    def to_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """uint8 to the device; flipped and normalised (for the student) there."""
+        flip = batch["flip"].to(self.device, non_blocking=True)[:, None, None, None]
+
+        def prepare(part: Tensor) -> Tensor:
+            images = part.to(self.device, non_blocking=True)
+            if self.config.data.flip:
+                images = torch.where(flip, images.flip(-1), images)
+            return self.normalise(images)
+
+        second = batch["second"]
+        return prepare(batch["images"]), None if second is None else prepare(second)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> fp32 with the student's mean and std."""
+        return (images.float() / 255 - self.guides.mean) / self.guides.std
+
+    def weights_at(self, step: int) -> Weights:
+        """alpha of Eqs. 3 and 4: 0 in stage one, then constant or (by choice) growing."""
+        done = step - self.plan.switch_step
+        if done < 0:
+            return Weights(0.0, 0.0)
+        ramp = self.config.alpha_ramp_epochs * self.plan.steps_per_epoch
+        share = min(1.0, (done + 1) / ramp) if ramp else 1.0
+        return Weights(share * self.config.alpha_of("mask"), share * self.config.alpha_of("loss"))
+
+    def momentum_at(self, step: int) -> float:
+        """m of the moving average at this step of stage two."""
+        share = (step - self.plan.switch_step) / max(1, self.plan.total_steps - self.plan.switch_step)
+        settings = self.config.momentum
+        return momentum(share, settings.start, settings.end, settings.schedule)
+
+    def _skip_unless(self, finite: Tensor) -> Tensor:
+        """Fused AdamW takes no step where ``found_inf`` is 1: decided on the device, on all ranks alike."""
+        skipped = 1.0 - finite.float()
+        if self.accelerator.num_processes > 1:
+            skipped = self.accelerator.reduce(skipped).clamp_max(1.0)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.nonfinite_row = (self.nonfinite_row + 1) * skipped
+        self.meters.add({"skipped_steps": skipped})
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continuing needs, as tensors and plain values."""
+        momentum_student = self.guides.momentum
+        return {
+            "learner": self.learner.state_dict(),
+            "momentum": None if momentum_student is None else momentum_student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meters": self.meters.state_dict(),
+            "nonfinite_row": float(self.nonfinite_row),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.learner.load_state_dict(state["learner"])
+        if state["momentum"] is not None:
+            self.guides.start_momentum(self.learner.student)
+            assert self.guides.momentum is not None
+            self.guides.momentum.load_state_dict(state["momentum"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.meters.load_state_dict(state["meters"])
+        self.nonfinite_row = torch.tensor(state["nonfinite_row"], device=self.device)

@@ -1,0 +1,1 @@
+"""What every training run needs and no method: run directory, checkpoints, signals, optimizer, schedules, meters."""

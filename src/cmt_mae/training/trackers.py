@@ -1,0 +1,51 @@
+"""Where metrics go: metrics.jsonl and tensorboard always, wandb when asked."""
+
+from types import TracebackType
+from typing import Any
+
+from cmt_mae.errors import InputError
+from cmt_mae.training.run_dir import RunDir
+
+
+class Trackers:
+    """Open while a run goes on; only the main process writes."""
+
+    def __init__(self, run: RunDir, tracker: str, settings: dict[str, Any], step: int) -> None:
+        """tracker: none | wandb. step: where the run goes on; later tensorboard entries are dropped."""
+        if tracker not in ("none", "wandb"):
+            raise InputError(f"runtime.tracker '{tracker}' is unknown: use none or wandb")
+        self.run, self.board, self.wandb = run, None, None
+        if not run.writes:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        if tracker == "wandb":
+            try:
+                import wandb
+            except ImportError as error:
+                raise InputError("runtime.tracker wandb needs the package: pip install 'cmt-mae[wandb]'") from error
+            self.wandb = wandb.init(dir=run.path, name=run.path.name, config=settings, resume="allow")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row with its step."""
+        if not self.run.writes:
+            return
+        self.run.append_metrics(row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        for name, value in numbers.items():
+            if self.board is not None:
+                self.board.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=row["step"])
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
