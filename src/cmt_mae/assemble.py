@@ -11,6 +11,7 @@ from cmt_mae.data.loader import CropSettings, channel_stats
 from cmt_mae.data.sources import Source
 from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner
+from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher
 from cmt_mae.method.vit import build_student
 from cmt_mae.settings import PretrainConfig
@@ -60,7 +61,7 @@ def build_learner(config: PretrainConfig, teacher: Teacher | None) -> Learner:
     pixels = config.student.patch_size**2 * config.student.in_chans
     widths = {
         "pixel": pixels,
-        "hog": hog_width(config),
+        "hog": hog_dim(config.student.patch_size, config.student.in_chans),
         "teacher": teacher.width if teacher is not None else 0,
         "momentum": int(student.embed_dim),
     }
@@ -70,17 +71,6 @@ def build_learner(config: PretrainConfig, teacher: Teacher | None) -> Learner:
     if config.init_from:
         start_from(learner, config)
     return learner
-
-
-def hog_width(config: PretrainConfig) -> int:
-    """Numbers of a patch's HOG target."""
-    if config.target.source != "hog":
-        return 0
-    from cmt_mae.method.hog import hog_targets
-
-    side = config.student.patch_size
-    height, width = config.student.size()
-    return int(hog_targets(torch.zeros(1, config.student.in_chans, height, width), side).shape[-1])
 
 
 def start_from(learner: Learner, config: PretrainConfig) -> None:

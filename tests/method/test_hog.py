@@ -168,6 +168,12 @@ def test_float32_under_autocast() -> None:
     assert hog_targets(image.bfloat16(), 16).dtype == torch.float32
 
 
+def test_channels_last_gives_the_same() -> None:
+    image = torch.rand(2, 3, 32, 48)
+    last = image.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(hog_targets(last, 16), hog_targets(image, 16))
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "word"),
     [

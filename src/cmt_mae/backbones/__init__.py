@@ -1,7 +1,8 @@
 """Any backbone by one name: loading, saving and exporting vision transformers."""
 
 from cmt_mae.backbones.backbone import Backbone
+from cmt_mae.backbones.export import ExportConfig, export
 from cmt_mae.backbones.load import load_backbone
 from cmt_mae.backbones.save import save_backbone
 
-__all__ = ["Backbone", "load_backbone", "save_backbone"]
+__all__ = ["Backbone", "ExportConfig", "export", "load_backbone", "save_backbone"]

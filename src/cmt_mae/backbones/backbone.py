@@ -53,7 +53,7 @@ class Backbone:
 
 
 def state_digest(state: dict[str, Tensor]) -> str:
-    """sha256 (hex) over names, types, shapes and bytes of a state dict, in sorted order of names."""
+    """sha256 (hex) over names, types, shapes and bytes of a state dict, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -63,8 +63,8 @@ def state_digest(state: dict[str, Tensor]) -> str:
 
 
 def backbone_digest(model: nn.Module, proj: Tensor | None) -> str:
-    """Digest of a backbone: its model's state dict, and CLIP's projection where there is one."""
+    """Digest of a backbone: its model's state dict in float32, and CLIP's projection if any."""
     state = dict(model.state_dict())
     if proj is not None:
         state["proj"] = proj
-    return state_digest(state)
+    return state_digest({k: v.float() if v.is_floating_point() else v for k, v in state.items()})

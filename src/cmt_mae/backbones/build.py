@@ -1,9 +1,8 @@
-"""From weights in timm's names to a timm model: sizes inferred, names checked, positions resized."""
+"""From weights in timm's names to a timm model: names checked, positions resized."""
 
 from __future__ import annotations
 
-import math
-import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,23 +11,36 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
+from timm.models import is_model_in_modules
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import Backbone, backbone_digest
+from cmt_mae.backbones.infer import pair
 from cmt_mae.errors import InputError
-
-# Widths whose heads are not 64 wide: So400m, ViT-H, ViT-g and ViT-G all have 16 heads.
-HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-
-# Plain ViTs that timm has under a name of their own: (width, depth, heads) -> size.
-PLAIN_SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base"}
-PLAIN_SIZES |= {(1024, 24, 16): "large", (1280, 32, 16): "huge"}
 
 MAX_PIXELS = 8192
 """Largest accepted side of an input image: a bound on what a hostile file can make us allocate."""
+
+
+# What a file may ask timm for. Everything else (checkpoint_path, pretrained_cfg, ...) could make
+# timm read or fetch other files, so a file that asks for it is refused.
+ALLOWED_KWARGS = frozenset(
+    """
+    img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias qk_norm init_values
+    class_token global_pool fc_norm use_fc_norm pos_embed no_embed_class reg_tokens num_reg_tokens
+    pre_norm final_norm dynamic_img_size dynamic_img_pad use_abs_pos_emb use_rel_pos_bias
+    use_shared_rel_pos_bias scale_mlp swiglu_mlp drop_path_rate
+    """.split()  # noqa: SIM905
+)
+
+
+VIT_MODULES = ("vision_transformer", "deit", "eva", "beit")
+"""Modules of timm with plain vision transformers."""
+
+TAKE = "take a timm VisionTransformer, Eva or Beit"
 
 
 @dataclass
@@ -48,36 +60,7 @@ class Weights:
     """Keys that the source's format is known to hold and that a backbone does not need."""
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one number or two."""
-    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    return height, width
-
-
-def create(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
-    """The timm model without head. InputError when timm refuses or it is no vision transformer."""
-    if not timm.is_model(architecture):
-        raise InputError(f"timm {timm.__version__} has no model '{architecture}'; update timm")
-    try:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        raise InputError(f"timm cannot build '{architecture}' with {kwargs}: {one_line(error)}") from error
-    require_vit(model, architecture)
-    return model
-
-
-def require_vit(model: nn.Module, name: str) -> None:
-    """InputError unless the model is one of timm's plain vision transformers."""
-    if not isinstance(model, (VisionTransformer, Eva, Beit)) or not hasattr(
-        model.patch_embed, "patch_size"
-    ):
-        raise InputError(
-            f"'{name}' is a {type(model).__name__}, not a plain vision transformer; "
-            "take a timm VisionTransformer, Eva or Beit"
-        )
-
-
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """An error's text on one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "..."
@@ -90,120 +73,44 @@ def some(names: Iterable[str], limit: int = 6) -> str:
     return ", ".join(ordered[:limit]) + more
 
 
-# --- sizes from shapes ---------------------------------------------------------------------------
+def plain_kwargs(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Sizes that a file asks timm for, with tuples for lists; InputError for anything but sizes."""
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    foreign = sorted(kwargs.keys() - ALLOWED_KWARGS)
+    plain = all(
+        isinstance(n, int | float | str | None)
+        for v in kwargs.values()
+        for n in (v if isinstance(v, tuple) else (v,))
+    )
+    if foreign or not plain:
+        raise InputError(
+            f"{where}: asks timm for more than sizes: {one_line(str(foreign or kwargs))}"
+        )
+    return kwargs
 
 
-def infer_vit(
-    state: dict[str, Tensor],
-    where: str,
-    *,
-    heads: int | None = None,
-    img_size: Sequence[int] | None = None,
-    clip: str | None = None,
-) -> tuple[str, dict[str, Any]]:
-    """Architecture and kwargs of a timm VisionTransformer from a state dict in timm's names.
-
-    `heads` is needed where heads are not 64 wide; `img_size` where the grid is not a square.
-    `clip` is the architecture to start from for CLIP (LayerNorm eps 1e-5, its activation).
-    Raises InputError that names `where` when shapes are missing or make no vision transformer.
-    """
-    conv = state.get("patch_embed.proj.weight")
-    if conv is None or conv.ndim != 4:
-        raise InputError(f"{where}: no patch_embed.proj.weight; this is not a vision transformer")
-    width, channels, patch_h, patch_w = conv.shape
-    blocks = [int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.norm1\.weight$", k))]
-    hidden = state.get("blocks.0.mlp.fc1.weight")
-    if not blocks or sorted(blocks) != list(range(len(blocks))) or hidden is None:
-        raise InputError(f"{where}: blocks.0 ... blocks.n are not complete; the file is damaged")
-    if heads is None:
-        heads = HEADS_OF_WIDTH.get(width) or width // 64
-    if heads < 1 or width % heads:
-        raise InputError(f"{where}: width {width} does not split into heads of 64; heads unknown")
-    patch: int | tuple[int, int] = patch_h if patch_h == patch_w else (patch_h, patch_w)
-    kwargs: dict[str, Any] = {
-        "patch_size": patch,
-        "in_chans": channels,
-        "embed_dim": width,
-        "depth": len(blocks),
-        "num_heads": heads,
-        "mlp_ratio": _mlp_ratio(width, hidden.shape[0]),
-    }
-    kwargs |= _prefix_and_positions(state, where, (patch_h, patch_w), img_size)
-    if "blocks.0.attn.qkv.bias" not in state:
-        kwargs["qkv_bias"] = False
-    if "blocks.0.attn.q_norm.weight" in state:
-        kwargs["qk_norm"] = True
-    if "blocks.0.ls1.gamma" in state:
-        kwargs["init_values"] = 1e-5  # any number: it makes the parameter, the file fills it
-    if "attn_pool.latent" in state:
-        kwargs["global_pool"] = "map"
-    elif "norm.weight" not in state:
-        kwargs["global_pool"] = "avg"  # fine-tuned on pooled tokens: fc_norm instead of norm
-    elif "cls_token" not in state:
-        kwargs |= {"global_pool": "avg", "fc_norm": False}
-    return clip or _base_architecture(state, kwargs), kwargs
+def create(architecture: str, kwargs: dict[str, Any], where: str) -> nn.Module:
+    """The timm model without head. InputError when timm refuses or it is no vision transformer."""
+    require_vit(architecture, where)
+    try:
+        model: nn.Module = timm.create_model(
+            architecture, pretrained=False, num_classes=0, **kwargs
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{where}: timm cannot build '{architecture}' with {kwargs}: {one_line(error)}"
+        ) from error
+    if not isinstance(model, VisionTransformer | Eva | Beit):
+        raise InputError(f"{where}: '{architecture}' is a {type(model).__name__}; {TAKE}")
+    return model
 
 
-def _base_architecture(state: dict[str, Tensor], kwargs: dict[str, Any]) -> str:
-    """The timm name that the kwargs are laid over; all of these have LayerNorm eps 1e-6, GELU."""
-    if "norm_pre.weight" in state:
-        return "vit_base_patch16_clip_224"
-    if "dist_token" in state:
-        return "deit_base_distilled_patch16_224"
-    fc1, fc2 = state["blocks.0.mlp.fc1.weight"], state["blocks.0.mlp.fc2.weight"]
-    if fc1.shape[0] == 2 * fc2.shape[1]:
-        return "vit_giant_patch14_dinov2"  # its SwiGLU cannot be asked for by a plain kwarg
-    size = PLAIN_SIZES.get((kwargs["embed_dim"], kwargs["depth"], kwargs["num_heads"]), "base")
-    named = f"vit_{size}_patch{kwargs['patch_size']}_224"
-    return named if timm.is_model(named) else "vit_base_patch16_224"
-
-
-def _mlp_ratio(width: int, hidden: int) -> float:
-    """A ratio with int(width * ratio) == hidden, in spite of rounding."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _prefix_and_positions(
-    state: dict[str, Tensor], where: str, patch: tuple[int, int], img_size: Sequence[int] | None
-) -> dict[str, Any]:
-    """Class token, registers, kind and size of the position table, as kwargs."""
-    kwargs: dict[str, Any] = {}
-    has_cls = "cls_token" in state
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    if not has_cls:
-        kwargs["class_token"] = False
-    if registers:
-        kwargs["reg_tokens"] = registers
-    table = state.get("pos_embed")
-    if table is None:
-        if img_size is None:
-            raise InputError(f"{where}: no pos_embed and no image size; give the image size")
-        return kwargs | {"pos_embed": "none", "img_size": pair(img_size)}
-    prefix = int(has_cls) + registers + int("dist_token" in state)
-    tokens = table.shape[-2]
-    for inside in (prefix, 0):  # is there a row for each prefix token, or for patches alone?
-        grid = _grid(tokens - inside, patch, img_size)
-        if grid is not None:
-            if inside == 0 and prefix:
-                kwargs["no_embed_class"] = True
-            return kwargs | {"img_size": (grid[0] * patch[0], grid[1] * patch[1])}
-    raise InputError(f"{where}: pos_embed has {tokens} rows, which is no square grid; size unknown")
-
-
-def _grid(
-    patches: int, patch: tuple[int, int], img_size: Sequence[int] | None
-) -> tuple[int, int] | None:
-    """The grid of a known image size if it has so many patches, else the square one, else None."""
-    if img_size is not None:
-        rows, columns = pair(img_size)[0] // patch[0], pair(img_size)[1] // patch[1]
-        if rows * columns == patches:
-            return rows, columns
-    side = math.isqrt(max(patches, 0))
-    return (side, side) if side and side * side == patches else None
-
-
-# --- another image size --------------------------------------------------------------------------
+def require_vit(architecture: str, where: str) -> None:
+    """InputError unless the name is that of one of timm's plain vision transformers."""
+    if not timm.is_model(architecture):
+        raise InputError(f"{where}: timm {timm.__version__} has no model '{architecture}'")
+    if not is_model_in_modules(architecture, VIT_MODULES):
+        raise InputError(f"{where}: '{architecture}' is no plain vision transformer; {TAKE}")
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -212,10 +119,10 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
     Bicubic, align_corners False, no antialias, as MAE does (spec section 10; util/pos_embed.py).
     """
     prefix = table.shape[1] - old[0] * old[1]
-    head, grid = table[:, :prefix], table[:, prefix:]
-    grid = grid.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
+    head, grid = table[:, :prefix].float(), table[:, prefix:].float()
+    grid = grid.reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([head.float(), grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def _resized(
@@ -224,46 +131,46 @@ def _resized(
     old: tuple[int, int],
     new: tuple[int, int],
 ) -> dict[str, Tensor]:
-    """State with position tables brought from the old grid to the new one (as `target` wants)."""
+    """State with its tables of positions brought from the old grid to the new one."""
+    if old == new:
+        return state
     out = dict(state)
-    for name, tensor in state.items():
-        if name not in target or tensor.shape == target[name].shape and old == new:
-            continue
-        if name == "pos_embed":
-            out[name] = resize_positions(tensor, old, new)
+    for name in state.keys() & target.keys():
+        if name == "pos_embed" and state[name].shape[1] >= old[0] * old[1]:
+            out[name] = resize_positions(state[name], old, new)
         elif name.endswith("relative_position_bias_table"):
-            if old[0] != old[1]:
-                raise InputError("relative positions of a grid that is no square cannot be resized")
-            out[name] = resize_rel_pos_bias_table(tensor.float(), new, tuple(target[name].shape))
+            # BEiT's own way (geometric steps), which timm has; it holds for square grids
+            with warnings.catch_warnings():  # timm indexes in a way that torch warns of
+                warnings.simplefilter("ignore")
+                shape = tuple(target[name].shape)
+                out[name] = resize_rel_pos_bias_table(state[name].float(), new, shape)
     return out
-
-
-# --- weights -> model ----------------------------------------------------------------------------
 
 
 def check_keys(
     given: dict[str, Tensor], wanted: dict[str, Tensor], where: str, dropped: Sequence[str] = ()
 ) -> None:
-    """InputError that names every missing, unexpected or misshapen key (the first of each kind)."""
-    missing, unexpected = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+    """InputError that names every kind of key that does not fit: missing, unexpected, misshapen."""
     wrong = [
         f"{k} {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}"
         for k in given.keys() & wanted.keys()
         if given[k].shape != wanted[k].shape
     ]
-    parts = []
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("shape", wrong)):
-        if names:
-            parts.append(f"{len(names)} {label}: {some(names)}")
+    found = {
+        "missing": wanted.keys() - given.keys(),
+        "unexpected": given.keys() - wanted.keys(),
+        "of another shape": wrong,
+    }
+    parts = [f"{len(v)} {label}: {some(v)}" for label, v in found.items() if v]
     if parts:
-        known = f" (left out as known extras: {len(dropped)})" if dropped else ""
+        known = f" (besides {len(dropped)} known extras that were left out)" if dropped else ""
         raise InputError(f"{where}: weights do not fit the model; {'; '.join(parts)}{known}")
 
 
 def check_size(size: tuple[int, int], patch: tuple[int, int], where: str) -> None:
     """InputError unless the image size is sane and splits into whole patches."""
     if not all(0 < side <= MAX_PIXELS for side in size):
-        raise InputError(f"{where}: image size {size} is out of range 1..{MAX_PIXELS}")
+        raise InputError(f"{where}: image size {size[0]}x{size[1]} is not within 1..{MAX_PIXELS}")
     if size[0] % patch[0] or size[1] % patch[1]:
         raise InputError(
             f"{where}: image size {size[0]}x{size[1]} does not split into patches of "
@@ -271,36 +178,52 @@ def check_size(size: tuple[int, int], patch: tuple[int, int], where: str) -> Non
         )
 
 
+def _check_claims(weights: Weights, patches: int, where: str) -> None:
+    """InputError when the sizes asked of timm are far beyond the tensors: a hostile file."""
+    kwargs, state = weights.kwargs, weights.state
+    elements = sum(v.numel() for v in state.values())
+    rows = [v.shape[-2] for k, v in state.items() if "pos_embed" in k or "position_bias" in k]
+    try:
+        width, depth = int(kwargs.get("embed_dim", 1)), int(kwargs.get("depth", 1))
+        asked = depth * width * width * (4 + float(kwargs.get("mlp_ratio", 4)))
+    except (TypeError, ValueError, OverflowError):
+        asked = float("inf")
+    # slack for extras such as registers, and for networks without any table of positions
+    if not 0 < asked <= 2 * elements + 1000 or patches > max(rows, default=1 << 14):
+        raise InputError(f"{where}: the sizes it claims do not fit its tensors; it is damaged")
+
+
 def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) -> Backbone:
     """The timm model filled with the weights, at another image size if one is asked for."""
     native = pair(weights.kwargs["img_size"])
     size = native if img_size is None else pair(img_size)
-    patch = state_patch(weights.state, weights.kwargs)
+    conv = weights.state.get("patch_embed.proj.weight")
+    if conv is None or conv.ndim != 4:
+        raise InputError(f"{where}: no patch embedding; this is no vision transformer we know")
+    patch = pair(weights.kwargs.get("patch_size", tuple(conv.shape[-2:])))
     check_size(native, patch, where)
     check_size(size, patch, where)
+    _check_claims(weights, (native[0] // patch[0]) * (native[1] // patch[1]), where)
     kwargs = weights.kwargs | {"img_size": size}
     with torch.random.fork_rng(devices=[]):  # the random numbers of the init are not ours to spend
-        model = create(weights.architecture, kwargs)
-    target = model.state_dict()
+        model = create(weights.architecture, kwargs, where)
     old = (native[0] // patch[0], native[1] // patch[1])
     new = (size[0] // patch[0], size[1] // patch[1])
-    state = _resized(weights.state, target, old, new)
-    check_keys(state, target, where, weights.dropped)
+    state = _resized(weights.state, model.state_dict(), old, new)
+    check_keys(state, model.state_dict(), where, weights.dropped)
+    broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
+    if broken:
+        raise InputError(f"{where}: weights that are not finite: {some(broken)}; take another file")
     model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    return as_backbone(model, weights, kwargs)
+    return as_backbone(model, weights, kwargs, where)
 
 
-def state_patch(state: dict[str, Tensor], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Patch height and width, from kwargs or from the patch embedding's own shape."""
-    if "patch_size" in kwargs:
-        return pair(kwargs["patch_size"])
-    height, width = state["patch_embed.proj.weight"].shape[-2:]
-    return int(height), int(width)
-
-
-def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any]) -> Backbone:
-    """A finished model with its description; checks the number of channels of mean and std."""
+def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any], where: str) -> Backbone:
+    """A finished model with its description."""
     model.float().eval()
+    channels = int(model.patch_embed.proj.weight.shape[1])  # type: ignore[union-attr, index]
+    if len(weights.mean) != channels or len(weights.std) != channels:
+        raise InputError(f"{where}: {channels} channels, but mean for {len(weights.mean)}")
     proj = None if weights.proj is None else weights.proj.detach().float().contiguous()
     return Backbone(
         model=model,
@@ -314,5 +237,5 @@ def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any]) -> B
         licence=weights.licence,
         digest=backbone_digest(model, proj),
         has_cls=getattr(model, "cls_token", None) is not None,
-        prefix_tokens=int(getattr(model, "num_prefix_tokens")),  # noqa: B009 (nn.Module in types)
+        prefix_tokens=int(model.num_prefix_tokens),  # type: ignore[arg-type]
     )

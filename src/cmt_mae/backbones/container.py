@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import pathlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from cmt_mae.backbones.build import one_line, some
+from cmt_mae.backbones.torchscript import is_torchscript, read_torchscript
 from cmt_mae.errors import InputError
 
-SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar"}
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 MAX_JSON = 1 << 20
-"""A config.json of more bytes than this is not one."""
+"""A configuration of more bytes than this is none."""
+
+# Settings and scores that training scripts leave beside their weights: they carry data, no code.
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.dtype,
+    np.ndarray,
+    np.float64(0).__reduce__()[0],  # numpy's rebuild function of single numbers
+    *(type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
+]
 
 
 @dataclass
@@ -29,11 +43,11 @@ class Container:
     """What one file holds: `tree` maps names to tensors, or to dicts of them one level down."""
 
     path: Path
-    tree: Mapping[str, Any]
+    tree: Mapping[Any, Any]
     metadata: dict[str, str] = field(default_factory=dict)
     """The safetensors header."""
     torchscript: bool = False
-    """An archive of torch.jit.save, as OpenAI's CLIP files are."""
+    """It is an archive of torch.jit.save, as OpenAI's CLIP files are."""
     config: dict[str, Any] = field(default_factory=dict)
     """config.json beside it (Hugging Face, timm), empty if none."""
     preprocessor: dict[str, Any] = field(default_factory=dict)
@@ -44,61 +58,60 @@ class Container:
 
 def read_container(path: Path) -> Container:
     """Read a file of weights. InputError with one line when it is missing, damaged or hostile."""
-    from cmt_mae.backbones.torchscript import is_torchscript, read_torchscript
-
     if path.suffix == ".npz":
         raise InputError(f"{path}: .npz (JAX) weights are not read; take timm's conversion by name")
     if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: not a file of weights; known are {', '.join(sorted(SUFFIXES))}")
+        raise InputError(f"{path}: no file of weights; known endings: {', '.join(SUFFIXES)}")
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty; copy or download it again")
         if path.suffix == ".safetensors":
-            tree, metadata = read_safetensors(path)
-            container = Container(path, tree, metadata)
+            container = Container(path, *read_safetensors(path))
         elif is_torchscript(path):
             container = Container(path, read_torchscript(path), torchscript=True)
         else:
             container = Container(path, read_torch(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
-    folder = path.parent
-    container.config = read_json(folder / "config.json")
-    container.preprocessor = read_json(folder / "preprocessor_config.json")
-    container.open_clip = read_json(folder / "open_clip_config.json")
+    container.config = read_json(path.parent / "config.json")
+    container.preprocessor = read_json(path.parent / "preprocessor_config.json")
+    container.open_clip = read_json(path.parent / "open_clip_config.json")
     return container
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a .safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in list(file.keys())}, (
+                file.metadata() or {}
+            )
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path}: damaged or no safetensors file ({one_line(error)}); copy or download it again"
         ) from error
 
 
-def read_torch(path: Path) -> Mapping[str, Any]:
-    """The dict in a torch.save file, by torch.load(weights_only=True) and nothing else.
-
-    Settings that training scripts leave beside their weights (argparse.Namespace, numpy numbers)
-    are let in: they carry data and no code.
-    """
-    harmless: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, _numpy_scalar()]
-    harmless += [type(np.dtype(t)) for t in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+def read_torch(path: Path) -> Mapping[Any, Any]:
+    """The dict in a torch.save file, by torch.load(weights_only=True) and nothing else."""
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.serialization.safe_globals(harmless))
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; what matters is raised
             tree = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        reason = _asked_for(error)
+        if reason:
+            raise InputError(
+                f"{path}: refused, it holds more than weights and could run code ({reason}); "
+                "save its state dict as safetensors where you trust it"
+            ) from error
         raise InputError(
-            f"{path}: refused, it asks to run code or holds more than weights "
-            f"({_refusal(error)}); save its state dict with safetensors"
+            f"{path}: damaged or no file of weights; copy or download it again"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-            zipfile.BadZipFile, UnicodeDecodeError, AssertionError) as error:
+    except (
+        OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+        AssertionError, zipfile.BadZipFile, MemoryError, OverflowError,
+    ) as error:  # fmt: skip
         raise InputError(
             f"{path}: damaged or no torch file ({one_line(error)}); copy or download it again"
         ) from error
@@ -107,24 +120,17 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _numpy_scalar() -> Any:
-    """numpy's rebuild function of single numbers; it moved in numpy 2."""
-    core = getattr(np, "_core", None) or np.core
-    return core.multiarray.scalar
-
-
-def _refusal(error: BaseException) -> str:
-    """The telling part of torch's many lines: what was asked for."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    for line in lines:
-        for mark in ("Unsupported global:", "Unsupported operand", "Unsupported class"):
+def _asked_for(error: BaseException) -> str:
+    """What the pickle wanted, out of torch's many lines; "" when it is merely unreadable."""
+    for line in str(error).splitlines():
+        for mark in ("Unsupported global:", "Trying to", "Unsupported class", "Can only"):
             if mark in line:
-                return one_line(ValueError(line[line.index(mark) :].split(" was not")[0]))
-    return one_line(ValueError(lines[0] if lines else "no reason given"))[:120]
+                return one_line(line[line.index(mark) :])[:100]
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object, {} when there is no such file. InputError when it is none."""
+    """A small JSON object, {} when there is no such file or it is no object."""
     if not path.is_file():
         return {}
     try:
@@ -136,28 +142,45 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def tensors_of(tree: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
-    """The entries of a dict that are tensors under a name (floats and integers alike)."""
-    return {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+def tensors_of(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The entries that are tensors under a name; InputError when one claims more than it holds."""
+    tensors = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.is_sparse or tensor.is_quantized or tensor.is_meta:
+            raise InputError(f"{path}: '{name}' is no plain tensor; save the weights as plain ones")
+        if math.prod(tensor.shape) * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(
+                f"{path}: '{name}' claims shape {tuple(tensor.shape)}, more than it holds"
+            )
+    return tensors
 
 
-def choose(container: Container, key: str | None, order: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The tensors of one entry of a nested file: the one asked for, else the first of `order`.
+def choose(
+    container: Container, key: str | None, order: tuple[str, ...]
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of one entry of a nested file, and the entry's name ("" for a flat file).
 
-    A flat file of tensors is its own only entry. InputError lists the entries when there is none.
+    `key` asks for an entry; without it the first of `order` that is there is taken, else the file
+    itself. A key that is no entry may be the first part of names in it (MoCo v3's
+    "momentum_encoder"); then those are taken, without that part. InputError lists what there is.
     """
-    tree = container.tree
-    nested = {k: v for k, v in tree.items() if isinstance(v, Mapping) and tensors_of(v)}
-    if key is not None:
-        if key not in nested:
-            found = some(str(k) for k in nested) or "none, it is one flat dict"
-            raise InputError(f"{container.path}: no entry '{key}'; its entries are: {found}")
-        return tensors_of(nested[key])
-    for name in order:
-        if name in nested:
-            return tensors_of(nested[name])
-    flat = tensors_of(tree)
-    if not flat:
-        found = some(str(k) for k in tree) or "nothing"
-        raise InputError(f"{container.path}: no weights found; it holds: {found}")
-    return flat
+    tree, path = container.tree, container.path
+    entries = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Mapping)}
+    if key in entries:
+        return _only_tensors(entries[key], path), key
+    name = next((n for n in order if n in entries), "")
+    tensors = _only_tensors(entries[name] if name else tree, path)
+    if key is None:
+        return tensors, name
+    for prefix in (f"{key}.", f"module.{key}."):
+        part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if part:
+            return part, key
+    raise InputError(f"{path}: no entry '{key}'; there is {some(entries) or 'one flat dict'}")
+
+
+def _only_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    tensors = tensors_of(tree, path)
+    if not tensors:
+        raise InputError(f"{path}: no weights in it; it holds: {some(map(str, tree)) or 'nothing'}")
+    return tensors

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlparse
 
 import timm
 
 from cmt_mae.backbones.backbone import Backbone
-from cmt_mae.backbones.build import Weights, as_backbone, build, check_size, create, one_line, pair
-from cmt_mae.backbones.build import require_vit
+from cmt_mae.backbones.build import (
+    VIT_MODULES,
+    Weights,
+    as_backbone,
+    build,
+    check_size,
+    create,
+    one_line,
+    require_vit,
+)
+from cmt_mae.backbones.clip import check_tower, quickgelu_name
 from cmt_mae.backbones.container import read_container
 from cmt_mae.backbones.formats import read_foreign
+from cmt_mae.backbones.infer import pair
 from cmt_mae.backbones.save import HEADER, read_ours
 from cmt_mae.errors import InputError
 
 EMBEDDED = Path(__file__).parent.parent / "teachers" / "embedded.safetensors"
 RUN_FILES = {None: "backbone.safetensors", "momentum": "backbone_momentum.safetensors"}
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
-FOLDER_FILES += ("open_clip_pytorch_model.bin",)
+FOLDER_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+UNEXPECTED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def load_backbone(
@@ -43,7 +62,7 @@ def load_backbone(
     `img_size` (one side, or height and width) brings the positions to another size by bicubic
     resizing. `key` takes another entry of a file with several, e.g. "student" of DINO's.
     Raises InputError in one line when there is no such thing, or it is damaged, hostile, or its
-    keys are not exactly those its format is known to hold.
+    names are not exactly those that its kind is known to hold.
     """
     if name == "embedded":
         if not EMBEDDED.is_file():
@@ -56,23 +75,25 @@ def load_backbone(
         return from_folder(path, img_size, key)
     if path.exists():
         return from_file(path, img_size, key)
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise InputError(f"'{name}': no such file, run directory or timm model{hint}")
     return from_timm(name, img_size, key, pretrained)
 
 
 def from_file(path: Path, img_size: int | Sequence[int] | None, key: str | None) -> Backbone:
     """A backbone from one file of weights."""
     container = read_container(path)
-    if HEADER in container.metadata:
-        if key is not None:
-            raise InputError(f"{path}: holds one backbone; it has no entry '{key}'")
-        weights = read_ours(container)
-    else:
-        weights = read_foreign(container, key, None if img_size is None else pair(img_size))
-    return build(weights, img_size, str(path))
+    if HEADER in container.metadata and key is not None:
+        raise InputError(f"{path}: holds one backbone; it has no entry '{key}'")
+    try:
+        ours = HEADER in container.metadata
+        weights = read_ours(container) if ours else read_foreign(container, key)
+        backbone = build(weights, img_size, str(path))
+    except UNEXPECTED as error:
+        # a file may hold any shapes, and a config.json beside it any values
+        raise InputError(
+            f"{path}: shapes or configuration are those of no network we know ({one_line(error)})"
+        ) from error
+    check_tower(backbone.model, backbone.architecture, str(path))
+    return backbone
 
 
 def from_folder(path: Path, img_size: int | Sequence[int] | None, key: str | None) -> Backbone:
@@ -87,7 +108,7 @@ def from_folder(path: Path, img_size: int | Sequence[int] | None, key: str | Non
     for candidate in FOLDER_FILES:
         if (path / candidate).is_file():
             return from_file(path / candidate, img_size, key)
-    raise InputError(f"{path}: neither a run directory nor a folder with {' or '.join(FOLDER_FILES)}")
+    raise InputError(f"{path}: no run directory, and none of {', '.join(FOLDER_FILES)} in it")
 
 
 def from_timm(
@@ -96,14 +117,16 @@ def from_timm(
     """A backbone by timm name, with the weights that timm has for it or with fresh ones."""
     if key is not None:
         raise InputError(f"'{name}': a timm model has one set of weights; leave out key '{key}'")
-    if not timm.is_model(name):
-        raise InputError(f"timm {timm.__version__} has no model '{name}'")
     architecture = name.split(".", 1)[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(name, timm.list_models(module=list(VIT_MODULES)), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise InputError(f"'{name}': no such file, run directory or timm model{hint}")
+    require_vit(architecture, name)
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise InputError(f"'{name}': {one_line(error)}") from error
-    refuse_wrong_activation(name)
     if cfg is None:
         raise InputError(f"'{name}': timm does not say how its input is normalised")
     weights = Weights(
@@ -112,49 +135,62 @@ def from_timm(
         kwargs={"img_size": pair(cfg.input_size[1:])},
         mean=tuple(cfg.mean),
         std=tuple(cfg.std),
-        source=f"timm {name}" + ("" if pretrained else " (random weights)"),
+        source=f"timm {name}",
         licence=cfg.license,
     )
-    if not pretrained:
-        return _fresh(weights, img_size)
+    return _published(name, weights, img_size) if pretrained else _fresh(name, weights, img_size)
+
+
+def _published(name: str, weights: Weights, img_size: int | Sequence[int] | None) -> Backbone:
+    """The weights that timm has under this name, from the cache or the hub."""
+    right = quickgelu_name(name)
+    if right is not None:
+        raise InputError(f"'{name}': these weights need QuickGELU; take '{right}'")
     try:
-        model = timm.create_model(name, pretrained=True)
+        with _offline_if_unreachable():
+            model = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds when there is no network
         raise InputError(
-            f"'{name}': no weights; not in the local cache and not to be had from the network "
-            f"({one_line(error)}); give a file instead"
+            f"'{name}': no weights in the local cache and none to be had from the hub "
+            f"({one_line(error)}); go online once, or give a file"
         ) from error
-    require_vit(model, name)
     state = {k: v.detach() for k, v in model.state_dict().items()}
-    head = [state.pop(k) for k in ("head.weight", "head.bias") if k in state]
-    if "_clip_" in architecture and len(head) == 2 and not head[1].any():
-        weights.proj = head[0]  # a trained classifier has a bias, the projection has none
-    return build(replace(weights, state=state), img_size, name)
+    head, bias = state.pop("head.weight", None), state.pop("head.bias", None)
+    state = {k: v for k, v in state.items() if not k.startswith("head")}
+    if "_clip_" in name and head is not None and (bias is None or not bias.any()):
+        weights = replace(weights, proj=head)  # a classifier has a bias, the projection has none
+    backbone = build(replace(weights, state=state), img_size, name)
+    check_tower(backbone.model, backbone.architecture, name)
+    return backbone
 
 
-def _fresh(weights: Weights, img_size: int | Sequence[int] | None) -> Backbone:
+def _fresh(name: str, weights: Weights, img_size: int | Sequence[int] | None) -> Backbone:
     """Random weights at the size asked for."""
     size = pair(weights.kwargs["img_size"] if img_size is None else img_size)
+    check_size(size, (1, 1), name)
     kwargs = weights.kwargs | {"img_size": size}
-    check_size(size, (1, 1), weights.source)
-    model = create(weights.architecture, kwargs)
-    check_size(size, pair(model.patch_embed.patch_size), weights.source)
-    weights.licence = None
-    return as_backbone(model, weights, kwargs)
+    model = create(weights.architecture, kwargs, name)
+    check_size(size, pair(model.patch_embed.patch_size), name)  # type: ignore[union-attr, arg-type]
+    source = f"{weights.source} (random weights)"
+    return as_backbone(model, replace(weights, source=source, licence=None), kwargs, name)
 
 
-def refuse_wrong_activation(name: str) -> None:
-    """InputError for CLIP weights trained with QuickGELU under timm's name with plain GELU.
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Tell the hub's client to look in its cache alone when the hub has no address here.
 
-    timm lists e.g. `vit_base_patch16_clip_224.openai` beside `vit_base_patch16_clip_quickgelu_224
-    .openai`: the same weights, but only the second computes what they were trained for.
+    Without it a machine with no network waits through a minute of retries.
     """
-    architecture, _, tag = name.partition(".")
-    right = architecture.replace("_clip_", "_clip_quickgelu_")
-    if "quickgelu" in architecture or right == architecture or not timm.is_model(right):
-        return
-    if not tag:
-        cfg = timm.get_pretrained_cfg(architecture)
-        tag = "" if cfg is None else str(cfg.tag or "")
-    if f"{right}.{tag}" in timm.list_pretrained(f"{right}.*"):
-        raise InputError(f"'{name}': these weights need QuickGELU; take '{right}.{tag}'")
+    from huggingface_hub import constants
+
+    proxied = any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    before = constants.HF_HUB_OFFLINE
+    if not proxied:
+        try:
+            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

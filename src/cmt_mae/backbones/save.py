@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,37 +13,42 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from cmt_mae.backbones.backbone import backbone_digest
-from cmt_mae.backbones.build import MAX_PIXELS, Weights, one_line, pair
-from cmt_mae.backbones.container import Container
+from cmt_mae.backbones.backbone import backbone_digest, state_digest
+from cmt_mae.backbones.build import Weights, one_line, plain_kwargs
+from cmt_mae.backbones.container import Container, tensors_of
+from cmt_mae.backbones.infer import pair
 from cmt_mae.errors import InputError
 
 HEADER = "cmt_mae"
 """Name of our entry in the safetensors header; its value is JSON."""
 
-# What a header may ask timm for. Everything else (checkpoint_path, pretrained_cfg, ...) could make
-# timm read or fetch other files, so a hostile header is refused.
-ALLOWED_KWARGS = frozenset(
-    "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias qk_norm init_values "
-    "class_token global_pool fc_norm use_fc_norm no_embed_class reg_tokens pos_embed pre_norm "
-    "final_norm dynamic_img_size dynamic_img_pad use_abs_pos_emb use_rel_pos_bias "
-    "use_shared_rel_pos_bias scale_mlp swiglu_mlp drop_path_rate num_reg_tokens".split()
-)
-
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write beside, fsync, rename: the file is whole or not there. InputError if it fails."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise InputError(f"{path}: cannot be written: {one_line(error)}") from error
+
+
+def plain_state(model: nn.Module, proj: Tensor | None) -> dict[str, Tensor]:
+    """State dict on the CPU in float32; `proj` as timm keeps it: a head whose bias is zero."""
+    state = {
+        k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        for k, v in model.state_dict().items()
+    }
+    if proj is not None:
+        state["head.weight"] = proj.detach().to("cpu", torch.float32).contiguous().clone()
+        state["head.bias"] = torch.zeros(proj.shape[0])
+    return state
 
 
 def save_backbone(
@@ -61,17 +67,14 @@ def save_backbone(
 ) -> str:
     """Write a headless timm model as safetensors in timm's names; returns its digest.
 
-    The file loads in `timm.create_model(architecture, num_classes=0, checkpoint_path=..., **kwargs)`
-    and in `load_backbone`. With `proj` (E, D) it also holds CLIP's projection as timm does: a head
-    of E classes without bias (num_classes=E then). `extra` (JSON) is kept in the header for the
-    reader's information. The write is atomic; InputError when the disk refuses it.
+    The file loads in `timm.create_model(architecture, num_classes=0, checkpoint_path=path,
+    **kwargs)` and in `load_backbone`. With `proj` (E, D) it also holds CLIP's projection as timm
+    does: a head of E classes with a bias of zero (num_classes=E then). `extra` (JSON) is kept in
+    the header for whoever reads it. The write is atomic; InputError when the disk refuses it.
     """
-    state = {k: v.detach().cpu().float().contiguous().clone() for k, v in model.state_dict().items()}
     digest = backbone_digest(model, proj)
-    if proj is not None:
-        state["head.weight"] = proj.detach().cpu().float().contiguous().clone()
-        state["head.bias"] = torch.zeros(proj.shape[0])
     header = {
+        **(extra or {}),
         "architecture": architecture,
         "kwargs": kwargs,
         "mean": list(mean),
@@ -81,52 +84,40 @@ def save_backbone(
         "source": source,
         "proj": proj is not None,
         "digest": digest,
-        **(extra or {}),
     }
     metadata = {"format": "pt", HEADER: json.dumps(header)}
-    write_atomically(Path(path), to_safetensors(state, metadata))
+    write_atomically(Path(path), to_safetensors(plain_state(model, proj), metadata))
     return digest
 
 
 def read_ours(container: Container) -> Weights:
-    """Weights from a file of `save_backbone`. InputError when header and tensors disagree."""
+    """Weights from a file of `save_backbone`. InputError when its header is damaged or hostile."""
     where = str(container.path)
     try:
         header = json.loads(container.metadata[HEADER])
-        architecture, kwargs = str(header["architecture"]), dict(header["kwargs"])
+        architecture = str(header["architecture"])
+        kwargs = plain_kwargs(dict(header["kwargs"]), where)
+        kwargs["img_size"] = pair(header["img_size"])
         mean = tuple(float(v) for v in header["mean"])
         std = tuple(float(v) for v in header["std"])
-        kwargs["img_size"] = pair(header["img_size"])
-        licence, source = header.get("licence"), " ".join(str(header.get("source") or where).split())
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise InputError(f"{where}: damaged {HEADER} header ({one_line(error)})") from error
-    state = dict(container.tree)
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
-    _check_kwargs(kwargs, state, where)
-    proj = None
-    if header.get("proj"):
-        proj = state.pop("head.weight", None)
+        licence = header.get("licence")
+        source = " ".join(str(header.get("source") or where).split())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where}: its header is damaged ({one_line(error)})") from error
+    state = tensors_of(container.tree, container.path)
+    proj = state.pop("head.weight", None) if header.get("proj") else None
+    if proj is not None:
         state.pop("head.bias", None)
+    written = header.get("digest")
+    if written and written != state_digest(state if proj is None else {**state, "proj": proj}):
+        raise InputError(f"{where}: its weights are not those written (checksum); copy it again")
     return Weights(
-        state, architecture, kwargs, mean, std, source, None if licence is None else str(licence), proj
+        state,
+        architecture,
+        kwargs,
+        mean,
+        std,
+        source,
+        None if licence is None else str(licence),
+        proj,
     )
-
-
-def _check_kwargs(kwargs: dict[str, Any], state: dict[str, Tensor], where: str) -> None:
-    """Refuse a header that asks timm for more than sizes, or for sizes that its tensors deny."""
-    foreign = kwargs.keys() - ALLOWED_KWARGS
-    if foreign:
-        raise InputError(f"{where}: header asks for {sorted(foreign)}; only sizes are taken from files")
-    weights = sum(v.numel() for v in state.values())
-    conv = state.get("patch_embed.proj.weight")
-    width = kwargs.get("embed_dim", conv.shape[0] if conv is not None else None)
-    try:
-        numbers = [n for v in kwargs.values() for n in (v if isinstance(v, tuple) else (v,))]
-        sane = all(isinstance(n, bool | str | None) or 0 <= float(n) <= MAX_PIXELS for n in numbers)
-        depth, ratio = int(kwargs.get("depth", 1)), float(kwargs.get("mlp_ratio", 4.0))
-        sane = sane and conv is not None and width == conv.shape[0]
-        sane = sane and depth * width * width * (4 + ratio) <= 2 * weights + 4 * width * width
-    except (TypeError, ValueError):
-        sane = False
-    if not sane:
-        raise InputError(f"{where}: sizes in its header do not fit its tensors; the file is damaged")

@@ -1,7 +1,7 @@
 """Random and centre crops of uint8 images, with randomness that belongs to the sample.
 
-Resizing is bicubic with antialiasing in torch's uint8 kernel, which follows Pillow's fixed-point
-resampling (at most one grey level apart) and is two to three times as fast on one core.
+Resizing is bicubic with antialiasing in torch's uint8 kernel, the same filter as Pillow's up to the
+rounding (seldom more than one grey level apart, no bias) and 2-3 times as fast on one core.
 """
 
 import math

@@ -5,20 +5,19 @@ samples make a step from (seed, step) alone. So ranks, workers and restarts cann
 """
 
 import logging
-import signal
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize, sample_rng
 from cmt_mae.data.decode import BadImage, decode_image
 from cmt_mae.data.sources import Source
 from cmt_mae.data.steps import Steps, order
+from cmt_mae.data.workers import WorkerFailed, iterate
 from cmt_mae.errors import InputError
 
 __all__ = [
@@ -92,8 +91,7 @@ def load_image(source: Source, index: int, channels: int) -> np.ndarray:
 
 
 class _Micro(Dataset[Any]):
-    """Item = one whole micro-batch, given (epoch, indexes). An InputError is returned, not raised:
-    torch would wrap it in a traceback."""
+    """Item: one whole micro-batch, given (epoch, indexes); an InputError is returned (iterate)."""
 
     def __init__(self, source: Source, crops: CropSettings, noise_length: int, seed: int) -> None:
         self.source, self.crops = source, crops
@@ -155,12 +153,6 @@ class _Micro(Dataset[Any]):
         )
 
 
-def _start_worker(_: int) -> None:
-    """Signals belong to the main process: it writes the checkpoint, then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def pretrain_batches(
     source: Source,
     crops: CropSettings,
@@ -209,63 +201,23 @@ def _run(
     """Micro-batches in order. Workers that die or hang are started again where they were."""
     failures = 0
     while True:
-        batches = _iterate(dataset, steps, workers, pin_memory, timeout_s)
+        batches = iterate(dataset, steps, workers, pin_memory, timeout_s)
         try:
             for item in batches:
-                if isinstance(item, InputError):
-                    raise item
                 failures = 0
                 steps.position += 1
+                item["bad"] = [tuple(one) for one in item["bad"]]  # pinning makes lists of tuples
                 yield item
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader") and "Pin memory thread" not in str(error):
-                raise
+        except WorkerFailed as error:
             failures += 1
             _, indexes = next(iter(steps))
             names = ", ".join(dataset.source.name(i) for i in indexes[:3].tolist())
-            what = f"{' '.join(str(error).split())[:200]} (it was to read {names}, ...)"
+            what = f"{error} (it was to read {names}, ...)"
             if failures > MAX_RESTARTS:
-                raise InputError(
-                    f"{what}; {failures} times in a row: check these images, the memory and the "
-                    "disk, or use --workers 0"
-                ) from None
+                raise InputError(f"{failures} times in a row: {what}") from None
             logging.getLogger(__name__).warning("%s; the workers are started again", what)
         finally:
             batches.close()
-
-
-def _iterate(
-    dataset: _Micro, steps: Steps, workers: int, pin_memory: bool, timeout_s: float
-) -> Generator[Any, None, None]:
-    """The torch DataLoader from steps.position on; its workers are gone when this is closed."""
-    # torch answers a worker's death by raising from a signal handler, anywhere in the training
-    # step. Put back: then a death is noticed by the next batch (within 5 s), and mended in _run.
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD) if main else None
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        timeout=timeout_s if workers else 0,
-        worker_init_fn=_start_worker if workers else None,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # without it torch would draw from the global stream
-    )
-    batches = iter(loader)
-    processes = list(getattr(batches, "_workers", ()))
-    if main and workers:
-        signal.signal(signal.SIGCHLD, handler)
-    try:
-        while True:
-            yield next(batches)
-    finally:
-        del batches  # asks the workers to end
-        for process in processes:
-            if process.is_alive():  # it hangs, and it does not hear SIGTERM
-                process.kill()
-                process.join(timeout=5)
 
 
 class _Centre(Dataset[Any]):
@@ -316,18 +268,8 @@ def eval_batches(
     image that cannot be read.
     """
     mine = np.arange(rank, len(source), world, dtype=np.int64)
-    loader: DataLoader[Any] = DataLoader(
-        _Centre(source, size, channels, resize_ratio),
-        batch_size=None,
-        sampler=[mine[i : i + batch_size] for i in range(0, len(mine), batch_size)],
-        num_workers=workers,
-        worker_init_fn=_start_worker if workers else None,
-        generator=torch.Generator(),  # without it torch would draw from the global stream
-    )
-    for item in loader:
-        if isinstance(item, InputError):
-            raise item
-        yield item
+    keys = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    yield from iterate(_Centre(source, size, channels, resize_ratio), keys, workers)
 
 
 def channel_stats(

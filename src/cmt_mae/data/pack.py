@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.packed import FORMAT, read_meta
 from cmt_mae.data.sources import Source, has_splits, open_source, open_split
+from cmt_mae.data.workers import iterate
 from cmt_mae.errors import InputError
 
 _CHUNK = 32
@@ -88,42 +88,31 @@ def _present(target: Path, fingerprint: str, config: PackConfig) -> dict[str, An
 
 
 class _Squares(Dataset[Any]):
-    """Item i: the packed form of image i, or why there is none."""
+    """Item: for each image of a chunk its packed form, or why there is none."""
 
     def __init__(self, source: Source, size: int, channels: int) -> None:
         self.source, self.size, self.channels = source, size, channels
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> np.ndarray | BadImage | InputError:
-        try:
-            image = load_image(self.source, index, self.channels)
-        except (BadImage, InputError) as error:
-            return error
-        return center_crop(image, (self.size, self.size), resize_ratio=1.0)
+    def __getitem__(self, chunk: range) -> list[np.ndarray | BadImage] | InputError:
+        items: list[np.ndarray | BadImage] = []
+        for index in chunk:
+            try:
+                image = load_image(self.source, index, self.channels)
+                items.append(center_crop(image, (self.size, self.size), resize_ratio=1.0))
+            except BadImage as error:
+                items.append(error)
+            except InputError as error:
+                return error
+        return items
 
 
 def _squares(source: Source, config: PackConfig) -> Iterator[tuple[int, np.ndarray | BadImage]]:
     """(index, packed image or the reason against it), in order."""
-    loader: DataLoader[Any] = DataLoader(
-        _Squares(source, config.size, config.channels),
-        batch_size=_CHUNK,
-        collate_fn=_keep,
-        num_workers=config.workers,
-        generator=torch.Generator(),
-    )
-    index = 0
-    for chunk in loader:
-        for item in chunk:
-            if isinstance(item, InputError):
-                raise item
-            yield index, item
-            index += 1
-
-
-def _keep(items: list[Any]) -> list[Any]:
-    return items
+    count = len(source)
+    chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    dataset = _Squares(source, config.size, config.channels)
+    for chunk, items in zip(chunks, iterate(dataset, chunks, config.workers), strict=True):
+        yield from zip(chunk, items, strict=True)
 
 
 def _pack_one(source: Source, target: Path, fingerprint: str, config: PackConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which samples make which optimizer step: a function of (seed, step), the same for any rank count."""
+"""Which samples make which optimizer step: it follows from (seed, step), for any rank count."""
 
 from collections.abc import Iterator
 

@@ -74,6 +74,7 @@ class TableSource:
 
     def fingerprint(self) -> str:
         """sha256 over count, names and sizes; reads offsets and paths, no pixels."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         names: list[str] = []
@@ -81,7 +82,7 @@ class TableSource:
         for table in _tables(self._rows, self._image):
             column = table[self._image].combine_chunks()
             paths: list[str | None] = [None] * len(column)
-            if pc.is_valid(column).type is not None and hasattr(column.type, "get_field_index"):
+            if pa.types.is_struct(column.type):
                 if column.type.get_field_index("path") >= 0:
                     paths = pc.struct_field(column, "path").to_pylist()
                 column = pc.struct_field(column, "bytes")
@@ -146,15 +147,19 @@ def open_parquet(files: list[Path]) -> TableSource:
     datasets = _library(str(files[0]))
     import pyarrow.parquet as pq
 
-    first = None
+    first, rows = None, 0
     for file in files:
         try:
-            schema = pq.read_schema(file)
+            about = pq.read_metadata(file)
+            schema = about.schema.to_arrow_schema()
         except Exception as error:  # pyarrow has many
             raise InputError(f"{file}: broken or not a parquet file ({_line(error)})") from None
+        rows += about.num_rows
         first = first or schema
         if not schema.equals(first):
             raise InputError(f"{file}: other columns than {files[0]}; give files of one schema")
+    if rows == 0:
+        raise InputError(f"{files[0]}: no rows; give a data set with images")
     try:
         data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
     except Exception as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -49,8 +49,16 @@ def default_pools(backbone: Backbone) -> tuple[str, ...]:
     return ("cls", "mean", "cls+mean") if backbone.has_cls else ("mean",)
 
 
-def start_processes(device: str) -> tuple[torch.device, int, int]:
-    """The device of this process, its rank and the number of processes (torchrun's or accelerate's).
+class Where(NamedTuple):
+    """One process among those that evaluate together."""
+
+    device: torch.device
+    rank: int
+    world: int
+
+
+def start_processes(device: str) -> Where:
+    """This process's place among those that torchrun or accelerate started; alone without them.
 
     Args:
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
@@ -64,7 +72,7 @@ def start_processes(device: str) -> tuple[torch.device, int, int]:
         raise InputError("--device cuda, but torch sees no GPU here; use --device cpu or auto")
     state = PartialState(cpu=device == "cpu")
     where = torch.device("cpu") if device == "cpu" else state.device
-    return where, state.process_index, state.num_processes
+    return Where(where, state.process_index, state.num_processes)
 
 
 def open_labelled(path: str) -> tuple[Source, Source]:
@@ -76,10 +84,10 @@ def open_labelled(path: str) -> tuple[Source, Source]:
     train, val = open_split(path, "train"), open_split(path, "val")
     a, b = train.classes, val.classes
     if a is not None and b is not None and a != b:
-        differ = f"only in train: {_few(set(a) - set(b))}; only in val: {_few(set(b) - set(a))}"
+        gap = f"only in train: {_few(set(a) - set(b))}; only in val: {_few(set(b) - set(a))}"
         if set(a) == set(b):
-            differ = "the same names in another order"
-        raise InputError(f"{path}: train and val have different classes ({differ}); make them equal")
+            gap = "the same names in another order"
+        raise InputError(f"{path}: train and val have different classes ({gap}); make them equal")
     unknown = set(label_list(val, path)) - set(label_list(train, path))
     if unknown:
         raise InputError(
@@ -254,9 +262,13 @@ def extract(
         if progress is not None:
             total = -(-len(source) // (batch_size * world))
             batches = iter(progress.track(batches, total=total, description=title))
-        new, labels = _forward_all(
-            backbone, batches, len(source), missing, device, precision, world
-        )
+        where = Where(device, rank, world)
+        new, labels = _forward_all(backbone, batches, len(source), missing, where, precision)
+        if not all(value.isfinite().all() for value in new.values()):
+            raise InputError(
+                f"features of {backbone.source} are not finite; its weights or its precision "
+                f"({precision}) are at fault"
+            )
         found |= new
         if rank == 0:
             for part in missing:
@@ -270,38 +282,39 @@ def _forward_all(
     batches: Iterator[Any],
     n: int,
     parts: list[str],
-    device: torch.device,
+    where: Where,
     precision: Precision,
-    world: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Forward this process's batches and gather those of all: parts (n, D) and labels (n,)."""
-    backbone.model.to(device).eval()
+    was_training = backbone.model.training  # a run in progress may lend its student
+    backbone.model.to(where.device).eval()
     rows: list[dict[str, Tensor]] = []
     for images, labels, index in batches:
-        images = images.to(device, non_blocking=True)
+        images = images.to(where.device, non_blocking=True)
         row = {k: v.cpu() for k, v in forward_parts(backbone, images, parts, precision).items()}
         rows.append({**row, "labels": labels, "index": index})
+    backbone.model.train(was_training)
     local = {k: torch.cat([row[k] for row in rows]) for k in rows[0]} if rows else {}
-    if world > 1:
+    if where.world > 1:
         shapes: Any = gather_object([{k: (v.shape[1:], v.dtype) for k, v in local.items()}])
         for k, (shape, dtype) in max(shapes, key=len).items():  # a process may have had no image
             local.setdefault(k, torch.empty((0, *shape), dtype=dtype))
-    index = gather_rows(local["index"], device, world)
+    index = gather_rows(local["index"], where)
     if not torch.equal(index.sort().values, torch.arange(n)):
         raise RuntimeError(f"{len(index)} features for {n} images: some counted twice or never")
     place = index.argsort()
-    everything = {k: gather_rows(local[k], device, world)[place] for k in [*parts, "labels"]}
+    everything = {k: gather_rows(local[k], where)[place] for k in [*parts, "labels"]}
     return {part: everything[part] for part in parts}, everything["labels"]
 
 
-def gather_rows(rows: Tensor, device: torch.device, world: int) -> Tensor:
+def gather_rows(rows: Tensor, where: Where) -> Tensor:
     """Rows (n, ...) of all processes, one process after the other, on the CPU; n may differ."""
-    if world == 1:
-        return rows
+    if where.world == 1:
+        return rows.cpu()
     counts: Any = gather_object([len(rows)])
     pieces: list[list[Tensor]] = [[] for _ in counts]
     for start in range(0, max(counts), GATHER_ROWS):
-        piece = rows[start : start + GATHER_ROWS].to(device)
+        piece = rows[start : start + GATHER_ROWS].to(where.device)
         padded: Any = gather(pad_across_processes(piece, dim=0))
         width = len(padded) // len(counts)
         for r, count in enumerate(counts):
@@ -328,6 +341,7 @@ def _cache_key(
 
 def _read_cache(files: dict[str, Path], world: int) -> tuple[dict[str, Tensor], Tensor]:
     """What the cache holds. All processes must see a file, or none uses it (they work together)."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     here = [part for part, path in files.items() if path.is_file()]
@@ -336,7 +350,12 @@ def _read_cache(files: dict[str, Path], world: int) -> tuple[dict[str, Tensor], 
         here = [part for part in here if all(part in other for other in everywhere)]
     found, labels = {}, torch.empty(0, dtype=torch.int64)
     for part in here:
-        stored = load_file(files[part])
+        try:
+            stored = load_file(files[part])
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{files[part]}: kept features cannot be read ({error}); delete the file"
+            ) from None
         found[part], labels = stored["features"], stored["labels"]
     return found, labels
 

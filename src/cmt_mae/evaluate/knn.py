@@ -105,7 +105,7 @@ def knn_predict(
     for queries in test.split(rows):
         similarity = F.normalize(queries.to(device).float(), dim=1) @ bank.T
         values, index = nearest(similarity, max(k))
-        # a common factor of a row's votes changes no ranking; without it a low temperature overflows
+        # less the row's highest: that changes no ranking, and a low temperature cannot overflow
         weights = ((values - values[:, :1]) / temperature).exp()
         for neighbours in k:
             votes = torch.zeros(len(queries), classes, device=device)

@@ -208,7 +208,7 @@ def _cpu_name() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON knows it: no tuple, path, numpy number or tensor scalar; NaN becomes None."""
+    """``value`` as JSON knows it: no tuple, path, numpy or torch number; NaN becomes None."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

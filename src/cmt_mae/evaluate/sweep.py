@@ -63,7 +63,7 @@ def warmup_cosine(epoch: float, epochs: float, warmup: float) -> float:
 
 
 class Heads(nn.Module):
-    """A set of linear heads. Logits are (heads, B, classes)."""
+    """A set of linear heads. Logits are (B, heads, classes)."""
 
     def __init__(
         self, heads: list[Head], dims: dict[str, int], classes: int, init: str, seed: int
@@ -73,12 +73,14 @@ class Heads(nn.Module):
         self.groups: dict[tuple[str, bool], list[int]] = {}
         for i, head in enumerate(heads):
             self.groups.setdefault((head.pool, head.norm), []).append(i)
+        members = [i for group in self.groups.values() for i in group]
+        self.place = torch.tensor(members).argsort() if members != sorted(members) else None
         # the running mean and variance depend on the data alone, so one a pool serves all
         pools = sorted({head.pool for head in heads if head.norm})
         self.norms = nn.ModuleList(
             nn.BatchNorm1d(dims[pool], affine=False, eps=1e-6) for pool in pools
         )
-        self.norm_of = {pool: norm for pool, norm in zip(pools, self.norms, strict=True)}
+        self.norm_of = dict(zip(pools, self.norms, strict=True))
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for head in heads:
@@ -92,23 +94,28 @@ class Heads(nn.Module):
             self.biases.append(nn.Parameter(torch.zeros(classes)))
 
     def forward(self, x: dict[str, Tensor]) -> Tensor:
-        """(B, D) features by pool -> (heads, B, classes)."""
+        """(B, D) features by pool -> (B, heads, classes)."""
         normed = {pool: norm(x[pool]) for pool, norm in self.norm_of.items()}
-        logits: dict[int, Tensor] = {}
+        products = []
         for (pool, norm), members in self.groups.items():
             weight = torch.cat([self.weights[i] for i in members])
             bias = torch.cat([self.biases[i] for i in members])
             product = F.linear(normed[pool] if norm else x[pool], weight, bias)
-            for i, part in zip(members, product.chunk(len(members), dim=1), strict=True):
-                logits[i] = part
-        return torch.stack([logits[i] for i in range(len(self.weights))])
+            products.append(product.unflatten(1, (len(members), -1)))
+        logits = torch.cat(products, 1)
+        return (
+            logits if self.place is None else logits.index_select(1, self.place.to(logits.device))
+        )
 
 
 def head_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each head: (heads, B, C), (B,) -> (heads,)."""
-    heads, batch, _ = logits.shape
-    every = F.cross_entropy(logits.flatten(0, 1), labels.repeat(heads), reduction="none")
-    return every.view(heads, batch).mean(1)
+    """Cross-entropy of each head: (B, heads, C), (B,) -> (heads,)."""
+    batch, heads, classes = logits.shape
+    labels = labels[:, None].expand(batch, heads)
+    if classes < 64:  # softmax over a short last dimension is five times slower on a CPU
+        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(0)
+    every = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return every.view(batch, heads).mean(0)
 
 
 def train_heads(
@@ -186,9 +193,9 @@ def head_accuracy(
         logits = model({pool: v[rows].to(device) for pool, v in features.pools.items()})
         classes = logits.shape[-1]
         guess = logits.topk(min(5, classes), dim=-1).indices.cpu()
-        hit = guess == features.labels[rows][None, :, None]
-        hits1 += hit[..., 0].sum(1) * finite
-        hits5 += hit.any(-1).sum(1) * finite
+        hit = guess == features.labels[rows][:, None, None]
+        hits1 += hit[..., 0].sum(0) * finite
+        hits5 += hit.any(-1).sum(0) * finite
     percent = 100 / len(features)
     table = []
     for top1, top5 in zip(hits1.tolist(), hits5.tolist(), strict=True):

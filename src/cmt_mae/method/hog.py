@@ -124,5 +124,5 @@ def hog_targets(
         histograms = F.normalize(histograms, dim=2)  # eps 1e-12: a flat cell stays zeros
     per_patch = patch_size // side
     rows, columns = height // patch_size, width // patch_size
-    shaped = histograms.view(batch, channels * bins, rows, per_patch, columns, per_patch)
+    shaped = histograms.reshape(batch, channels * bins, rows, per_patch, columns, per_patch)
     return shaped.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)

@@ -1,6 +1,7 @@
 """From a world to a picture: rays, light, shadows, and a camera's blur and grain. numpy and PIL."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,24 +34,37 @@ def render(world: World, height: int, width: int) -> Picture:
     outlines = [thing.outlines() for thing in world.things]
     colour, ids = _background(world, outlines, height, width)
     layer, things = _things(world, outlines, height * _SAMPLES, width * _SAMPLES)
-    # The background is softened before the things are laid over it, as a lens focused on them does.
-    colour = _blur(colour, 0.55 + world.blur[0] * 0.5, 0.55 + world.blur[0] * 0.5)
+    if world.defocus > 0:  # a lens focused on the things softens what lies behind them
+        colour = _blur(colour, world.defocus * height / 100)
     covered = _shrink((things >= 0).astype(np.float32)[..., None])
     colour = colour * (1 - covered) + _shrink(layer)
     seen = _vote(things)
-    ids = np.where(seen >= 0, seen, ids)
-    scale = height / 100
-    colour = _blur(colour, world.blur[0] * scale, world.blur[1] * scale)
-    return Picture(_expose(colour, world), ids)
+    return Picture(_photograph(colour, world), np.where(seen >= 0, seen, ids))
 
 
-def _rays(camera: Camera, height: int, width: int) -> Floats:
-    """(3, H * W) world directions through pixel centres; their depth along the camera axis is 1."""
-    x = ((np.arange(width) + 0.5 - width / 2) / height / camera.focal).astype(np.float32)
-    y = ((height / 2 - np.arange(height) - 0.5) / height / camera.focal).astype(np.float32)
-    right, up, forward = camera.axes
-    grid = right[:, None, None] * x[None, None, :] + up[:, None, None] * y[None, :, None]
-    return (grid + forward[:, None, None]).reshape(3, -1)
+def seen_things(world: World, height: int, width: int) -> NDArray[np.int16]:
+    """(H, W) index of the thing seen at each pixel centre, -1 for none: a look before rendering."""
+    return _things(world, [thing.outlines() for thing in world.things], height, width)[1]
+
+
+def _rays(
+    camera: Camera,
+    height: int,
+    width: int,
+    window: tuple[slice, slice] = (slice(None), slice(None)),
+    frame: Floats | None = None,
+) -> Floats:
+    """(3, N) directions through the pixel centres of a window, whose depth along the axis is 1.
+
+    In world coordinates, or in those that ``frame`` (3, 3) turns the world into.
+    """
+    scale = np.float32(1 / (height * camera.focal))
+    x = (np.arange(width, dtype=np.float32)[window[1]] + (0.5 - width / 2)) * scale
+    y = ((height / 2 - 0.5) - np.arange(height, dtype=np.float32)[window[0]]) * scale
+    axes = camera.axes if frame is None else camera.axes @ frame.T
+    right, up, forward = axes[:, :, None]
+    rows = up * y[None, :] + forward
+    return (rows[:, :, None] + (right * x[None, :])[:, None, :]).reshape(3, -1)
 
 
 def _project(camera: Camera, points: Floats, height: int, width: int) -> Floats:
@@ -64,21 +78,19 @@ def _project(camera: Camera, points: Floats, height: int, width: int) -> Floats:
 # --- light ------------------------------------------------------------------------------------
 
 
-def _lit(world: World, normal: Floats, open_sky: Floats | float, sun: Floats | float) -> Floats:
+def _lit(world: World, normal: Floats, open_sky: Floats, sun: Floats | np.float32) -> Floats:
     """(3, M) light that falls on unit normals: the sun, the sky above, the ground's glow below."""
-    direct = np.maximum(world.sun @ normal, 0) * sun
     upward = (0.5 + 0.5 * normal[1]) * open_sky
-    sky = world.sky.mean(axis=0) * np.float32(0.75)
-    glow = world.ground.colours[0] * np.float32(0.35) * world.sunlight
-    light = world.sunlight[:, None] * direct + sky[:, None] * upward
-    return light + glow[:, None] * ((1 - 0.5 * upward) * open_sky)
+    parts = np.stack([np.maximum(world.sun @ normal, 0) * sun, upward, open_sky - 0.5 * upward])
+    return world.light @ parts
 
 
-_COMPASS = np.stack([f(np.arange(32) * (2 * np.pi / 32)) for f in (np.cos, np.sin)], axis=1)
+_TURN = np.arange(32, dtype=np.float32) * np.float32(2 * np.pi / 32)
+_COMPASS = np.stack([np.cos(_TURN), np.sin(_TURN)], axis=1)
 
 
 def _polygon(points: Floats) -> list[float]:
-    """x, y, x, y, ... of the convex outline of 2-d points: the farthest in each of 32 directions."""
+    """x, y, x, y, ... of the convex outline of 2-d points: the farthest ones in 32 directions."""
     corners: list[float] = points.T[(_COMPASS @ points).argmax(axis=1)].ravel().tolist()
     return corners
 
@@ -103,7 +115,8 @@ def _shadows(world: World, outlines: Outlines, height: int, width: int) -> tuple
     soften = world.shadow_blur * height / 100
     sun = np.asarray(cast.filter(ImageFilter.GaussianBlur(soften)), dtype=np.float32)
     sky = np.asarray(contact.filter(ImageFilter.GaussianBlur(height * 0.035)), dtype=np.float32)
-    return 1 - sun / 255, 1 - sky * np.float32(0.7 / 255)
+    one = np.float32(1)
+    return one - sun * np.float32(1 / 255), one - sky * np.float32(0.7 / 255)
 
 
 def _drop(points: Floats, along: Floats) -> Floats:
@@ -148,8 +161,8 @@ def _background(
             assert world.wall is not None
             along = np.array([facing[2], 0, -facing[0]], dtype=np.float32)
             u, v, skin = along @ points, points[1], world.wall
-            light = _lit(world, facing[:, None], np.clip(0.6 + 0.3 * v, 0, 1), 1.0)
-        fade = np.float32(1) / (1 + (depth[here] / 9) ** 2)  # far texture would only alias
+            light = _lit(world, facing[:, None], np.clip(0.6 + 0.3 * v, 0, 1), np.ones_like(v))
+        fade = np.reciprocal(1 + (depth[here] / 9) ** 2)  # far texture would only alias
         colour[:, here] = _surface(skin, u, v, fade) * light
     return colour.reshape(3, height, width).transpose(1, 2, 0), ids.reshape(height, width)
 
@@ -187,8 +200,8 @@ def _sky(world: World, rays: Floats) -> Floats:
     rise = np.clip(rays[1] / np.sqrt((rays * rays).sum(axis=0)) * 2, 0, 1)
     horizon, zenith = world.sky
     flat = 1 / np.maximum(rays[1] + np.float32(0.25), np.float32(0.05))
-    shift = world.seed % 97 / 97
-    cloud = noise("clouds", rays[0] * flat * 0.1 + 8 + shift, rays[2] * flat * 0.1 + 8)
+    u, v = world.ground.shift
+    cloud = noise("clouds", rays[0] * flat * 0.1 + 8 + u, rays[2] * flat * 0.1 + 8 + v)
     cloud = soft(cloud - np.float32(0.55), 2.5) * np.float32(0.5)
     colour = horizon[:, None] + (zenith - horizon)[:, None] * rise
     return colour + (1 - colour) * cloud
@@ -201,11 +214,12 @@ def _things(
     world: World, outlines: Outlines, height: int, width: int
 ) -> tuple[Floats, NDArray[np.int16]]:
     """Linear colour (H, W, 3), black where nothing stands, and the index of the thing or -1."""
-    colour = np.zeros((height, width, 3), dtype=np.float32)
+    colour = np.zeros((height * width, 3), dtype=np.float32)
     depth = np.full((height, width), np.inf, dtype=np.float32)
-    ids = np.full((height, width), -1, dtype=np.int16)
-    rays = _rays(world.camera, height, width).reshape(3, height, width)
-    for index, thing in enumerate(world.things):
+    ids = np.full(height * width, -1, dtype=np.int16)
+    away = [float(np.linalg.norm(t.place - world.camera.place)) for t in world.things]
+    for index in np.argsort(away, kind="stable"):  # near first: what is hidden is never shaded
+        thing = world.things[index]
         for (solid, skin), outline in zip(thing.parts, outlines[index], strict=True):
             x, y = _project(world.camera, outline, height, width)
             left, right = max(int(x.min()), 0), min(int(x.max()) + 1, width)
@@ -215,7 +229,7 @@ def _things(
             window = (slice(top, bottom), slice(left, right))
             matrix, shift, inverse = thing.frame(solid)
             origin = inverse @ (world.camera.place - shift)
-            local = inverse @ rays[(slice(None), *window)].reshape(3, -1)
+            local = _rays(world.camera, height, width, window, inverse)
             t = intersect(solid, origin, local)
             (hit,) = np.nonzero(t < depth[window].ravel())
             if not hit.size:
@@ -227,13 +241,12 @@ def _things(
             normal = inverse.T @ unit
             normal /= np.sqrt((normal * normal).sum(axis=0)) + np.float32(1e-9)
             above = matrix[1] @ points + shift[1]
-            shaded = _shade(world, thing, skin, paint, normal, above)
             rows, columns = np.divmod(hit, right - left)
-            rows, columns = rows + top, columns + left
-            colour[rows, columns] = shaded.T
-            depth[rows, columns] = t
-            ids[rows, columns] = index
-    return colour, ids
+            flat = (rows + top) * width + (columns + left)
+            colour[flat] = _shade(world, thing, skin, paint, normal, above).T
+            depth.ravel()[flat] = t
+            ids[flat] = index
+    return colour.reshape(height, width, 3), ids.reshape(height, width)
 
 
 def _shade(
@@ -241,7 +254,7 @@ def _shade(
 ) -> Floats:
     """(3, M) light that leaves a thing's surface; ``above`` is the height over the ground."""
     open_sky = np.clip(0.45 + above * np.float32(0.9 / thing.size), 0, 1)
-    colour = paint * _lit(world, normal, open_sky, 1.0)
+    colour = paint * _lit(world, normal, open_sky, np.float32(1))
     if skin.gloss > 0:
         towards = world.camera.place - thing.place
         half = world.sun + towards / np.linalg.norm(towards)
@@ -249,7 +262,7 @@ def _shade(
         shine = np.maximum(half @ normal, 0)
         for _ in range(5):  # to the 32nd
             shine = shine * shine
-        colour = colour + np.float32(skin.gloss * 0.5) * world.sunlight[:, None] * shine
+        colour = colour + np.float32(skin.gloss * 0.5) * world.light[:, :1] * shine
     return colour
 
 
@@ -271,35 +284,42 @@ def _vote(ids: NDArray[np.int16]) -> NDArray[np.int16]:
     return np.minimum(np.maximum(low, low2), np.minimum(high, high2))
 
 
-def _blur(image: Floats, sigma_x: float, sigma_y: float) -> Floats:
-    """Gaussian blur of (H, W, C) with a sigma in pixels for each axis; borders repeat."""
-    for axis, sigma in ((1, sigma_x), (0, sigma_y)):
-        reach = int(np.ceil(1.9 * sigma))
-        if sigma < 0.2:
-            continue
-        offsets = np.arange(-reach, reach + 1)
-        weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-        weights = (weights / weights.sum()).astype(np.float32)
+def _blur(image: Floats, sigma: float) -> Floats:
+    """Gaussian blur of (H, W, C) with a sigma in pixels; borders repeat."""
+    reach = int(np.ceil(2 * sigma))
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    weights = (weights / weights.sum()).astype(np.float32)
+    for axis in (0, 1):
         pad = [(0, 0)] * 3
         pad[axis] = (reach, reach)
         padded, length = np.pad(image, pad, mode="edge"), image.shape[axis]
-        image = np.zeros_like(image)
-        for start, weight in enumerate(weights):
-            part = slice(start, start + length)
-            image += weight * (padded[:, part] if axis else padded[part])
+        parts = [slice(start, start + length) for start in range(len(weights))]
+        image = sum(  # type: ignore[assignment]
+            weight * (padded[:, part] if axis else padded[part])
+            for weight, part in zip(weights, parts, strict=True)
+        )
     return image
 
 
-def _expose(image: Floats, world: World) -> NDArray[np.uint8]:
-    """Exposure to a common mean, vignette, grain that grows with light, film curve, 8 bits."""
-    rng = np.random.default_rng(world.seed)
+def _photograph(image: Floats, world: World) -> NDArray[np.uint8]:
+    """Exposure to a common mean, vignette, film curve, 8 bits, then blur and grain."""
     height, width = image.shape[:2]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
     gain = np.float32(0.62 * world.exposure / (image.mean() + 0.02))
-    light = image * (gain * (1 - np.float32(0.12) * (x * x + y * y)))
-    grain = rng.standard_normal((height, width, 3), dtype=np.float32) * np.float32(world.grain)
-    light = light + grain * np.sqrt(np.maximum(light, 0) + np.float32(0.05))
-    tone = (1 - np.exp(-np.linspace(0, 4, 2048))) ** (1 / 2.2) * 255
-    table = np.round(tone).astype(np.uint8)
-    return table[np.clip(light * np.float32(2047 / 4), 0, 2047).astype(np.int32)]
+    light = image * ((gain * np.float32(511)) * (1 - np.float32(0.12) * (x * x + y * y)))
+    film = np.take(_film(), light.astype(np.int32), mode="clip")
+    scale = height / 100
+    radii = (world.blur[0] * scale, world.blur[1] * scale)
+    blurred = np.asarray(Image.fromarray(film).filter(ImageFilter.GaussianBlur(radii)))
+    rng = np.random.default_rng(world.seed)
+    grain = rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(world.grain)
+    # Rounding half up; dark parts show more grain, as after a film curve they do.
+    strength = (np.float32(320) - blurred) * grain + (blurred + np.float32(0.5))
+    return np.clip(strength, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _film() -> NDArray[np.uint8]:
+    """Display value of 2048 levels of linear light, 511 of them to a unit: a soft shoulder."""
+    return np.round((1 - np.exp(-np.arange(2048) / 511)) ** (1 / 2.2) * 255).astype(np.uint8)

@@ -49,14 +49,14 @@ def intersect(solid: Solid, origin: Floats, rays: Floats) -> Floats:
         return _sphere(origin, rays, half=solid.kind == "dome")
 
 
-def _roots(a: Floats, b: Floats, c: np.floating) -> tuple[Floats, Floats]:
+def _roots(a: Floats, b: Floats, c: float) -> tuple[Floats, Floats]:
     """Both roots of a t^2 + 2 b t + c, NaN where there is none (NaN fails every comparison)."""
     root = np.sqrt(b * b - a * c)
     return (-b - root) / a, (-b + root) / a
 
 
 def _sphere(origin: Floats, rays: Floats, half: bool) -> Floats:
-    near, _ = _roots(np.einsum("kn,kn->n", rays, rays), origin @ rays, origin @ origin - 1)
+    near, _ = _roots(np.einsum("kn,kn->n", rays, rays), origin @ rays, float(origin @ origin) - 1)
     if not half:
         return np.where(near > 0, near, _MISS)
     t = np.where((near > 0) & (origin[1] + near * rays[1] >= 0), near, _MISS)
@@ -92,7 +92,7 @@ def _frustum(origin: Floats, rays: Floats, taper: float) -> Floats:
     a = rays[0] * rays[0] + rays[2] * rays[2] - slope * slope * (rays[1] * rays[1])
     b = origin[0] * rays[0] + origin[2] * rays[2] - slope * here * rays[1]
     t = _cap(origin, rays, 0.0, 1.0, taper)
-    c = origin[0] ** 2 + origin[2] ** 2 - here**2
+    c = float(origin[0] ** 2 + origin[2] ** 2 - here**2)
     # Both roots, for the order turns round where a < 0; an exit never beats the entry.
     for root in _roots(np.where(np.abs(a) < _TINY, _TINY, a), b, c):
         y = origin[1] + root * rays[1]
@@ -104,9 +104,9 @@ def _tube(origin: Floats, rays: Floats, inner: float) -> Floats:
     a = rays[0] * rays[0] + rays[2] * rays[2]
     a = np.where(a < _TINY, _TINY, a)
     b = origin[0] * rays[0] + origin[2] * rays[2]
-    c = origin[0] ** 2 + origin[2] ** 2
+    c = float(origin[0] ** 2 + origin[2] ** 2)
     outside, _ = _roots(a, b, c - 1)
-    _, inside = _roots(a, b, c - np.float32(inner * inner))
+    _, inside = _roots(a, b, c - inner * inner)
     t = _cap(origin, rays, inner, 1.0, 1.0)
     for root in (outside, inside):
         y = origin[1] + root * rays[1]

@@ -58,7 +58,7 @@ def noise(name: str, u: Floats, v: Floats) -> Floats:
     """Value of a noise picture at (u, v), one period a unit, nearest pixel."""
     row = (v * _SIDE).astype(np.int32) & (_SIDE - 1)
     column = (u * _SIDE).astype(np.int32) & (_SIDE - 1)
-    return np.take(_bank()[name], row * _SIDE + column)
+    return np.take(_bank()[name], row * _SIDE + column, mode="clip")
 
 
 def soft(value: Floats, sharpness: float = 8.0) -> Floats:

@@ -78,16 +78,17 @@ def rotation(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> Floats:
     return (about_y @ about_x @ about_z).astype(np.float32)
 
 
-def colour(rng: np.random.Generator, low: float = 0.08, high: float = 0.9) -> Floats:
-    """A linear RGB of any hue; grey to vivid."""
-    value = rng.uniform(low, high)
-    rgb = colorsys.hsv_to_rgb(rng.random(), rng.beta(1.3, 1.6), value)
+def colour(
+    rng: np.random.Generator, low: float = 0.08, high: float = 0.9, vivid: float = 0.85
+) -> Floats:
+    """A linear RGB of any hue, from grey to saturation ``vivid``; low and high bound its value."""
+    rgb = colorsys.hsv_to_rgb(rng.random(), vivid * rng.beta(1.2, 1.8), rng.uniform(low, high))
     return np.array(rgb, dtype=np.float32) ** np.float32(2.2)
 
 
-def two_colours(rng: np.random.Generator) -> Floats:
+def two_colours(rng: np.random.Generator, vivid: float = 0.85) -> Floats:
     """(2, 3): any two colours, one clearly darker, in either order."""
-    pair = [colour(rng, 0.12, 0.42), colour(rng, 0.6, 0.95)]
+    pair = [colour(rng, 0.12, 0.42, vivid), colour(rng, 0.6, 0.95, vivid)]
     order = (0, 1) if rng.random() < 0.5 else (1, 0)
     return np.stack([pair[order[0]], pair[order[1]]])
 

@@ -1,0 +1,7 @@
+"""python -m cmt_mae"""
+
+import sys
+
+from cmt_mae.cli import main
+
+sys.exit(main())

@@ -1,0 +1,207 @@
+"""A backbone as a file that other tools load: timm, transformers, plain torch."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save as to_safetensors
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cmt_mae.backbones.backbone import Backbone
+from cmt_mae.backbones.load import load_backbone
+from cmt_mae.backbones.save import plain_state, save_backbone, write_atomically
+from cmt_mae.errors import InputError
+
+
+@dataclass
+class ExportConfig:
+    """Settings of `export`."""
+
+    backbone: str
+    """What to export: a run directory, a file or a timm name."""
+    out: str
+    """Where to: FILE.safetensors for timm, FILE.pth for torch, a folder for hf."""
+    format: Literal["timm", "hf", "torch"] = "timm"
+    """timm: loads in timm.create_model; hf: in transformers.ViTModel; torch: a plain state dict."""
+    key: str | None = None
+    """Which weights of a run or file with several, e.g. momentum; none takes the usual ones."""
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write the backbone in another tool's format; features stay equal.
+
+    Returns what was written: out, format, architecture, kwargs, digest, source, licence of the
+    weights, and `load`, the line of Python that loads it.
+    Raises InputError when the format cannot express the network or the file cannot be written.
+    """
+    backbone = load_backbone(config.backbone, key=config.key)
+    out = Path(config.out)
+    if config.format == "hf":
+        load = _export_hf(backbone, out)
+    elif config.format == "timm":
+        load = _export_timm(backbone, _with_suffix(out, ".safetensors"))
+    elif config.format == "torch":
+        load = _export_torch(backbone, _with_suffix(out, ".pth"))
+    else:
+        raise InputError(f"format '{config.format}' is unknown; take timm, hf or torch")
+    return {
+        "out": str(out),
+        "format": config.format,
+        "architecture": backbone.architecture,
+        "kwargs": backbone.kwargs,
+        "digest": backbone.digest,
+        "source": backbone.source,
+        "licence": backbone.licence,
+        "load": load,
+    }
+
+
+def _with_suffix(out: Path, suffix: str) -> Path:
+    if out.suffix != suffix or out.is_dir():
+        raise InputError(f"{out}: this format is one file; give --out a name that ends in {suffix}")
+    return out
+
+
+def _arguments(backbone: Backbone) -> str:
+    """kwargs as they stand in a call; CLIP's projection is a head of E classes."""
+    classes = 0 if backbone.proj is None else backbone.proj.shape[0]
+    return ", ".join(f"{k}={v!r}" for k, v in {"num_classes": classes, **backbone.kwargs}.items())
+
+
+def _export_timm(backbone: Backbone, out: Path) -> str:
+    save_backbone(
+        out,
+        backbone.model,
+        architecture=backbone.architecture,
+        kwargs=backbone.kwargs,
+        mean=backbone.mean,
+        std=backbone.std,
+        img_size=backbone.img_size,
+        licence=backbone.licence,
+        source=backbone.source,
+        proj=backbone.proj,
+    )
+    arguments = _arguments(backbone)
+    return (
+        f"timm.create_model({backbone.architecture!r}, checkpoint_path={str(out)!r}, {arguments})"
+    )
+
+
+def _export_torch(backbone: Backbone, out: Path) -> str:
+    buffer = io.BytesIO()
+    torch.save(plain_state(backbone.model, backbone.proj), buffer)
+    write_atomically(out, buffer.getvalue())
+    model = f"timm.create_model({backbone.architecture!r}, {_arguments(backbone)})"
+    return f"{model}.load_state_dict(torch.load({str(out)!r}, weights_only=True))"
+
+
+def _export_hf(backbone: Backbone, out: Path) -> str:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; the hf format is a folder")
+    config = _hf_config(backbone)
+    state = _hf_state(plain_state(backbone.model, None))
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(backbone.mean),
+        "image_std": list(backbone.std),
+        "resample": 3,
+        "size": {"height": backbone.img_size[0], "width": backbone.img_size[1]},
+    }
+    # the configuration last: a folder without it is not taken for a model
+    write_atomically(out / "model.safetensors", to_safetensors(state, {"format": "pt"}))
+    write_atomically(out / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
+    write_atomically(out / "config.json", json.dumps(config, indent=2).encode())
+    return f"transformers.ViTModel.from_pretrained({str(out)!r}, add_pooling_layer=False)"
+
+
+def _hf_config(backbone: Backbone) -> dict[str, Any]:
+    """config.json of a transformers ViTModel; InputError for what ViTModel cannot compute."""
+    model = backbone.model
+    odd = _what_hf_lacks(model)
+    if odd:
+        raise InputError(
+            f"transformers.ViTModel cannot express {', '.join(odd)} of '{backbone.architecture}'; "
+            "take --format timm"
+        )
+    assert isinstance(model, VisionTransformer)
+    block: Any = model.blocks[0]
+    size, patch = backbone.img_size, model.patch_embed.patch_size
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "layer_norm_eps": block.norm1.eps,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "image_size": size[0] if size[0] == size[1] else list(size),
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
+        "num_channels": model.in_chans,
+        "torch_dtype": "float32",
+        "licence_of_weights": backbone.licence,
+        "source_of_weights": backbone.source,
+    }
+
+
+def _what_hf_lacks(model: nn.Module) -> list[str]:
+    """Parts of the network that a transformers ViTModel does not have."""
+    if type(model) is not VisionTransformer:
+        return [f"a {type(model).__name__}"]
+    block: Any = model.blocks[0]
+    names = set(model.state_dict())
+    odd = {
+        "no class token": model.cls_token is None,
+        "register tokens": model.num_reg_tokens > 0,
+        "positions without a class row": model.pos_embed is None or model.no_embed_class,
+        "a norm before the blocks": not isinstance(model.norm_pre, nn.Identity),
+        "no norm after the blocks": isinstance(model.norm, nn.Identity),
+        "layer scale": any(".ls1." in k for k in names),
+        "norms of q and k": any(".q_norm." in k for k in names),
+        "an attention pool": model.attn_pool is not None,
+        "its activation": type(getattr(block.mlp, "act", None)) is not nn.GELU,
+        "its MLP": any("mlp." in k and ".fc1." not in k and ".fc2." not in k for k in names),
+    }
+    return [name for name, there in odd.items() if there]
+
+
+def _hf_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names to those on disk of transformers' ViTModel (of version 4 and 5)."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                new = name.replace(".attn.qkv.", f".attention.attention.{part}.")
+                out[_hf_name(new)] = rows.contiguous().clone()
+        else:
+            out[_hf_name(name)] = tensor
+    return out
+
+
+def _hf_name(name: str) -> str:
+    for ours, theirs in (
+        ("cls_token", "embeddings.cls_token"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+        ("blocks.", "encoder.layer."),
+        (".attn.proj.", ".attention.output.dense."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+        (".norm1.", ".layernorm_before."),
+        (".norm2.", ".layernorm_after."),
+    ):
+        name = name.replace(ours, theirs)
+    return name.replace("norm.", "layernorm.", 1) if name.startswith("norm.") else name

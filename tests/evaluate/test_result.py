@@ -1,0 +1,93 @@
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cmt_mae.errors import InputError
+from cmt_mae.evaluate.result import Result, hardware, save_where, versions
+
+
+def make(**changes) -> Result:
+    settings = {
+        "task": "knn",
+        "metrics": {"cls/k20/top1": np.float64(71.25), "AP small": math.nan},
+        "protocol": {"name": "DINO (k-NN)", "headline": "cls/k20/top1", "k": (10, 20)},
+        "backbone": {"name": "runs/a", "digest": "ab" * 32, "img_size": (224, 224)},
+        "data": {"path": Path("data/x"), "fingerprint": "cd" * 32, "train": 10, "val": 4},
+        "seed": 3,
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu")),
+        "seconds": 1.5,
+        "date": "2025-01-01T00:00:00+00:00",
+        "details": {"table": [{"rate": torch.tensor(0.5), "ok": True, "n": np.int64(3)}]},
+    }
+    return Result(**(settings | changes))
+
+
+def test_round_trip(tmp_path):
+    result = make()
+    path = result.save(tmp_path)
+    assert re.fullmatch(r"knn-dino-k-nn-[0-9a-f]{10}\.json", path.name)
+    assert path.parent == tmp_path / "results"
+    back = Result.load(path)
+    assert math.isnan(back.metrics.pop("AP small"))
+    assert math.isnan(result.metrics.pop("AP small"))
+    assert back == result
+    assert back.headline == 71.25
+    assert back.details == {"table": [{"rate": 0.5, "ok": True, "n": 3}]}
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_one_line_of_strict_json():
+    line = make().to_json()
+    assert "\n" not in line
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    read = json.loads(line, parse_constant=refuse)
+    assert read["metrics"] == {"cls/k20/top1": 71.25, "AP small": None}
+    assert read["protocol"]["k"] == [10, 20]
+    assert read["data"]["path"] == "data/x"
+
+
+def test_identity_names_what_was_measured():
+    base = make().identity()
+    same = make(date="later", seconds=9.0, hardware={}, data={**make().data, "path": "elsewhere"})
+    assert same.identity() == base
+    assert make(seed=4).identity() != base
+    assert make(backbone={"digest": "other"}).identity() != base
+    assert make(protocol={**make().protocol, "k": [10]}).identity() != base
+
+
+def test_where_it_is_saved(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    assert save_where(make(), None, "vit_tiny_patch16_224") is None
+    assert save_where(make(), None, str(run)) is None
+    (run / "run.json").write_text("{}")
+    path = save_where(make(), None, str(run))
+    assert path is not None
+    assert path.parent == run / "results"
+    path = save_where(make(), str(tmp_path / "out"), str(run))
+    assert path is not None
+    assert path.parent == tmp_path / "out" / "results"
+
+
+def test_refuses_what_is_no_result(tmp_path):
+    with pytest.raises(ValueError, match="headline"):
+        make(protocol={"name": "x"})
+    with pytest.raises(ValueError, match="among the metrics"):
+        make(protocol={"name": "x", "headline": "other"})
+    (tmp_path / "a.json").write_text('{"task": "knn"')
+    (tmp_path / "b.json").write_text('{"tasks": 1}')
+    for name in ("a.json", "b.json", "missing.json"):
+        with pytest.raises(InputError, match="not a result"):
+            Result.load(tmp_path / name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        make().save(tmp_path / "file")

@@ -1,0 +1,344 @@
+"""The student and the token interface, against timm and the numbers of the official MAE."""
+
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+from method_nets import DEPTH, FAMILIES, GRID, network, pictures
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cmt_mae.errors import InputError
+from cmt_mae.method.cmtmae import Learner, TargetConfig
+from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.vit import (
+    StudentConfig,
+    build_student,
+    count_parameters,
+    encode_visible,
+    finish,
+    forward_to_last,
+    gather_tokens,
+    grid_of,
+    has_class_token,
+    mean_of_last,
+    num_prefix,
+    sincos_table,
+)
+
+SMALL: dict[str, Any] = {
+    "img_size": [24, 32],
+    "patch_size": 8,
+    "width": 48,
+    "depth": 2,
+    "heads": 3,
+}
+
+
+def student(**more: Any) -> Any:
+    torch.manual_seed(0)
+    return build_student(StudentConfig(**{**SMALL, **more}))
+
+
+# --- sizes (spec 12.1) -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "encoder", "trained"),
+    [("base", 85_798_656, 85_647_360), ("large", 303_301_632, 303_099_904)],
+)
+def test_encoders_have_maes_parameter_counts(preset: str, encoder: int, trained: int) -> None:
+    with torch.device("meta"):
+        model = build_student(StudentConfig(preset=preset))
+    assert count_parameters([model]) == encoder
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+@pytest.mark.parametrize(
+    ("preset", "heads", "total"),
+    [
+        ("base", {"pixel": 768}, 111_907_840),  # MAE
+        ("large", {"pixel": 768}, 329_541_888),
+        ("base", {"teacher": 512, "momentum": 768}, 112_170_496),  # CMT-MAE with CLIP's 512-d target
+        ("large", {"teacher": 512, "momentum": 1024}, 329_935_872),
+        ("base", {"teacher": 512}, 111_776_512),  # MILAN / EVA-MAE as mmpretrain counts them
+    ],
+)
+def test_whole_models_have_the_published_parameter_counts(
+    preset: str, heads: dict[str, int], total: int
+) -> None:
+    with torch.device("meta"):
+        model = Learner(
+            build_student(StudentConfig(preset=preset)), DecoderConfig(), TargetConfig(), heads
+        )
+    assert count_parameters([model]) == total
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "base", "large"])
+def test_presets_are_timms_networks(preset: str) -> None:
+    with torch.device("meta"):
+        config = StudentConfig(preset=preset)
+        name, kwargs = config.architecture()
+        ours, theirs = build_student(config), timm.create_model(name, num_classes=0)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads == kwargs["num_heads"]
+
+
+def test_student_loads_into_a_bare_timm_network_with_equal_features() -> None:
+    config = StudentConfig(**SMALL)
+    name, kwargs = config.architecture()
+    ours = student().eval()
+    theirs = timm.create_model(name, num_classes=0, **kwargs).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = pictures()
+    assert torch.equal(theirs.forward_features(x), ours.forward_features(x))
+
+
+# --- positions (spec 12.2) ---------------------------------------------------------------------
+
+
+def test_positions_equal_the_official_table_at_224() -> None:
+    table = sincos_table(768, (14, 14)).double()
+    assert table.shape == (197, 768)
+    assert not table[0].any()  # the class token
+    zeros, ones = [*range(192), *range(384, 576)], [*range(192, 384), *range(576, 768)]
+    assert not table[1, zeros].any()
+    assert (table[1, ones] == 1).all()
+    first = torch.tensor([0.84147098, 0.81525065, 0.78859304], dtype=torch.float64)
+    cosine = torch.tensor([0.54030231, 0.57910826, 0.61491545], dtype=torch.float64)
+    torch.testing.assert_close(table[2, 0:3], first, atol=1e-7, rtol=0)  # row 0, column 1
+    torch.testing.assert_close(table[2, 192:195], cosine, atol=1e-7, rtol=0)
+    torch.testing.assert_close(table[15, 384:387], first, atol=1e-7, rtol=0)  # row 1, column 0
+    last = torch.tensor([0.42016704, -0.1743702, -0.68575617, -0.96588375], dtype=torch.float64)
+    torch.testing.assert_close(table[196, :4], last, atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        (table[1:] ** 2).sum(1), torch.full((196,), 384.0).double(), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "total"), [(768, 69594.49385917), (512, 46340.333103), (1024, 92849.197918)]
+)
+def test_sums_of_the_official_tables(width: int, total: float) -> None:
+    assert sincos_table(width, (14, 14)).double().sum().item() == pytest.approx(total, abs=2e-4)
+
+
+def test_positions_by_hand() -> None:
+    s, t, c, d = 0.84147, 0.01, 0.54030, 0.99995  # sine and cosine of 1 and of 0.01
+    wanted = torch.tensor(
+        [
+            [0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            [s, t, c, d, 0, 0, 1, 1],
+            [0, 0, 1, 1, s, t, c, d],
+            [s, t, c, d, s, t, c, d],
+        ]
+    )
+    torch.testing.assert_close(sincos_table(8, (2, 2)), wanted, atol=1e-5, rtol=0)
+
+
+def test_positions_of_a_rectangle_are_a_cut_of_the_squares() -> None:
+    square = sincos_table(16, (5, 5), class_token=False).view(5, 5, 16)
+    assert torch.equal(
+        sincos_table(16, (3, 5), class_token=False).view(3, 5, 16), square[:3]
+    )
+    assert torch.equal(
+        sincos_table(16, (5, 2), class_token=False).view(5, 2, 16), square[:, :2]
+    )
+
+
+# --- start ---------------------------------------------------------------------------------------
+
+
+def test_weights_start_as_maes() -> None:
+    model = student(width=192, heads=3)
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear):
+            bound = math.sqrt(6 / (part.in_features + part.out_features))  # Glorot's
+            assert part.weight.abs().max() <= bound, name
+            assert part.weight.abs().max() > 0.99 * bound, name
+            assert part.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02), name
+            assert not part.bias.any(), name
+        if isinstance(part, nn.LayerNorm):
+            assert (part.weight == 1).all(), name
+            assert not part.bias.any(), name
+            assert part.eps == 1e-6, name
+    bound = math.sqrt(6 / (192 + 3 * 8 * 8))  # the convolution counts as a linear layer
+    assert 0.99 * bound < model.patch_embed.proj.weight.abs().max() <= bound
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert torch.equal(model.pos_embed[0], sincos_table(192, GRID))
+    assert not model.pos_embed.requires_grad
+
+
+def test_learned_positions_learn() -> None:
+    model = student(pos_embed="learned")
+    assert model.pos_embed.requires_grad
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_any_number_of_channels(channels: int) -> None:
+    model = student(in_chans=channels)
+    ids = torch.tensor([[0, 5, 11], [1, 2, 3]])
+    assert encode_visible(model, pictures(channels=channels), ids).shape == (2, 4, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"preset": "huge"}, "student.preset 'huge'"),
+        ({"img_size": [30]}, "student.img_size 30x30 .* e.g. 32"),
+        ({"img_size": [24, 30]}, "student.img_size 24x30"),
+        ({"img_size": []}, "student.img_size"),
+        ({"img_size": [8, 8, 8]}, "student.img_size"),
+        ({"patch_size": 0}, "student.patch_size 0"),
+        ({"heads": 5}, "student.heads 5"),
+        ({"width": 51}, "multiple of 4"),
+        ({"pos_embed": "rope"}, "student.pos_embed 'rope'"),
+    ],
+)
+def test_impossible_students_are_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named) as caught:
+        build_student(StudentConfig(**{**SMALL, **change}))
+    assert "\n" not in str(caught.value)
+
+
+# --- visible tokens ------------------------------------------------------------------------------
+
+
+def test_with_every_patch_visible_the_student_is_the_whole_vit() -> None:
+    model = student().eval()
+    x = pictures()
+    every = torch.arange(12).expand(2, -1)
+    torch.testing.assert_close(
+        encode_visible(model, x, every), model.forward_features(x), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_each_visible_patch_keeps_its_own_position() -> None:
+    """The order in which visible patches are given permutes the latents and changes nothing else."""
+    model = student().eval()
+    x, ids = pictures(), torch.tensor([[0, 3, 7, 10], [2, 3, 4, 11]])
+    shuffle = torch.tensor([2, 0, 3, 1])
+    straight, shuffled = encode_visible(model, x, ids), encode_visible(model, x, ids[:, shuffle])
+    torch.testing.assert_close(shuffled[:, 1:], straight[:, 1:][:, shuffle], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shuffled[:, :1], straight[:, :1], atol=1e-5, rtol=1e-5)
+
+
+def test_visible_tokens_equal_attention_masked_out_of_the_full_network() -> None:
+    """Dropping tokens = forbidding attention to them: the same latents from timm's attn_mask."""
+    model = student().eval()
+    x, ids = pictures(), torch.tensor([[1, 3, 8, 10]] * 2)
+    seen = torch.zeros(13, dtype=torch.bool)
+    seen[[0, *(1 + ids[0]).tolist()]] = True
+    tokens = model._pos_embed(model.patch_embed(x))
+    for block in model.blocks:
+        tokens = block(tokens, attn_mask=seen[None, None, None].expand(2, 1, 13, 13))
+    torch.testing.assert_close(
+        encode_visible(model, x, ids), model.norm(tokens)[:, seen], atol=1e-5, rtol=1e-5
+    )
+
+
+# --- full images, stop before the last block ---------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_stop_and_finish_equal_timms_forward(family: str) -> None:
+    model = network(family)
+    x = pictures()
+    wanted = model.forward_features(x)
+    state = forward_to_last(model, x)
+    torch.testing.assert_close(finish(model, state), wanted, atol=1e-5, rtol=1e-5)
+
+    ids = torch.tensor([[11, 0, 5], [2, 7, 3]])  # any order
+    prefix = num_prefix(model)
+    some = finish(model, state, ids)
+    torch.testing.assert_close(some[:, :prefix], wanted[:, :prefix], atol=1e-5, rtol=1e-5)
+    for image in range(2):
+        picked = wanted[image, prefix:][ids[image]]
+        torch.testing.assert_close(some[image, prefix:], picked, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_mean_of_the_last_blocks_equals_timms_intermediates(family: str) -> None:
+    model = network(family)
+    x, ids = pictures(), torch.tensor([[11, 0, 5], [2, 7, 3]])
+    prefix = num_prefix(model)
+    for last in (1, 2, DEPTH):
+        outputs = model.forward_intermediates(
+            x,
+            indices=last,
+            return_prefix_tokens=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        pairs = [entry if isinstance(entry, tuple) else (entry, None) for entry in outputs]
+        wanted = torch.stack([patches for patches, _ in pairs]).mean(0)
+        state = forward_to_last(model, x, last - 1)
+        assert len(state.earlier) == last - 1
+        mean = mean_of_last(model, state)
+        torch.testing.assert_close(mean[:, prefix:], wanted, atol=1e-5, rtol=1e-5)
+        if pairs[0][1] is not None:
+            heads = torch.stack([entry for _, entry in pairs]).mean(0)
+            torch.testing.assert_close(mean[:, :prefix], heads, atol=1e-5, rtol=1e-5)
+        some = mean_of_last(model, state, ids)
+        torch.testing.assert_close(some[:, :prefix], mean[:, :prefix])
+        torch.testing.assert_close(some[:, prefix:], gather_tokens(mean[:, prefix:], ids))
+
+
+def test_prefix_class_token_and_grid_are_read_off_the_network() -> None:
+    facts = {
+        name: (num_prefix(network(name)), has_class_token(network(name)), grid_of(network(name)))
+        for name in ("vit", "dinov2 (registers, layer scale)", "ijepa", "rotary with registers")
+    }
+    assert list(facts.values()) == [
+        (1, True, (3, 4)),
+        (5, True, (3, 4)),
+        (0, False, (3, 4)),
+        (2, False, (3, 4)),
+    ]
+
+
+def test_networks_without_a_token_interface_are_refused() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed = nn.Identity()
+
+    with pytest.raises(InputError, match="kind Other"):
+        forward_to_last(Other(), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_36x1_224", "eva02_enormous"])
+def test_blocks_of_another_make_are_refused_rather_than_finished_wrong(name: str) -> None:
+    """Post-norm, parallel and differential blocks have other equations (a silent error otherwise)."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import (
+        DiffParallelScalingBlock,
+        ParallelScalingBlock,
+        ResPostBlock,
+    )
+
+    shape: dict[str, Any] = {
+        "img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
+        "num_classes": 0,
+    }  # fmt: skip
+    odd: list[nn.Module] = [
+        VisionTransformer(**shape, block_fn=block)
+        for block in (ResPostBlock, ParallelScalingBlock, DiffParallelScalingBlock)
+    ]
+    odd += [VisionTransformer(**shape, attn_layer="diff"), Eva(**shape, use_post_norm=True)]
+    for model in odd:
+        with pytest.raises(InputError, match="block"):
+            forward_to_last(model.eval(), torch.zeros(1, 3, 16, 16))
+    assert name
+    del name
+
+
+def _unused(_: Tensor) -> None: ...
