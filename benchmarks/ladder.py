@@ -22,7 +22,11 @@ RUNGS: dict[str, tuple[str, list[str], str]] = {
     "mae_s0": ("mae", ["--seed=0"], "MAE: random mask, pixels"),
     "mae_s1": ("mae", ["--seed=1"], "MAE, second seed"),
     "mvp_s0": ("mvp", ["--seed=0"], "random mask, teacher features"),
-    "teacher_guided_s0": ("teacher_guided", ["--seed=0"], "attended patches hidden (drawn), teacher features"),
+    "teacher_guided_s0": (
+        "teacher_guided",
+        ["--seed=0"],
+        "attended patches hidden (drawn), teacher features",
+    ),
     "sampled_visible_s0": (
         "teacher_guided",
         ["--seed=0", "--mask.rule=sampled_visible"],
@@ -57,8 +61,12 @@ def train(name: str, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Train what is missing, then evaluate and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="Imagenette packed at 128 px, with train and val")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", required=True, help="Imagenette packed at 128 px, with train and val"
+    )
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/ladder"))
     parser.add_argument("--epochs", type=float, default=8)

@@ -13,7 +13,7 @@ from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.method.vit import build_student
+from cmt_mae.method.vit import Vit, build_student
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.training.checkpoint import load_last
 
@@ -34,14 +34,17 @@ def statistics(config: PretrainConfig, source: Source) -> Statistics:
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def build_teacher(config: PretrainConfig, stats: Statistics) -> tuple[Teacher | None, Backbone | None]:
+def build_teacher(
+    config: PretrainConfig, stats: Statistics
+) -> tuple[Teacher | None, Backbone | None]:
     """The frozen teacher at the input size that gives the student's grid, or (None, None)."""
     if not config.needs_teacher():
         return None, None
     grid = config.student.grid()
     backbone = load_backbone(config.teacher.name)
+    vit: Vit = backbone.model
     if config.teacher.grid_align == "input":
-        rows, columns = backbone.model.patch_embed.patch_size
+        rows, columns = vit.patch_embed.patch_size
         size = (grid[0] * int(rows), grid[1] * int(columns))
         if size != tuple(backbone.img_size):
             backbone = load_backbone(config.teacher.name, img_size=size)
@@ -83,7 +86,11 @@ def start_from(learner: Learner, config: PretrainConfig) -> None:
     given = backbone.model.state_dict()
     own = learner.student.state_dict()
     if shapes(given) != shapes(own):
-        names = sorted(k for k in {*given, *own} if k not in given or k not in own or given[k].shape != own[k].shape)
+        names = sorted(
+            k
+            for k in {*given, *own}
+            if k not in given or k not in own or given[k].shape != own[k].shape
+        )
         raise InputError(
             f"init_from {config.init_from} does not fit the student ({len(names)} tensors differ, first "
             f"{', '.join(names[:3])}): choose student.preset, patch_size and pos_embed of that network"
@@ -117,7 +124,9 @@ def crop_settings(config: PretrainConfig, teacher: Teacher | None) -> CropSettin
     if config.data.crops not in ("random", "fixed"):
         raise InputError(f"data.crops '{config.data.crops}': use random or fixed")
     if len(config.data.scale) != 2 or not 0 < config.data.scale[0] <= config.data.scale[1] <= 1:
-        raise InputError(f"data.scale {config.data.scale}: give least and most share of the area, e.g. [0.2, 1]")
+        raise InputError(
+            f"data.scale {config.data.scale}: give least and most share of the area, e.g. [0.2, 1]"
+        )
     return CropSettings(
         size=size, second_size=second, scale=(config.data.scale[0], config.data.scale[1]),
         channels=config.student.in_chans, fixed=config.data.crops == "fixed",

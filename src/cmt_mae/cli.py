@@ -24,7 +24,12 @@ EVALUATIONS = {
     "linear": ("cmt_mae.evaluate.linear", "LinearConfig", "evaluate_linear"),
 }
 # short names of the most used settings of `pretrain`
-SHORT = {"data": "data.path", "teacher": "teacher.name", "device": "runtime.device", "workers": "data.workers"}
+SHORT = {
+    "data": "data.path",
+    "teacher": "teacher.name",
+    "device": "runtime.device",
+    "workers": "data.workers",
+}
 USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows them)
 
   pretrain         pre-train a backbone: --recipe R --data D --out O; the same command again continues
@@ -81,7 +86,9 @@ def dispatch(arguments: list[str]) -> None:
     elif command in COMMANDS:
         run_command(command, rest)
     else:
-        raise InputError(f"command '{command}' is unknown{hint(command, [*COMMANDS, 'evaluate', 'recipes'])}")
+        raise InputError(
+            f"command '{command}' is unknown{hint(command, [*COMMANDS, 'evaluate', 'recipes'])}"
+        )
 
 
 def run_command(command: str, words: list[str]) -> None:
@@ -118,7 +125,30 @@ def run_evaluation(words: list[str]) -> None:
     if config is None:
         return
     result = function(config)
-    print(result.to_json() if as_json else result.table())
+    show_result(result)
+    if as_json:
+        print(result.to_json())
+
+
+def show_result(result: Any) -> None:
+    """The numbers and the protocol behind them, on stderr, so that stdout stays for --json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    name = result.protocol["name"]
+    table = Table(title=f"{result.task}, protocol {name}, {result.backbone['name']}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for metric, value in result.metrics.items():
+        mark = " *" if metric == result.protocol["headline"] else ""
+        table.add_row(metric + mark, f"{value:.2f}")
+    console = Console(stderr=True)
+    console.print(table)
+    settings = ", ".join(
+        f"{k} {v}" for k, v in result.protocol.items() if k not in ("name", "headline")
+    )
+    console.print(f"* the number to quote. protocol: {settings}", style="dim")
+    console.print(f"{result.seconds:.1f} s, seed {result.seed}", style="dim")
 
 
 def show_recipes(words: list[str]) -> None:

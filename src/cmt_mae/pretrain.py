@@ -17,7 +17,13 @@ from cmt_mae.method.masking import noise_length
 from cmt_mae.report.pictures import attention_picture
 from cmt_mae.settings import INDIFFERENT, PretrainConfig
 from cmt_mae.stepping import Plan, Stepper, make_plan
-from cmt_mae.training.checkpoint import list_checkpoints, load_last, mark_best, rotate, save_checkpoint
+from cmt_mae.training.checkpoint import (
+    list_checkpoints,
+    load_last,
+    mark_best,
+    rotate,
+    save_checkpoint,
+)
 from cmt_mae.training.processes import any_process, make_accelerator
 from cmt_mae.training.progress import training_bar
 from cmt_mae.training.run_dir import RunDir, plain
@@ -49,9 +55,20 @@ class Training:
     """One process of a run."""
 
     def __init__(
-        self, config: PretrainConfig, accelerator: Accelerator, source: Source, plan: Plan, run: RunDir
+        self,
+        config: PretrainConfig,
+        accelerator: Accelerator,
+        source: Source,
+        plan: Plan,
+        run: RunDir,
     ) -> None:
-        self.config, self.accelerator, self.source, self.plan, self.run = config, accelerator, source, plan, run
+        self.config, self.accelerator, self.source, self.plan, self.run = (
+            config,
+            accelerator,
+            source,
+            plan,
+            run,
+        )
         self.stats = assemble.statistics(config, source)
         teacher, self.teacher_backbone = assemble.build_teacher(config, self.stats)
         self.crops = assemble.crop_settings(config, teacher)
@@ -76,7 +93,9 @@ class Training:
         tracking = Trackers(self.run, runtime.tracker, plain(config), self.step)
         bar = training_bar(runtime.progress and main)
         with StopRequest() as stop, tracking, bar:
-            task = bar.add_task("", total=plan.total_steps, completed=self.step, images_per_step=config.batch_size)
+            task = bar.add_task(
+                "", total=plan.total_steps, completed=self.step, images_per_step=config.batch_size
+            )
             self.since, self.stepper.waited = time.perf_counter(), 0.0
             while self.step < plan.total_steps:
                 if self.step == plan.switch_step:
@@ -89,10 +108,17 @@ class Training:
                 bar.update(task, completed=self.step)
                 if probe and self.falls_due(runtime.probe_every):
                     self.measure(probe, tracking)
-                if self.falls_due(runtime.picture_every) or self.step in (plan.switch_step, plan.total_steps):
+                if self.falls_due(runtime.picture_every) or self.step in (
+                    plan.switch_step,
+                    plan.total_steps,
+                ):
                     self.picture()
                 asked = any_process(self.accelerator, stop.asked)
-                if asked or self.falls_due(runtime.checkpoint_every) or self.step == plan.total_steps:
+                if (
+                    asked
+                    or self.falls_due(runtime.checkpoint_every)
+                    or self.step == plan.total_steps
+                ):
                     self.checkpoint()
                 if asked and self.step < plan.total_steps:
                     raise Stopped(
@@ -155,7 +181,9 @@ class Training:
         """Warn of skipped steps; raise InputError where they do not end."""
         if nonfinite:
             parts = ", ".join(f"{name} ({count})" for name, count in nonfinite.items())
-            self.say(f"warning: not finite in the steps before {self.step}, which were skipped: {parts}")
+            self.say(
+                f"warning: not finite in the steps before {self.step}, which were skipped: {parts}"
+            )
         row = int(self.stepper.nonfinite_row.item())
         if row >= self.config.runtime.max_nonfinite:
             raise InputError(
@@ -188,7 +216,9 @@ class Training:
         """k-NN accuracy of the student so far; the best checkpoint is marked."""
         learner = self.stepper.learner
         learner.eval()
-        accuracy = probe.measure(as_backbone(self.config, learner.student, self.stats), self.accelerator)
+        accuracy = probe.measure(
+            as_backbone(self.config, learner.student, self.stats), self.accelerator
+        )
         learner.train()
         tracking.write({"step": self.step, "knn_top1": accuracy})
         self.last_row["knn_top1"] = accuracy
@@ -202,9 +232,20 @@ class Training:
         """Image, maps and mask of the first few images, centre crops."""
         if not self.run.writes:
             return
-        sizes = [self.config.student.size()] + ([self.crops.second_size] if self.crops.second_size else [])
+        sizes = [self.config.student.size()] + (
+            [self.crops.second_size] if self.crops.second_size else []
+        )
         shown = [
-            next(iter(eval_batches(self.source, size=s, channels=self.config.student.in_chans, batch_size=PICTURED)))[0]
+            next(
+                iter(
+                    eval_batches(
+                        self.source,
+                        size=s,
+                        channels=self.config.student.in_chans,
+                        batch_size=PICTURED,
+                    )
+                )
+            )[0]
             for s in sizes
         ]
         device, stepper = self.accelerator.device, self.stepper
@@ -214,11 +255,15 @@ class Training:
             generator=torch.Generator().manual_seed(self.config.seed),
         )  # fmt: skip
         weights = stepper.weights_at(max(0, self.step - 1))
-        maps, mask = stepper.guides.maps(ready[0], noise.to(device), self.plan.n_mask, weights, ready[-1])
+        maps, mask = stepper.guides.maps(
+            ready[0], noise.to(device), self.plan.n_mask, weights, ready[-1]
+        )
         path = self.run.path / "pictures" / f"attention_step_{self.step:08d}.png"
         title = f"{self.run.path.name}, step {self.step}, rule {self.config.mask.rule}"
         maps = {name: value.float().cpu() for name, value in maps.items()}
-        attention_picture(path, shown[0] / 255, maps, mask.mask.cpu(), self.config.student.grid(), title)
+        attention_picture(
+            path, shown[0] / 255, maps, mask.mask.cpu(), self.config.student.grid(), title
+        )
 
     def checkpoint(self) -> None:
         """Write everything that continuing needs, and the student alone; forget old checkpoints."""
@@ -229,10 +274,19 @@ class Training:
             every = round(self.config.runtime.keep_every * self.plan.steps_per_epoch)
             kept = set(range(0, self.step + 1, every)) if every else set()
             rotate(self.run.checkpoints, self.config.runtime.keep_last, kept)
-            save_student(self.run.path, self.config, self.stepper.learner.student, self.stats, self.facts(), "")
+            save_student(
+                self.run.path,
+                self.config,
+                self.stepper.learner.student,
+                self.stats,
+                self.facts(),
+                "",
+            )
             if self.stepper.guides.momentum is not None:
                 average = self.stepper.guides.momentum
-                save_student(self.run.path, self.config, average, self.stats, self.facts(), "_momentum")
+                save_student(
+                    self.run.path, self.config, average, self.stats, self.facts(), "_momentum"
+                )
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
@@ -262,7 +316,11 @@ class Training:
             "step": self.step,
             "epochs": self.config.epochs,
             "seed": self.config.seed,
-            "data": {"path": self.config.data.path, "images": len(source), "fingerprint": source.fingerprint()},
+            "data": {
+                "path": self.config.data.path,
+                "images": len(source),
+                "fingerprint": source.fingerprint(),
+            },
             "teacher": None
             if teacher is None
             else {
@@ -279,15 +337,18 @@ class Training:
         if self.step:
             self.say(f"continuing {self.run.path} at step {self.step} of {plan.total_steps}")
         self.say(
-            f"{len(self.source)} images, {plan.total_steps} steps of {config.batch_size} (stage one: "
-            f"{plan.switch_step}), lr {config.optim.blr:g} x {config.batch_size}/256 = {plan.lr:g}, {plan.n_mask} of "
-            f"{plan.n_patches} patches hidden, {assemble.trainable(self.stepper.learner) / 1e6:.1f} M trainable "
-            f"parameters, {self.accelerator.device}, {self.accelerator.mixed_precision}, "
+            f"{len(self.source)} images, {plan.total_steps} steps of {config.batch_size} "
+            f"(stage one: {plan.switch_step}), lr {config.optim.blr:g} x {config.batch_size}/256 = {plan.lr:g}, "
+            f"{plan.n_mask} of {plan.n_patches} patches hidden, "
+            f"{assemble.trainable(self.stepper.learner) / 1e6:.1f} M trainable parameters, "
+            f"{self.accelerator.device}, {self.stepper.precision}, "
             f"{self.accelerator.num_processes} process(es), seed {config.seed}"
         )
         if self.teacher_backbone is not None:
             teacher = self.teacher_backbone
-            self.say(f"teacher: {teacher.source}; licence of its weights: {teacher.licence or 'not stated'}")
+            self.say(
+                f"teacher: {teacher.source}; licence of its weights: {teacher.licence or 'not stated'}"
+            )
 
     def say(self, text: str) -> None:
         """One line on stderr, from the main process."""
@@ -297,8 +358,10 @@ class Training:
 
 def describe(row: dict[str, Any], plan: Plan) -> str:
     """Text of the progress bar."""
-    losses = " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in row.items() if n.startswith("loss_"))
-    return f"stage {row['stage']} epoch {row['epoch']:.1f}/{plan.total_steps / plan.steps_per_epoch:.0f} {losses}"
+    parts = [(n.removeprefix("loss_"), v) for n, v in row.items() if n.startswith("loss_")]
+    losses = " ".join(f"{name} {value:.3f}" for name, value in parts)
+    epochs = plan.total_steps / plan.steps_per_epoch
+    return f"stage {row['stage']} epoch {row['epoch']:.1f}/{epochs:g} {losses}"
 
 
 def peak_memory(device: torch.device) -> float:

@@ -135,23 +135,39 @@ class PretrainConfig:
     def check(self) -> None:
         """Raise InputError for settings that cannot work, before anything is loaded."""
         if not self.data.path:
-            raise InputError("no images: give --data FOLDER (or tar shards, parquet, a packed folder)")
-        for name, value in (("alpha", self.alpha), ("alpha_mask", self.alpha_mask), ("alpha_loss", self.alpha_loss)):
+            raise InputError(
+                "no images: give --data FOLDER (or tar shards, parquet, a packed folder)"
+            )
+        for name, value in (
+            ("alpha", self.alpha),
+            ("alpha_mask", self.alpha_mask),
+            ("alpha_loss", self.alpha_loss),
+        ):
             if value is not None and not 0.0 <= value <= 1.0:
                 raise InputError(f"{name} {value} is out of range: give a weight in 0..1")
         if self.epochs <= 0 or self.batch_size < 1 or self.runtime.log_every < 1:
             raise InputError("epochs, batch_size and runtime.log_every must be positive")
         if not 0.0 <= self.stage1_share <= 1.0:
-            raise InputError(f"stage1_share {self.stage1_share} is out of range: give a share in 0..1")
+            raise InputError(
+                f"stage1_share {self.stage1_share} is out of range: give a share in 0..1"
+            )
         if not 0.0 <= self.stage_one() <= self.epochs:
-            raise InputError(f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}")
+            raise InputError(
+                f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"
+            )
         if self.target.source not in ("pixel", "hog", "teacher", "momentum", "collab"):
             raise InputError(
                 f"target.source '{self.target.source}' is unknown: use pixel, hog, teacher, momentum or collab"
             )
         if self.mask.source not in ("teacher", "momentum", "collab"):
-            raise InputError(f"mask.source '{self.mask.source}' is unknown: use teacher, momentum or collab")
-        if self.needs_momentum() and "momentum" in (self.target.source, self.mask_source()) and self.stage_one():
+            raise InputError(
+                f"mask.source '{self.mask.source}' is unknown: use teacher, momentum or collab"
+            )
+        if (
+            self.needs_momentum()
+            and "momentum" in (self.target.source, self.mask_source())
+            and self.stage_one()
+        ):
             raise InputError(
                 "the momentum student alone guides this run, so there is no stage one: set stage1_epochs to 0"
             )
@@ -168,7 +184,9 @@ class PretrainConfig:
 
     def needs_momentum(self) -> bool:
         """Whether a momentum student is ever run."""
-        mask = self.mask_source() == "momentum" or (self.mask_source() == "collab" and self.alpha_of("mask") > 0)
+        mask = self.mask_source() == "momentum" or (
+            self.mask_source() == "collab" and self.alpha_of("mask") > 0
+        )
         target = self.target.source == "momentum" or (
             self.target.source == "collab" and self.alpha_of("loss") > 0
         )

@@ -56,7 +56,11 @@ def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
     rows, columns = config.student.grid()
     steps_per_epoch = n_images // config.batch_size
     total = max(1, round(config.epochs * steps_per_epoch))
-    switch = min(total, round(config.stage_one() * steps_per_epoch)) if config.needs_momentum() else total
+    switch = (
+        min(total, round(config.stage_one() * steps_per_epoch))
+        if config.needs_momentum()
+        else total
+    )
     return Plan(
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
@@ -73,13 +77,22 @@ class Stepper:
     """Learner, guides, optimizer and meters of one process."""
 
     def __init__(
-        self, config: PretrainConfig, accelerator: Accelerator, plan: Plan, learner: Learner, guides: Guides
+        self,
+        config: PretrainConfig,
+        accelerator: Accelerator,
+        plan: Plan,
+        learner: Learner,
+        guides: Guides,
     ) -> None:
         self.config, self.accelerator, self.plan = config, accelerator, plan
         self.device = accelerator.device
+        self.precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         self.learner, self.guides = learner.to(self.device), guides.to(self.device)
         self.optimizer = adamw(
-            self.learner, plan.lr, (config.optim.betas[0], config.optim.betas[1]), config.optim.weight_decay
+            self.learner,
+            plan.lr,
+            (config.optim.betas[0], config.optim.betas[1]),
+            config.optim.weight_decay,
         )
         self.meters = Meters(self.device)
         self.nonfinite_row = torch.zeros((), device=self.device)
@@ -107,7 +120,9 @@ class Stepper:
         # only drop path draws from torch's generator: tied to the step, it needs no place in checkpoints
         torch.manual_seed(self.config.seed + 1_000_003 * step + self.accelerator.process_index)
         optim = self.config.optim
-        lr = learning_rate(epoch, self.plan.lr, optim.warmup_epochs, self.config.epochs, optim.min_lr)
+        lr = learning_rate(
+            epoch, self.plan.lr, optim.warmup_epochs, self.config.epochs, optim.min_lr
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -178,7 +193,9 @@ class Stepper:
 
     def momentum_at(self, step: int) -> float:
         """m of the moving average at this step of stage two."""
-        share = (step - self.plan.switch_step) / max(1, self.plan.total_steps - self.plan.switch_step)
+        share = (step - self.plan.switch_step) / max(
+            1, self.plan.total_steps - self.plan.switch_step
+        )
         settings = self.config.momentum
         return momentum(share, settings.start, settings.end, settings.schedule)
 

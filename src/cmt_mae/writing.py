@@ -12,7 +12,12 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def save_student(
-    run: Path, config: PretrainConfig, vit: VisionTransformer, stats: Statistics, facts: dict[str, Any], suffix: str
+    run: Path,
+    config: PretrainConfig,
+    vit: VisionTransformer,
+    stats: Statistics,
+    facts: dict[str, Any],
+    suffix: str,
 ) -> None:
     """Write ``backbone{suffix}.safetensors`` atomically; suffix "" is the student, "_momentum" its average."""
     architecture, kwargs = config.student.architecture()

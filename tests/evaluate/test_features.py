@@ -1,3 +1,4 @@
+import io
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 from torchvision import transforms
@@ -126,7 +128,7 @@ def test_parts_equal_timm(name):
 def test_batches_workers_and_mode_change_nothing(vit, pictures):
     backbone, source = load_backbone(vit), open_source(f"{pictures}/val")
     backbone.model.train()
-    with Progress(disable=True) as progress:
+    with Progress(console=Console(file=io.StringIO())) as progress:
         first = extract(backbone, source, device=CPU, batch_size=15, progress=progress)
         assert progress.finished
     assert backbone.model.training

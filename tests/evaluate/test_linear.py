@@ -1,8 +1,10 @@
+import io
 from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 
 from cmt_mae.backbones import load_backbone
@@ -19,7 +21,7 @@ def config(vit: str, pictures: str, **changes) -> LinearConfig:
 
 def test_sweep_end_to_end(vit, pictures, tmp_path):
     settings = config(vit, pictures, protocol="sweep", out=str(tmp_path), epochs=20)
-    with Progress(disable=True) as progress:
+    with Progress(console=Console(file=io.StringIO())) as progress:
         result = evaluate_linear(settings, progress)
         assert progress.finished
     assert result.protocol["name"] == "sweep-cached"

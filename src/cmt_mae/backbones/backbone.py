@@ -64,7 +64,13 @@ def state_digest(state: dict[str, Tensor]) -> str:
 
 def backbone_digest(model: nn.Module, proj: Tensor | None) -> str:
     """Digest of a backbone: its model's state dict in float32, and CLIP's projection if any."""
-    state = dict(model.state_dict())
+    state = learned_state(model)
     if proj is not None:
         state["proj"] = proj
-    return state_digest({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    return state_digest({k: v.float() for k, v in state.items()})
+
+
+def learned_state(model: nn.Module) -> dict[str, Tensor]:
+    """State dict without BEiT's index of relative positions, a constant that old timm keeps in."""
+    state = model.state_dict()
+    return {k: v for k, v in state.items() if not k.endswith("relative_position_index")}

@@ -17,7 +17,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cmt_mae.backbones.backbone import Backbone, backbone_digest
+from cmt_mae.backbones.backbone import Backbone, backbone_digest, learned_state
 from cmt_mae.backbones.infer import pair
 from cmt_mae.errors import InputError
 
@@ -209,12 +209,14 @@ def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) ->
         model = create(weights.architecture, kwargs, where)
     old = (native[0] // patch[0], native[1] // patch[1])
     new = (size[0] // patch[0], size[1] // patch[1])
-    state = _resized(weights.state, model.state_dict(), old, new)
-    check_keys(state, model.state_dict(), where, weights.dropped)
+    target = learned_state(model)
+    state = _resized(weights.state, target, old, new)
+    check_keys(state, target, where, weights.dropped)
     broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
     if broken:
         raise InputError(f"{where}: weights that are not finite: {some(broken)}; take another file")
-    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    constants = {k: v for k, v in model.state_dict().items() if k not in target}
+    model.load_state_dict({k: v.float() for k, v in state.items()} | constants, strict=True)
     return as_backbone(model, weights, kwargs, where)
 
 

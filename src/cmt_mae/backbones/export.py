@@ -150,7 +150,7 @@ def _hf_config(backbone: Backbone) -> dict[str, Any]:
         "qkv_bias": block.attn.qkv.bias is not None,
         "image_size": size[0] if size[0] == size[1] else list(size),
         "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
-        "num_channels": model.in_chans,
+        "num_channels": model.patch_embed.proj.in_channels,
         "torch_dtype": "float32",
         "licence_of_weights": backbone.licence,
         "source_of_weights": backbone.source,

@@ -15,7 +15,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import Tensor
 
-from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN, IMAGENET_STD
+from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN, IMAGENET_STD, learned_state
 from cmt_mae.backbones.build import Weights, create, one_line, plain_kwargs
 from cmt_mae.backbones.clip import (
     normalisation,
@@ -328,7 +328,7 @@ def _model_args(config: dict[str, Any], where: str) -> dict[str, Any]:
 def _fits(state: dict[str, Tensor], architecture: str, size: tuple[int, int]) -> bool:
     """Names and shapes are those of the timm model; tables of positions may differ in length."""
     with torch.random.fork_rng(devices=[]):
-        wanted = create(architecture, {"img_size": size}, architecture).state_dict()
+        wanted = learned_state(create(architecture, {"img_size": size}, architecture))
     free = [k for k in wanted if "pos_embed" in k or "relative_position" in k]
     return state.keys() == wanted.keys() and all(
         state[k].shape == v.shape for k, v in wanted.items() if k not in free

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 import timm
 
-from cmt_mae.backbones.backbone import Backbone
+from cmt_mae.backbones.backbone import Backbone, learned_state
 from cmt_mae.backbones.build import (
     VIT_MODULES,
     Weights,
@@ -154,7 +154,7 @@ def _published(name: str, weights: Weights, img_size: int | Sequence[int] | None
             f"'{name}': no weights in the local cache and none to be had from the hub "
             f"({one_line(error)}); go online once, or give a file"
         ) from error
-    state = {k: v.detach() for k, v in model.state_dict().items()}
+    state = {k: v.detach() for k, v in learned_state(model).items()}
     head, bias = state.pop("head.weight", None), state.pop("head.bias", None)
     state = {k: v for k, v in state.items() if not k.startswith("head")}
     if "_clip_" in name and head is not None and (bias is None or not bias.any()):

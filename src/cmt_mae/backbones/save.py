@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from cmt_mae.backbones.backbone import backbone_digest, state_digest
+from cmt_mae.backbones.backbone import backbone_digest, learned_state, state_digest
 from cmt_mae.backbones.build import Weights, one_line, plain_kwargs
 from cmt_mae.backbones.container import Container, tensors_of
 from cmt_mae.backbones.infer import pair
@@ -43,7 +43,7 @@ def plain_state(model: nn.Module, proj: Tensor | None) -> dict[str, Tensor]:
     """State dict on the CPU in float32; `proj` as timm keeps it: a head whose bias is zero."""
     state = {
         k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        for k, v in model.state_dict().items()
+        for k, v in learned_state(model).items()
     }
     if proj is not None:
         state["head.weight"] = proj.detach().to("cpu", torch.float32).contiguous().clone()
@@ -72,6 +72,7 @@ def save_backbone(
     does: a head of E classes with a bias of zero (num_classes=E then). `extra` (JSON) is kept in
     the header for whoever reads it. The write is atomic; InputError when the disk refuses it.
     """
+    plain_kwargs(kwargs, str(path))  # what could not be read again is not written
     digest = backbone_digest(model, proj)
     header = {
         **(extra or {}),

@@ -59,7 +59,10 @@ def iterate(
         # A worker that dies while its answer is on the way leaves all kinds of errors behind, and
         # its connection closes a little before its process has ended.
         if processes and not isinstance(error, RuntimeError):
-            connection.wait([process.sentinel for process in processes], timeout=2)
+            ended = connection.wait([process.sentinel for process in processes], timeout=2)
+            for process in processes:
+                if process.sentinel in ended:
+                    process.join(timeout=2)
         dead = [str(process.pid) for process in processes if not process.is_alive()]
         if dead:
             what = f"loader worker (process {', '.join(dead)}) died"

@@ -1,21 +1,23 @@
 """Attention of the class token in the last block: one row per image, never an N x N matrix (spec section 1)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import apply_rot_embed_cat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cmt_mae.errors import InputError
-from cmt_mae.method.vit import BeforeLast, finish, has_class_token, num_prefix
+from cmt_mae.method.vit import BeforeLast, Vit, finish, has_class_token, num_prefix
 
 Heads = Literal["mean", "max", "minmax_mean"]
 Normalise = Literal["sum", "none", "minmax", "rank", "zscore_softmax"]
-ROWS_AT_ONCE = 64  # column means of networks without class token go through so many queries at a time
+ROWS_AT_ONCE = (
+    64  # column means of networks without class token go through so many queries at a time
+)
 
 
-def attention_map(model: nn.Module, state: BeforeLast, heads: Heads = "mean") -> tuple[Tensor, Tensor]:
+def attention_map(model: Vit, state: BeforeLast, heads: Heads = "mean") -> tuple[Tensor, Tensor]:
     """Raw attention to each patch (B, L) fp32 and the mass on prefix tokens (B,), averaged over heads.
 
     With a class token: its softmaxed row of the last block, prefix columns dropped. Without: the row of the
@@ -34,7 +36,7 @@ def attention_map(model: nn.Module, state: BeforeLast, heads: Heads = "mean") ->
     return reduce_heads(rows[:, :, prefix:], heads), mass
 
 
-def class_rows(model: nn.Module, state: BeforeLast) -> Tensor:
+def class_rows(model: Vit, state: BeforeLast) -> Tensor:
     """softmax(q_cls K^T / sqrt d) of the last block, every head: (B, heads, P + L) fp32."""
     query, key, scale, bias = _query_key(model, state, only_class=True)
     logits = (query * scale) @ key.transpose(-2, -1)
@@ -43,7 +45,7 @@ def class_rows(model: nn.Module, state: BeforeLast) -> Tensor:
     return logits.softmax(-1).squeeze(2)
 
 
-def column_means(model: nn.Module, state: BeforeLast) -> Tensor:
+def column_means(model: Vit, state: BeforeLast) -> Tensor:
     """mean_i attention[i, j], every head: (B, heads, P + L) fp32, a few rows of the map at a time."""
     query, key, scale, bias = _query_key(model, state, only_class=False)
     total = torch.zeros_like(key[..., 0])
@@ -57,11 +59,16 @@ def column_means(model: nn.Module, state: BeforeLast) -> Tensor:
 
 
 def reduce_heads(rows: Tensor, heads: Heads) -> Tensor:
-    """(B, heads, L) -> (B, L): mean, maximum, or mean of maps stretched to 0..1 each (AMT)."""
+    """(B, heads, L) -> (B, L): mean, maximum, or mean of maps stretched to 0..1 each (AMT).
+
+    Raises InputError for another name.
+    """
     if heads == "mean":
         return rows.mean(1)
     if heads == "max":
         return rows.amax(1)
+    if heads != "minmax_mean":
+        raise InputError(f"mask.heads '{heads}' is unknown: use mean, max or minmax_mean")
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     return ((rows - low) / (high - low).clamp_min(1e-12)).mean(1)
 
@@ -70,6 +77,7 @@ def normalise_map(raw: Tensor, how: Normalise = "sum") -> Tensor:
     """Bring maps (B, L) of two networks to one scale before they are mixed (spec 0.4, O4).
 
     sum: A / sum A, so that the mass on the class token, which differs between networks, has no say.
+    Raises InputError for another name.
     """
     if how == "none":
         return raw
@@ -77,10 +85,14 @@ def normalise_map(raw: Tensor, how: Normalise = "sum") -> Tensor:
         low, high = raw.amin(-1, keepdim=True), raw.amax(-1, keepdim=True)
         raw = (raw - low) / (high - low).clamp_min(1e-12)
     elif how == "rank":
-        raw = raw.argsort(-1, stable=True).argsort(-1, stable=True).to(raw.dtype) + 1
+        raw = raw.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).to(raw.dtype) + 1
     elif how == "zscore_softmax":
         centred = raw - raw.mean(-1, keepdim=True)
         return (centred / centred.std(-1, keepdim=True).clamp_min(1e-12)).softmax(-1)
+    elif how != "sum":
+        raise InputError(
+            f"mask.normalise '{how}' is unknown: use sum, none, minmax, rank or zscore_softmax"
+        )
     return raw / raw.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
@@ -90,7 +102,7 @@ def mix_attention(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 
 
 def _query_key(
-    model: nn.Module, state: BeforeLast, only_class: bool
+    model: Vit, state: BeforeLast, only_class: bool
 ) -> tuple[Tensor, Tensor, float, Tensor | None]:
     """Queries (class token or all) and keys of the last block in fp32, its scale and additive bias."""
     block = model.blocks[-1]
@@ -120,7 +132,7 @@ def _rotate(vectors: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([vectors[:, :, :prefix], rotated], dim=2)
 
 
-def _project(attn: nn.Module, tokens: Tensor, part: int) -> Tensor:
+def _project(attn: Any, tokens: Tensor, part: int) -> Tensor:
     """part 0: queries, 1: keys; (B, N, D) -> (B, heads, N, d) without computing the other parts."""
     if getattr(attn, "qkv", None) is not None:
         weight = attn.qkv.weight.float().chunk(3)[part]
@@ -130,18 +142,26 @@ def _project(attn: nn.Module, tokens: Tensor, part: int) -> Tensor:
         vectors = F.linear(tokens, weight, None if bias is None else bias.float().chunk(3)[part])
     elif hasattr(attn, "q_proj"):
         layer = (attn.q_proj, attn.k_proj)[part]
-        vectors = F.linear(tokens, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+        vectors = F.linear(
+            tokens, layer.weight.float(), None if layer.bias is None else layer.bias.float()
+        )
     else:
-        raise InputError(f"the attention of kind {type(attn).__name__} is not known: cannot read its map")
+        raise InputError(
+            f"the attention of kind {type(attn).__name__} is not known: cannot read its map"
+        )
     return vectors.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
 
-def _probe_rows(pool: nn.Module, tokens: Tensor) -> Tensor:
+def _probe_rows(pool: Any, tokens: Tensor) -> Tensor:
     """Attention of the pooling probe (SigLIP): tokens (B, L, D) after the final norm -> (B, heads, L)."""
     if pool.pos_embed is not None:
         tokens = tokens + pool.pos_embed[None]
     batch = tokens.shape[0]
-    query = pool.q(pool.latent.expand(batch, -1, -1)).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+    query = (
+        pool.q(pool.latent.expand(batch, -1, -1))
+        .unflatten(-1, (pool.num_heads, -1))
+        .transpose(1, 2)
+    )
     key = pool.kv(tokens).chunk(2, dim=-1)[0].unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
     query, key = pool.q_norm(query), pool.k_norm(key)
     return ((query * pool.scale) @ key.transpose(-2, -1)).softmax(-1).mean(2)

@@ -95,10 +95,11 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.target = student, target
         self.decoder = Decoder(decoder, student.embed_dim, student.patch_embed.grid_size)
-        self.heads = nn.ModuleDict({name: nn.Linear(decoder.width, w) for name, w in head_widths.items()})
-        for head in self.heads.values():
+        heads = {name: nn.Linear(decoder.width, width) for name, width in head_widths.items()}
+        for head in heads.values():
             nn.init.xavier_uniform_(head.weight)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleDict(heads)
 
     def activate(self, names: set[str]) -> None:
         """Heads outside ``names`` stay as they are: no gradient, so the optimizer leaves them alone."""
@@ -162,6 +163,8 @@ class Guides(nn.Module):
         self.mask, self.target, self.teacher = mask, target, teacher
         self.momentum: VisionTransformer | None = None
         self.grid, self.patch_size = grid, patch_size
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -170,19 +173,21 @@ class Guides(nn.Module):
         self.momentum = copy.deepcopy(student).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update_momentum(self, student: VisionTransformer, m: float, skipped: Tensor | None = None) -> None:
+    def update_momentum(
+        self, student: VisionTransformer, m: float, skipped: Tensor | None = None
+    ) -> None:
         """theta_hat <- m * theta_hat + (1 - m) * theta, after an optimizer step (spec 5.2).
 
         skipped: 1.0 where that step was not taken (non-finite), 0.0 else, on the device: then nothing moves.
         """
         assert self.momentum is not None
-        slow = list(self.momentum.parameters())
+        slow: list[Tensor] = list(self.momentum.parameters())
         fast = [p.detach() for p in student.parameters()]
         if skipped is None:
             torch._foreach_lerp_(slow, fast, 1.0 - m)
         else:  # a tensor as weight keeps the decision on the device
             weight = (1.0 - m) * (1.0 - skipped)
-            torch._foreach_lerp_(slow, fast, [weight] * len(slow))
+            torch._foreach_lerp_(slow, fast, [weight] * len(slow))  # type: ignore[list-item]
 
     @torch.no_grad()
     def forward(
@@ -251,7 +256,9 @@ class Guides(nn.Module):
         with_class = self.target.tokens == "all+cls"
         if self.target.source in ("pixel", "hog"):
             if with_class:
-                raise InputError("target.tokens all+cls needs a network as target: use masked or all")
+                raise InputError(
+                    "target.tokens all+cls needs a network as target: use masked or all"
+                )
             raw = {self.target.source: self._image_target(look.images, ids)}
         else:
             raw = {
@@ -261,7 +268,9 @@ class Guides(nn.Module):
             }
         for name, features in raw.items():
             logs[f"spread_target_{name}"] = T.spread(features)
-        return {name: T.normalise_target(features, self.target.norm) for name, features in raw.items()}
+        return {
+            name: T.normalise_target(features, self.target.norm) for name, features in raw.items()
+        }
 
     def _image_target(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Pixels of patches in MAE's order, or HOG of the unnormalised image; at hidden patches ids."""
@@ -269,7 +278,11 @@ class Guides(nn.Module):
             patches = T.patchify(images, self.patch_size)
         else:
             patches = hog_targets(images.float() * self.std + self.mean, self.patch_size)
-        return patches if ids is None else patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[-1]))
+        return (
+            patches
+            if ids is None
+            else patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[-1]))
+        )
 
 
 def shares(source: str, alpha: float) -> dict[str, float]:

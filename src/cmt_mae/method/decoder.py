@@ -42,8 +42,14 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(sincos_table(config.width, grid)[None], requires_grad=False)
-        block = PromptingBlock if config.kind == "prompting" else partial(Block, mlp_ratio=4.0, qkv_bias=True)
-        self.blocks = nn.ModuleList([block(config.width, config.heads) for _ in range(config.depth)])
+        block = (
+            PromptingBlock
+            if config.kind == "prompting"
+            else partial(Block, mlp_ratio=4.0, qkv_bias=True)
+        )
+        self.blocks = nn.ModuleList(
+            [block(config.width, config.heads) for _ in range(config.depth)]
+        )
         self.norm = LayerNorm(config.width)
         self.prompting = config.kind == "prompting"
         initialise(self)
@@ -86,14 +92,19 @@ class PromptingBlock(nn.Module):
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, hidden: Tensor, fixed: Tensor, places: Tensor) -> Tensor:
         """hidden (B, M, W), fixed (B, 1 + L, W) raster order, places (B, M, W) int64 -> (B, M, W)."""
         asked = self.norm1(hidden)
-        keys, values = self.key_value(fixed.scatter(1, places, asked.to(fixed.dtype))).chunk(2, dim=-1)
+        keys, values = self.key_value(fixed.scatter(1, places, asked.to(fixed.dtype))).chunk(
+            2, dim=-1
+        )
         query, keys, values = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(asked), keys, values)
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(asked), keys, values)
         )
         mixed = F.scaled_dot_product_attention(query, keys, values)
         hidden = hidden + self.proj(mixed.transpose(1, 2).flatten(2))

@@ -13,7 +13,15 @@ from torch import Tensor
 from cmt_mae.errors import InputError
 
 Rule = Literal[
-    "random", "block", "square", "sampled_high", "high", "low", "hint", "sampled_visible", "mix_random"
+    "random",
+    "block",
+    "square",
+    "sampled_high",
+    "high",
+    "low",
+    "hint",
+    "sampled_visible",
+    "mix_random",
 ]
 RULES: tuple[str, ...] = (
     "random", "block", "square", "sampled_high", "high", "low", "hint", "sampled_visible", "mix_random",
@@ -41,7 +49,9 @@ def count_masked(n_patches: int, ratio: float) -> int:
     0.75 of 196 is 147. Raises InputError unless at least one patch is hidden and one is visible.
     """
     if not 0.0 < ratio < 1.0:
-        raise InputError(f"mask.ratio {ratio} is impossible: give a share between 0 and 1, e.g. 0.75")
+        raise InputError(
+            f"mask.ratio {ratio} is impossible: give a share between 0 and 1, e.g. 0.75"
+        )
     # ceil(x - 1/2) is round half down; the small term keeps 196 * (1 - 0.75) = 49.000000001 at 49
     keep = int(-(-(n_patches * (1.0 - ratio) - 0.5 - 1e-6) // 1))
     if not 0 < keep < n_patches:
@@ -79,7 +89,9 @@ def hide(
     n_patches = grid[0] * grid[1]
     uniform, second = noise[:, :n_patches], noise[:, n_patches : 2 * n_patches]
     if rule in GUIDED and scores is None:
-        raise InputError(f"mask.rule '{rule}' follows attention: set mask.source to teacher, momentum or collab")
+        raise InputError(
+            f"mask.rule '{rule}' follows attention: set mask.source to teacher, momentum or collab"
+        )
     if rule == "random":
         priority = uniform
     elif rule == "block":
@@ -90,7 +102,9 @@ def hide(
         raise InputError(f"mask.rule '{rule}' is unknown: use {', '.join(RULES)}")
     else:
         assert scores is not None
-        priority = _guided(rule, n_mask, scores, uniform, second, temperature, hint_share, guided_share)
+        priority = _guided(
+            rule, n_mask, scores, uniform, second, temperature, hint_share, guided_share
+        )
     return from_priority(priority, n_mask)
 
 
@@ -147,16 +161,18 @@ def hint_priority(scores: Tensor, uniform: Tensor, n_mask: int, share: float) ->
     """
     n_patches = scores.shape[1]
     top, revealed = int(share * n_patches), int(share * n_mask)
-    rank = scores.argsort(1, descending=True, stable=True).argsort(1)
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
     draw = uniform.masked_fill(rank >= top, -1.0)
-    shown = draw.argsort(1, descending=True, stable=True)[:, : min(revealed, top, n_patches - n_mask)]
+    shown = draw.argsort(dim=1, descending=True, stable=True)[
+        :, : min(revealed, top, n_patches - n_mask)
+    ]
     return (-rank.float()).scatter(1, shown, -float(2 * n_patches))
 
 
 def mixed_priority(guided: Tensor, uniform: Tensor, n_mask: int, share: float) -> Tensor:
     """The first round(share * n_mask) hidden patches by attention, the rest at random (HPM's ramp)."""
     n_guided = round(share * n_mask)
-    rank = guided.argsort(1, descending=True, stable=True).argsort(1)
+    rank = guided.argsort(dim=1, descending=True, stable=True).argsort(1)
     return torch.where(rank < n_guided, 2.0, uniform)
 
 

@@ -26,7 +26,9 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     """The inverse of ``patchify``: (B, L, p * p * C) -> (B, C, H, W)."""
     batch, rows, columns = patches.shape[0], grid[0], grid[1]
     blocks = patches.reshape(batch, rows, columns, patch_size, patch_size, -1)
-    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * patch_size, columns * patch_size)
+    return blocks.permute(0, 5, 1, 3, 2, 4).reshape(
+        batch, -1, rows * patch_size, columns * patch_size
+    )
 
 
 def normalise_target(target: Tensor, norm: str) -> Tensor:

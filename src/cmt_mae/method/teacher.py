@@ -11,6 +11,7 @@ from cmt_mae.errors import InputError
 from cmt_mae.method.attention import attention_map
 from cmt_mae.method.vit import (
     BeforeLast,
+    Vit,
     finish,
     forward_to_last,
     grid_of,
@@ -51,7 +52,7 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Vit,
         config: TeacherConfig,
         *,
         mean: Sequence[float],
@@ -63,12 +64,16 @@ class Teacher(nn.Module):
     ) -> None:
         """projection: (E, D) applied to tokens after the final norm, or None. grid: the student's."""
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model: Vit = model.requires_grad_(False).eval()
+        self.projection: Tensor | None
         self.feature, self.last_k, self.grid = config.feature, config.last_k, grid
         self.channels = teacher_channels(config.channels, len(student_mean))
         fold_normalisation(
             self.model,
-            source=([student_mean[c] for c in self.channels], [student_std[c] for c in self.channels]),
+            source=(
+                [student_mean[c] for c in self.channels],
+                [student_std[c] for c in self.channels],
+            ),
             goal=(mean, std),
         )
         self.register_buffer("projection", projection if config.feature == "projected" else None)
@@ -85,7 +90,9 @@ class Teacher(nn.Module):
     @property
     def width(self) -> int:
         """Channels of a target feature."""
-        return int(self.projection.shape[0] if self.projection is not None else self.model.embed_dim)
+        return int(
+            self.projection.shape[0] if self.projection is not None else self.model.embed_dim
+        )
 
     def look(self, images: Tensor) -> BeforeLast:
         """images (B, C, H, W), normalised for the STUDENT, of any size; resized here where needed."""
@@ -95,7 +102,9 @@ class Teacher(nn.Module):
             images = F.interpolate(
                 images.float(), self.input_size, mode="bicubic", antialias=True, align_corners=False
             )
-        return forward_to_last(self.model, images, self.last_k - 1 if self.feature == "last_k" else 0)
+        return forward_to_last(
+            self.model, images, self.last_k - 1 if self.feature == "last_k" else 0
+        )
 
     def attention(self, state: BeforeLast, heads: str = "mean") -> tuple[Tensor, Tensor]:
         """Raw map (B, L) on the student's grid, fp32, and the mass on prefix tokens (B,)."""
@@ -129,7 +138,9 @@ def teacher_channels(wanted: Sequence[int], available: int) -> tuple[int, ...]:
     """Indices of the student's channels that the teacher's three inputs take."""
     if wanted:
         if len(wanted) != 3 or not all(0 <= c < available for c in wanted):
-            raise InputError(f"teacher.channels {list(wanted)}: give three indices below {available}")
+            raise InputError(
+                f"teacher.channels {list(wanted)}: give three indices below {available}"
+            )
         return tuple(wanted)
     if available == 1:
         return (0, 0, 0)
@@ -142,7 +153,7 @@ def teacher_channels(wanted: Sequence[int], available: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def fold_normalisation(
-    model: nn.Module,
+    model: Vit,
     source: tuple[Sequence[float], Sequence[float]],
     goal: tuple[Sequence[float], Sequence[float]],
 ) -> None:
@@ -152,8 +163,10 @@ def fold_normalisation(
     has stride = kernel and no padding (spec 1.5). Raises InputError for another kind of embedding.
     """
     conv = model.patch_embed.proj
-    if not isinstance(conv, nn.Conv2d) or conv.stride != conv.kernel_size or any(conv.padding):  # type: ignore[arg-type]
-        raise InputError("the teacher's patch embedding is no plain convolution: its normalisation cannot be folded")
+    if not isinstance(conv, nn.Conv2d) or conv.stride != conv.kernel_size or any(conv.padding):
+        raise InputError(
+            "the teacher's patch embedding is no plain convolution: its normalisation cannot be folded"
+        )
     weight = conv.weight.double()
     mean_in, std_in, mean_goal, std_goal = (
         torch.tensor(list(v), dtype=torch.float64, device=weight.device).view(1, -1, 1, 1)
@@ -174,6 +187,6 @@ def resample(tokens: Tensor, source: tuple[int, int], goal: tuple[int, int], mod
     return F.interpolate(image, goal, mode=mode, **options).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
 
 
-def _input_size(model: nn.Module) -> tuple[int, int]:
+def _input_size(model: Vit) -> tuple[int, int]:
     size = model.patch_embed.img_size
     return (int(size[0]), int(size[1]))

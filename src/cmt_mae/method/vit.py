@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from cmt_mae.errors import InputError
 
+# A timm VisionTransformer, Eva or Beit: their attributes are not declared in a common class.
+Vit = Any
+
 # width, depth, heads of the usual sizes; the timm name that carries them.
 PRESETS: dict[str, tuple[int, int, int, str]] = {
     "micro": (128, 6, 4, "vit_tiny_patch16_224"),
@@ -80,7 +83,9 @@ class StudentConfig:
                 f"student.width {width} is not a multiple of student.heads {heads}: change one of them"
             )
         if width % 4 and self.pos_embed == "sincos":
-            raise InputError(f"student.width {width} is not a multiple of 4, as sincos positions need")
+            raise InputError(
+                f"student.width {width} is not a multiple of 4, as sincos positions need"
+            )
         self.grid()
         return name, {
             "img_size": list(self.size()),
@@ -98,7 +103,7 @@ def build_student(config: StudentConfig) -> VisionTransformer:
     Raises InputError for unknown presets and sizes that do not divide.
     """
     _, kwargs = config.architecture()
-    vit = VisionTransformer(num_classes=0, drop_path_rate=config.drop_path, **kwargs)
+    vit: Vit = VisionTransformer(num_classes=0, drop_path_rate=config.drop_path, **kwargs)
     initialise(vit)
     nn.init.xavier_uniform_(vit.patch_embed.proj.weight.view(vit.embed_dim, -1))
     nn.init.normal_(vit.cls_token, std=0.02)
@@ -107,6 +112,7 @@ def build_student(config: StudentConfig) -> VisionTransformer:
         vit.pos_embed = nn.Parameter(table[None], requires_grad=False)
     else:
         nn.init.normal_(vit.pos_embed, std=0.02)
+    assert isinstance(vit, VisionTransformer)
     return vit
 
 
@@ -148,7 +154,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
-def encode_visible(vit: VisionTransformer, images: Tensor, ids_keep: Tensor) -> Tensor:
+def encode_visible(vit: Vit, images: Tensor, ids_keep: Tensor) -> Tensor:
     """MAE's encoder: only visible patches enter the blocks.
 
     images (B, C, H, W) normalised, ids_keep (B, K) -> latents (B, 1 + K, D) after the final norm, class
@@ -173,13 +179,15 @@ class BeforeLast:
     """Outputs of the blocks before the last that were asked for, oldest first."""
 
 
-def forward_to_last(model: nn.Module, images: Tensor, keep_outputs: int = 0) -> BeforeLast:
+def forward_to_last(model: Vit, images: Tensor, keep_outputs: int = 0) -> BeforeLast:
     """Run all blocks but the last on full images (B, C, H, W).
 
     keep_outputs: how many outputs of the preceding blocks to keep (for the mean of the last K blocks).
-    Raises InputError for networks that are not timm's VisionTransformer, Eva or Beit.
+    Raises InputError for networks that are not timm's VisionTransformer, Eva or Beit, or whose last block is
+    not of the plain pre-norm kind.
     """
     tokens, context = _embed(model, images)
+    _check_last_block(model)
     blocks = list(model.blocks)
     earlier: list[Tensor] = []
     for number, block in enumerate(blocks[:-1]):
@@ -189,7 +197,20 @@ def forward_to_last(model: nn.Module, images: Tensor, keep_outputs: int = 0) -> 
     return BeforeLast(tokens, context, earlier)
 
 
-def _embed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def _check_last_block(model: Vit) -> None:
+    """``finish`` and the attention map follow the equations of these blocks; others would come out wrong."""
+    block = model.blocks[-1]
+    attn = getattr(block, "attn", None)
+    known = type(block).__name__ in ("Block", "EvaBlock")
+    known &= type(attn).__name__ in ("Attention", "EvaAttention", "AttentionRope")
+    if not known or getattr(attn, "num_kv_groups", 1) != 1:
+        raise InputError(
+            f"the last block of this network is a {type(block).__name__} with {type(attn).__name__}, whose "
+            "attention cannot be read here: choose a teacher with plain pre-norm blocks"
+        )
+
+
+def _embed(model: Vit, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Patch embedding, prefix tokens and positions of the three families of timm."""
     kind = type(model).__name__
     tokens = model.patch_embed(images)
@@ -197,7 +218,9 @@ def _embed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return model.norm_pre(model._pos_embed(tokens)), {}
     if kind == "Eva":
         if getattr(model, "rope_mixed", False):
-            raise InputError("a teacher with rotary positions that change with depth is not supported")
+            raise InputError(
+                "a teacher with rotary positions that change with depth is not supported"
+            )
         tokens, rope = model._pos_embed(tokens)
         return model.norm_pre(tokens), {"rope": rope}
     if kind == "Beit":
@@ -206,10 +229,12 @@ def _embed(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
             tokens = tokens + model.pos_embed
         bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
         return tokens, {"shared_rel_pos_bias": bias}
-    raise InputError(f"a network of kind {kind} has no token interface here: use a ViT, EVA or BEiT")
+    raise InputError(
+        f"a network of kind {kind} has no token interface here: use a ViT, EVA or BEiT"
+    )
 
 
-def finish(model: nn.Module, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
+def finish(model: Vit, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
     """The last block and the final norm.
 
     ids (B, K): patches to finish; the attention of the last block sees every token, but its MLP and the
@@ -225,7 +250,7 @@ def finish(model: nn.Module, state: BeforeLast, ids: Tensor | None = None) -> Te
     return model.norm(tokens)
 
 
-def mean_of_last(model: nn.Module, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
+def mean_of_last(model: Vit, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
     """Mean of the raw outputs of the kept blocks and the last one (data2vec). Shapes as ``finish``."""
     block, tokens = model.blocks[-1], state.tokens
     last = block(tokens, **state.context)
@@ -236,17 +261,17 @@ def mean_of_last(model: nn.Module, state: BeforeLast, ids: Tensor | None = None)
     return torch.cat([mean[:, :prefix], gather_tokens(mean[:, prefix:], ids)], dim=1)
 
 
-def num_prefix(model: nn.Module) -> int:
+def num_prefix(model: Vit) -> int:
     """How many tokens stand before the patches (class token and registers)."""
     return int(getattr(model, "num_prefix_tokens", 1))
 
 
-def has_class_token(model: nn.Module) -> bool:
+def has_class_token(model: Vit) -> bool:
     """Whether token 0 is a class token. Never treat token 0 of another network as one (spec 1.4)."""
     return getattr(model, "cls_token", None) is not None
 
 
-def grid_of(model: nn.Module) -> tuple[int, int]:
+def grid_of(model: Vit) -> tuple[int, int]:
     """(rows, columns) of patches at the network's input size."""
     rows, columns = model.patch_embed.grid_size
     return int(rows), int(columns)
@@ -256,7 +281,7 @@ def _attn_context(state: BeforeLast) -> dict[str, Any]:
     return {name: value for name, value in state.context.items() if value is not None}
 
 
-def _scaled(block: nn.Module, part: int, update: Tensor) -> Tensor:
+def _scaled(block: Any, part: int, update: Tensor) -> Tensor:
     """Layer scale of the block, whichever of timm's two spellings it has; frozen networks drop no path."""
     scale = getattr(block, f"ls{part}", None)
     if scale is not None:

@@ -23,7 +23,9 @@ def recipe_text(name: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"recipe {name} cannot be read: {error}") from error
     if name not in recipe_names():
-        raise InputError(f"recipe '{name}' is unknown: use {', '.join(recipe_names())}, or a .yaml file")
+        raise InputError(
+            f"recipe '{name}' is unknown: use {', '.join(recipe_names())}, or a .yaml file"
+        )
     return (resources.files("cmt_mae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -44,7 +46,9 @@ def load_recipes(names: str) -> dict[str, Any]:
         try:
             content = yaml.safe_load(recipe_text(name.strip()))
         except yaml.YAMLError as error:
-            raise InputError(f"recipe {name} is no valid YAML: {' '.join(str(error).split())}") from error
+            raise InputError(
+                f"recipe {name} is no valid YAML: {' '.join(str(error).split())}"
+            ) from error
         if not isinstance(content, dict):
             raise InputError(f"recipe {name} holds no settings: write lines such as 'epochs: 100'")
         merge(merged, content)

@@ -13,7 +13,12 @@ NAMES = {"teacher": "teacher $A_t$", "momentum": "student $A_s$", "collab": "bot
 
 
 def attention_picture(
-    path: Path, images: Tensor, maps: dict[str, Tensor], mask: Tensor, grid: tuple[int, int], title: str
+    path: Path,
+    images: Tensor,
+    maps: dict[str, Tensor],
+    mask: Tensor,
+    grid: tuple[int, int],
+    title: str,
 ) -> None:
     """Write a PNG with one row an image: the image, each map over it, the visible patches.
 

@@ -1,1 +1,1 @@
-"""What every training run needs and no method: run directory, checkpoints, signals, optimizer, schedules, meters."""
+"""What every training run needs and no method: run directory, checkpoints, schedules, meters ..."""

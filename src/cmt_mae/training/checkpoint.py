@@ -30,7 +30,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
     path.with_suffix(".sha256").unlink(missing_ok=True)
     write_atomically(path, write)
-    write_atomically(path.with_suffix(".sha256"), lambda aside: aside.write_text(sha256(path)) and None)
+    write_atomically(
+        path.with_suffix(".sha256"), lambda aside: aside.write_text(sha256(path)) and None
+    )
     return path
 
 
@@ -58,7 +60,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"checkpoint {path} cannot be read ({type(error).__name__}): delete it") from error
+        raise InputError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}): delete it"
+        ) from error
     return state
 
 

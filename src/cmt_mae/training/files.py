@@ -10,7 +10,7 @@ from typing import Any
 from cmt_mae.errors import InputError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` fills a file aside, which is flushed to disk and renamed to ``path``.
 
     Raises InputError where the disk is full or the folder cannot be written.
@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON, atomically."""
     text = json.dumps(content, indent=1, sort_keys=False, default=str) + "\n"
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:

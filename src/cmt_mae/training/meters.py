@@ -22,7 +22,9 @@ class Meters:
         """Scalars on the device, by name."""
         for name, number in numbers.items():
             finite = torch.isfinite(number)
-            row = torch.stack([torch.where(finite, number, 0.0).float(), finite.float(), (~finite).float()])
+            row = torch.stack(
+                [torch.where(finite, number, 0.0).float(), finite.float(), (~finite).float()]
+            )
             self.rows[name] = self.rows[name] + row if name in self.rows else row
 
     def read(self) -> tuple[dict[str, float], dict[str, int]]:

@@ -15,10 +15,14 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         flat = parameter.ndim <= 1 or name.endswith(".bias")
         groups[0.0 if flat else weight_decay].append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters
+        {"params": parameters, "weight_decay": decay}
+        for decay, parameters in groups.items()
+        if parameters
     ]
 
 
-def adamw(module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """Fused AdamW over ``decay_groups``. Parameters without a gradient are left alone."""
     return torch.optim.AdamW(decay_groups(module, weight_decay), lr=lr, betas=betas, fused=True)

@@ -27,7 +27,9 @@ class RunDir:
     Raises InputError where the folder holds something else, another run, or a run that is going on.
     """
 
-    def __init__(self, out: str, settings: dict[str, Any], indifferent: tuple[str, ...], writes: bool) -> None:
+    def __init__(
+        self, out: str, settings: dict[str, Any], indifferent: tuple[str, ...], writes: bool
+    ) -> None:
         """settings: nested plain values. indifferent: prefixes of keys that do not affect results."""
         if not out:
             raise InputError("no folder for the run: give --out FOLDER")
@@ -42,7 +44,7 @@ class RunDir:
         if writes:
             self._lock(out)
             text = yaml.safe_dump(settings, sort_keys=False)
-            write_atomically(existing, lambda aside: aside.write_text(text) and None)
+            write_atomically(existing, lambda aside: aside.write_text(text))
 
     def _foreign(self) -> bool:
         return any(p.name != "run.lock" for p in self.path.iterdir())
@@ -53,13 +55,17 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_file = open(self.path / "run.lock", "a+")  # noqa: SIM115 (held until the run ends)
         except OSError as error:
-            raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+            raise InputError(
+                f"cannot write to {out}: {error.strerror}; choose another --out"
+            ) from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock_file.seek(0)
             owner = self._lock_file.read().strip() or "another process"
-            raise InputError(f"{out} is in use by {owner}: wait for it, or choose another --out") from None
+            raise InputError(
+                f"{out} is in use by {owner}: wait for it, or choose another --out"
+            ) from None
         self._lock_file.truncate(0)
         self._lock_file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self._lock_file.flush()
@@ -93,8 +99,10 @@ class RunDir:
         """Forget lines after ``step``: the run goes on from there and writes them again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = "".join(json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step)
-            write_atomically(path, lambda aside: aside.write_text(kept) and None)
+            kept = "".join(
+                json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step
+            )
+            write_atomically(path, lambda aside: aside.write_text(kept))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -152,7 +160,11 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     return {
         "versions": {"python": platform.python_version(), **versions},
         "hardware": {**hardware, "processor": processor(), "gpu": gpu},
@@ -165,4 +177,6 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
+    )

@@ -5,7 +5,9 @@ import math
 from cmt_mae.errors import InputError
 
 
-def learning_rate(epoch: float, peak: float, warmup: float, total: float, lowest: float = 0.0) -> float:
+def learning_rate(
+    epoch: float, peak: float, warmup: float, total: float, lowest: float = 0.0
+) -> float:
     """MAE's schedule, per iteration: linear from 0 over ``warmup`` epochs, then half a cosine to ``lowest``.
 
     epoch: fractional epochs done, 0..total. Golden values in spec 12.5.

@@ -24,8 +24,12 @@ class Trackers:
             try:
                 import wandb
             except ImportError as error:
-                raise InputError("runtime.tracker wandb needs the package: pip install 'cmt-mae[wandb]'") from error
-            self.wandb = wandb.init(dir=run.path, name=run.path.name, config=settings, resume="allow")
+                raise InputError(
+                    "runtime.tracker wandb needs the package: pip install 'cmt-mae[wandb]'"
+                ) from error
+            self.wandb = wandb.init(
+                dir=run.path, name=run.path.name, config=settings, resume="allow"
+            )
 
     def write(self, row: dict[str, Any]) -> None:
         """One row with its step."""
@@ -43,7 +47,10 @@ class Trackers:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.board is not None:
             self.board.close()
