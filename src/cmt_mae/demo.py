@@ -1,7 +1,6 @@
 """``cmt-mae demo``: a small two-stage run beside MAE, measured and pictured, on generated scenes or own images."""
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,9 @@ from cmt_mae.training.run_dir import environment
 from cmt_mae.writing import save_student
 
 PACKED_SIZE = 96
+PROBE_IMAGES = (
+    500_000  # that the linear probe sees in all: seconds, and enough for features this small
+)
 SMALLEST_HELD_OUT = 20  # images: fewer say nothing about a probe
 
 
@@ -73,8 +75,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     write_untrained(cmt, out / "untrained")
     backbones = {"untrained": out / "untrained", "mae": out / "mae", "cmt": out / "cmt"}
     if labelled:
-        rows = {name: measure(str(path), data, out / name, cmt) for name, path in backbones.items()}
-        rows["teacher"] = measure(config.teacher, data, out / "teacher", cmt)
+        rows = {name: measure(str(path), data, out / name) for name, path in backbones.items()}
+        rows["teacher"] = measure(config.teacher, data, out / "teacher", teacher_size(cmt))
     content = {
         "data": {"path": config.data or "generated scenes", "labelled": labelled},
         "settings": vars(config),
@@ -124,10 +126,10 @@ def hold_out(packed: Path, split: Path, seed: int) -> tuple[Path, bool]:
         np.save(folder / "images.npy", images[part])
         np.save(folder / "labels.npy", labels[part])
         names = [meta["names"][i] for i in part]
-        fingerprint = f"{meta['fingerprint']}-{name}-{seed}"
+        fingerprint = f"{meta['source_fingerprint']}-{name}-{seed}"
         write_json(
             folder / "meta.json",
-            {**meta, "names": names, "count": len(part), "fingerprint": fingerprint},
+            {**meta, "names": names, "count": len(part), "source_fingerprint": fingerprint},
         )
     return split, True
 
@@ -159,9 +161,8 @@ def write_untrained(config: PretrainConfig, folder: Path) -> None:
     save_student(folder, config, learner.student, assemble.IMAGENET, {}, "")
 
 
-def measure(backbone: str, data: Path, out: Path, config: PretrainConfig) -> dict[str, float]:
+def measure(backbone: str, data: Path, out: Path, size: int | None = None) -> dict[str, float]:
     """k-NN and linear probe (MAE's protocol on cached features), mean-pooled patch tokens, in percent."""
-    size = None if os.path.isdir(backbone) else config.student.size()[0]
     common: dict[str, Any] = {
         "backbone": backbone,
         "data": str(data),
@@ -170,8 +171,16 @@ def measure(backbone: str, data: Path, out: Path, config: PretrainConfig) -> dic
         "size": size,
     }
     knn = evaluate_knn(KnnConfig(**common, pools=("mean",)))
-    linear = evaluate_linear(LinearConfig(**common, pools=("mean",)))
+    epochs = -(-PROBE_IMAGES // len(open_split(str(data), "train")))
+    linear = evaluate_linear(LinearConfig(**common, pools=("mean",), epochs=max(90, epochs)))
     return {"knn": knn.headline, "linear": linear.headline}
+
+
+def teacher_size(config: PretrainConfig) -> int:
+    """Side in pixels of the teacher's input when it guides this student (a square one)."""
+    teacher, _ = assemble.build_teacher(config, assemble.IMAGENET)
+    assert teacher is not None
+    return teacher.input_size[0]
 
 
 def show(console: Console, content: dict[str, Any], out: Path) -> None:

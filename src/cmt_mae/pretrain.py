@@ -83,6 +83,7 @@ class Training:
 
     def run_to_the_end(self) -> dict[str, Any]:
         """Resume or start, then step to the end."""
+        self.run.claim()
         config, plan, runtime = self.config, self.plan, self.config.runtime
         self.resume()
         self.announce()

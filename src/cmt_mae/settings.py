@@ -1,15 +1,19 @@
 """Settings of a pre-training run: the command line, the recipes and the Python interface are these names."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from cmt_mae.errors import InputError
-from cmt_mae.method.cmtmae import MaskConfig, TargetConfig
+from cmt_mae.method.attention import Heads, Normalise
+from cmt_mae.method.cmtmae import SOURCES, MaskConfig, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.masking import RULES
+from cmt_mae.method.targets import LOSSES, NORMS
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
 
 # Settings below these prefixes do not affect results: they may change when a run is continued.
-INDIFFERENT = ("runtime.", "out", "data.path", "data.workers")
+INDIFFERENT = ("runtime.", "out", "data.path", "data.workers", "data.max_bad")
 
 
 @dataclass
@@ -134,6 +138,8 @@ class PretrainConfig:
 
     def check(self) -> None:
         """Raise InputError for settings that cannot work, before anything is loaded."""
+        if not self.out:
+            raise InputError("no folder for the run: give --out FOLDER")
         if not self.data.path:
             raise InputError(
                 "no images: give --data FOLDER (or tar shards, parquet, a packed folder)"
@@ -155,14 +161,9 @@ class PretrainConfig:
             raise InputError(
                 f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"
             )
-        if self.target.source not in ("pixel", "hog", "teacher", "momentum", "collab"):
-            raise InputError(
-                f"target.source '{self.target.source}' is unknown: use pixel, hog, teacher, momentum or collab"
-            )
-        if self.mask.source not in ("teacher", "momentum", "collab"):
-            raise InputError(
-                f"mask.source '{self.mask.source}' is unknown: use teacher, momentum or collab"
-            )
+        for name, word, choices in self._choices():
+            if word not in choices:
+                raise InputError(f"{name} '{word}' is unknown: use {', '.join(choices)}")
         if (
             self.needs_momentum()
             and "momentum" in (self.target.source, self.mask_source())
@@ -171,6 +172,29 @@ class PretrainConfig:
             raise InputError(
                 "the momentum student alone guides this run, so there is no stage one: set stage1_epochs to 0"
             )
+
+    def _choices(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Every setting that takes one of a few words."""
+        return [
+            ("mask.rule", self.mask.rule, RULES),
+            ("mask.source", self.mask.source, SOURCES),
+            ("mask.heads", self.mask.heads, get_args(Heads)),
+            ("mask.normalise", self.mask.normalise, get_args(Normalise)),
+            ("target.source", self.target.source, ("pixel", "hog", *SOURCES)),
+            ("target.norm", self.target.norm, NORMS),
+            ("target.loss", self.target.loss, LOSSES),
+            ("target.reduce", self.target.reduce, ("mean", "sum")),
+            ("target.tokens", self.target.tokens, ("masked", "all", "all+cls")),
+            ("teacher.feature", self.teacher.feature, ("projected", "tokens", "last_k")),
+            ("teacher.grid_align", self.teacher.grid_align, ("input", "resample")),
+            ("teacher.pixels", self.teacher.pixels, ("auto", "resize", "crop")),
+            ("decoder.kind", self.decoder.kind, ("mae", "prompting")),
+            ("momentum.schedule", self.momentum.schedule, ("cosine", "linear", "constant")),
+            ("data.crops", self.data.crops, ("random", "fixed")),
+            ("precision", self.precision, ("auto", "bf16", "fp32")),
+            ("runtime.device", self.runtime.device, ("auto", "cpu", "cuda", "mps")),
+            ("runtime.tracker", self.runtime.tracker, ("none", "wandb")),
+        ]
 
     def stage_one(self) -> float:
         """Epochs of stage one; 0 where no momentum student takes part."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN
+from cmt_mae.backbones.infer import infer_beit, infer_vit
 from cmt_mae.errors import InputError
 
 
@@ -382,3 +383,41 @@ def test_siglip_tower_of_open_clip_has_no_class_token(tmp_path: Path) -> None:
     b = load_backbone(saved(tmp_path / "open_clip_pytorch_model.bin", state))
     same(b, reference)
     assert (b.has_cls, b.prefix_tokens, b.mean) == (False, 0, HALF)
+
+
+# --- real sizes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("vit_small_patch8_224", None),
+        ("vit_base_patch16_clip_quickgelu_224", 85_799_424),  # spec 12.1, without projection
+        ("vit_large_patch14_clip_quickgelu_336", None),
+        ("vit_huge_patch14_clip_224", None),
+        ("vit_giant_patch14_reg4_dinov2", None),
+        ("vit_huge_patch14_gap_224", None),
+        ("deit_base_distilled_patch16_224", None),
+        ("beit_large_patch16_384", None),
+    ],
+)
+def test_published_sizes_are_inferred_from_shapes_alone(name: str, parameters: int | None) -> None:
+    with torch.device("meta"):  # shapes only: no memory, no numbers
+        published = timm.create_model(name, num_classes=0)
+    state = {k: v for k, v in published.state_dict().items() if not k.startswith("head")}
+    if name.startswith("beit"):
+        architecture, kwargs = infer_beit(state, name)
+    else:
+        kind = re.search(r"_(clip(_quickgelu)?)_", name)
+        architecture, kwargs = infer_vit(state, name, clip=kind[1] if kind else None)
+    with torch.device("meta"):
+        built = timm.create_model(architecture, num_classes=0, **kwargs)
+    assert {k: v.shape for k, v in built.state_dict().items()} == {
+        k: v.shape for k, v in state.items()
+    }
+    ours, theirs = built.blocks[0], published.blocks[0]
+    assert ours.attn.num_heads == theirs.attn.num_heads
+    assert ours.norm1.eps == theirs.norm1.eps
+    assert type(ours.mlp.act) is type(theirs.mlp.act)
+    if parameters is not None:
+        assert sum(p.numel() for p in built.parameters()) == parameters

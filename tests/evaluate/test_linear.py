@@ -1,18 +1,22 @@
 import io
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from torchvision import transforms
 
+import cmt_mae.evaluate.linear as linear_module
 from cmt_mae.backbones import load_backbone
+from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.sources import open_source
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate import LinearConfig, Result, evaluate_linear
 from cmt_mae.evaluate.features import extract, start_processes
-from cmt_mae.evaluate.linear import augmented_steps, plan
+from cmt_mae.evaluate.linear import augmented_steps, plan, summary
+from cmt_mae.evaluate.protocols import published
 
 
 def config(vit: str, pictures: str, **changes) -> LinearConfig:
@@ -66,6 +70,18 @@ def test_the_protocol_says_what_was_done(vit, pictures):
     assert only.protocol["quoted"] == "the only head"
 
 
+def test_which_head_is_quoted():
+    """Six heads by hand: 2 features x 3 rates; the best is not the default."""
+    protocol = replace(published("mae", 768, True), pools=("cls", "mean"))
+    tops = [(60, 90), (70, 91), (65, 92), (50, 80), (75, 85), (40, 70)]
+    table = [{"top1": float(a), "top5": float(b)} for a, b in tops]
+    expected = {"default/top1": 60, "best/top1": 75, "cls/top1": 60, "mean/top1": 50}
+    assert summary(table, protocol) == {"top1": 60, "top5": 90} | expected
+    best = replace(protocol, takes_best=True)
+    assert summary(table, best) == {"top1": 75, "top5": 85} | expected
+    assert summary([{"top1": 60.0}], replace(protocol, pools=("cls",))) == {"top1": 60}
+
+
 def test_augmented_probe(vit, pictures):
     settings = config(
         vit, pictures, protocol="dino", augment=True, pools=("mean",), blr=(1.0,), epochs=12,
@@ -100,6 +116,31 @@ def test_augmented_steps_are_new_crops_of_the_right_images(vit, pictures):
     assert len(crops.unique(dim=0)) == 54
     again = list(augmented_steps(settings, training, backbone, source, protocol.pools, where))
     assert all(torch.equal(a[0]["mean"], b[0]["mean"]) for a, b in zip(steps, again, strict=True))
+
+
+def test_flips_are_left_to_right(vit, pictures, monkeypatch):
+    settings = config(
+        vit, pictures, augment=True, epochs=1, batch_size=27, forward_batch=27, pools=("mean",)
+    )
+    backbone, source = load_backbone(vit), open_source(f"{pictures}/train")
+    protocol, training = plan(settings, backbone, len(source), 1)
+    seen: list[torch.Tensor] = []
+
+    def look(_backbone, images, parts, _precision):
+        seen.append(images)
+        return {part: torch.zeros(len(images), 1) for part in parts}
+
+    monkeypatch.setattr(linear_module, "forward_parts", look)
+    where = start_processes("cpu")
+    list(augmented_steps(settings, training, backbone, source, protocol.pools, where))
+    crops = CropSettings((32, 32), scale=(0.08, 1.0))
+    sizes = {"batch_size": 27, "micro_batch": 27, "noise_length": 0, "seed": 0}
+    batch = next(pretrain_batches(source, crops, **sizes))
+    flip = batch["flip"].tolist()
+    assert 0 < sum(flip) < 27
+    for ours, image, turned in zip(seen[0], batch["images"], flip, strict=True):
+        expected = transforms.functional.hflip(image) if turned else image
+        assert torch.equal(ours, expected)
 
 
 def test_bad_settings(vit, pictures, tmp_path):

@@ -137,7 +137,8 @@ def test_mass_on_the_class_token_has_no_say_after_normalising() -> None:
     """A constant on the class token's own logit scales the patches' row; A / sum A forgets it."""
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
     rows = [
-        torch.cat([torch.full((3, 1), own), logits], 1).softmax(1)[:, 1:] for own in (-4.0, 0.0, 5.0)
+        torch.cat([torch.full((3, 1), own), logits], 1).softmax(1)[:, 1:]
+        for own in (-4.0, 0.0, 5.0)
     ]
     for row in rows:
         close(normalise_map(row), logits.softmax(1))

@@ -79,7 +79,11 @@ def test_encoders_have_maes_parameter_counts(preset: str, encoder: int, trained:
     [
         ("base", {"pixel": 768}, 111_907_840),  # MAE
         ("large", {"pixel": 768}, 329_541_888),
-        ("base", {"teacher": 512, "momentum": 768}, 112_170_496),  # CMT-MAE with CLIP's 512-d target
+        (
+            "base",
+            {"teacher": 512, "momentum": 768},
+            112_170_496,
+        ),  # CMT-MAE with CLIP's 512-d target
         ("large", {"teacher": 512, "momentum": 1024}, 329_935_872),
         ("base", {"teacher": 512}, 111_776_512),  # MILAN / EVA-MAE as mmpretrain counts them
     ],
@@ -161,12 +165,8 @@ def test_positions_by_hand() -> None:
 
 def test_positions_of_a_rectangle_are_a_cut_of_the_squares() -> None:
     square = sincos_table(16, (5, 5), class_token=False).view(5, 5, 16)
-    assert torch.equal(
-        sincos_table(16, (3, 5), class_token=False).view(3, 5, 16), square[:3]
-    )
-    assert torch.equal(
-        sincos_table(16, (5, 2), class_token=False).view(5, 2, 16), square[:, :2]
-    )
+    assert torch.equal(sincos_table(16, (3, 5), class_token=False).view(3, 5, 16), square[:3])
+    assert torch.equal(sincos_table(16, (5, 2), class_token=False).view(5, 2, 16), square[:, :2])
 
 
 # --- start ---------------------------------------------------------------------------------------

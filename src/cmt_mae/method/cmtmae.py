@@ -95,8 +95,9 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.target = student, target
         self.decoder = Decoder(decoder, student.embed_dim, student.patch_embed.grid_size)
-        heads = {name: nn.Linear(decoder.width, width) for name, width in head_widths.items()}
-        for head in heads.values():
+        heads: dict[str, nn.Module] = {}
+        for name, width in head_widths.items():  # one by one: a further head changes no other's start
+            heads[name] = head = nn.Linear(decoder.width, width)
             nn.init.xavier_uniform_(head.weight)
             nn.init.zeros_(head.bias)
         self.heads = nn.ModuleDict(heads)

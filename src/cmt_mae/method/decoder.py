@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         block = (
             PromptingBlock
             if config.kind == "prompting"
-            else partial(Block, mlp_ratio=4.0, qkv_bias=True)
+            else partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
         )
         self.blocks = nn.ModuleList(
             [block(config.width, config.heads) for _ in range(config.depth)]

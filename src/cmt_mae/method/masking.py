@@ -84,10 +84,17 @@ def hide(
     noise: (B, noise_length) uniform in (0, 1). scores: (B, L) attention normalised to sum 1; needed by the
     guided rules. temperature > 0: 1 = the law of the attention, larger = closer to random.
     guided_share 0..1: share of the hidden patches that follows the attention (mix_random).
-    Raises InputError for unknown rules and for a guided rule without scores.
+    Raises InputError for unknown rules, for a guided rule without scores and for impossible numbers.
     """
     n_patches = grid[0] * grid[1]
     uniform, second = noise[:, :n_patches], noise[:, n_patches : 2 * n_patches]
+    for name, value, fine, wanted in (
+        ("temperature", temperature, temperature > 0, "a number above 0, e.g. 1"),
+        ("square_side", square_side, square_side >= 1, "1 or more patches, e.g. 2"),
+        ("hint_share", hint_share, 0 <= hint_share <= 1, "a share in 0..1, e.g. 0.1"),
+    ):
+        if not fine:
+            raise InputError(f"mask.{name} {value} is impossible: give {wanted}")
     if rule in GUIDED and scores is None:
         raise InputError(
             f"mask.rule '{rule}' follows attention: set mask.source to teacher, momentum or collab"
@@ -170,8 +177,8 @@ def hint_priority(scores: Tensor, uniform: Tensor, n_mask: int, share: float) ->
 
 
 def mixed_priority(guided: Tensor, uniform: Tensor, n_mask: int, share: float) -> Tensor:
-    """The first round(share * n_mask) hidden patches by attention, the rest at random (HPM's ramp)."""
-    n_guided = round(share * n_mask)
+    """The first int(share * n_mask) hidden patches by attention, the rest at random (HPM's ramp)."""
+    n_guided = int(share * n_mask)
     rank = guided.argsort(dim=1, descending=True, stable=True).argsort(1)
     return torch.where(rank < n_guided, 2.0, uniform)
 

@@ -32,13 +32,13 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def normalise_target(target: Tensor, norm: str) -> Tensor:
-    """Normalise targets (..., D) over channels, in fp32.
+    """Normalise targets (..., D) over channels, in fp32 (fp64 stays fp64).
 
     layer_norm: F.layer_norm without affine (biased variance, eps 1e-5), the default for features.
     mae: MAE's normalised pixels (unbiased variance, eps 1e-6). l2: unit length (and the prediction too, see
     ``distance``). none: as they are. Raises InputError for another name.
     """
-    target = target.float()
+    target = at_least_fp32(target)
     if norm == "layer_norm":
         return F.layer_norm(target, target.shape[-1:])
     if norm == "mae":
@@ -60,9 +60,9 @@ def distance(
     The target is normalised already; the prediction stays raw, except with norm ``l2`` where both have unit
     length (then reduce ``sum`` is 2 - 2 cos). reduce: over channels, ``mean`` (default: two targets of other
     widths weigh alike) or ``sum`` (the paper's squared norm, literally). smooth_l1: beta as data2vec (2).
-    cosine: 1 - cos. Returns a scalar in fp32. Raises InputError for another loss or reduction.
+    cosine: 1 - cos. Returns a scalar in fp32 or more. Raises InputError for another loss or reduction.
     """
-    prediction = prediction.float()
+    prediction = at_least_fp32(prediction)
     if norm == "l2":
         prediction = F.normalize(prediction, dim=-1)
     if loss == "cosine":
@@ -78,6 +78,11 @@ def distance(
     if reduce == "sum":
         return each.sum(-1).mean()
     raise InputError(f"target.reduce '{reduce}' is unknown: use mean or sum")
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """fp32 of shorter types; fp64 as it is, in which the reference values are given."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def combine_losses(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:

@@ -16,35 +16,47 @@ import torch
 import yaml
 
 from cmt_mae.errors import InputError
+from cmt_mae.training.checkpoint import list_checkpoints
 from cmt_mae.training.files import write_atomically, write_json
 
 LIBRARIES = ("cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
 class RunDir:
-    """Opens ``out`` for one run: a new one, or the same one again. Rank 0 alone writes.
+    """One run's folder: a new one, or the same one again. Rank 0 alone writes.
 
-    Raises InputError where the folder holds something else, another run, or a run that is going on.
+    Nothing is written before ``claim``, so that a start that fails leaves nothing behind.
     """
 
     def __init__(
         self, out: str, settings: dict[str, Any], indifferent: tuple[str, ...], writes: bool
     ) -> None:
-        """settings: nested plain values. indifferent: prefixes of keys that do not affect results."""
-        if not out:
-            raise InputError("no folder for the run: give --out FOLDER")
-        self.path, self.writes = Path(out), writes
+        """settings: nested plain values. indifferent: prefixes of keys that do not affect results.
+
+        Raises InputError where the folder holds something else, or a run with other settings.
+        """
+        self.path, self.writes, self._settings = Path(out), writes, settings
         self.checkpoints = self.path / "checkpoints"
+        self._lock_file: Any = None
         existing = self.path / "config.yaml"
-        self.exists = existing.exists()
-        if self.exists:
-            refuse_changes(self.path, yaml.safe_load(existing.read_text()), settings, indifferent)
+        if existing.exists():
+            if list_checkpoints(
+                self.checkpoints
+            ):  # else it never got anywhere: settings may change
+                before = yaml.safe_load(existing.read_text())
+                refuse_changes(self.path, before, settings, indifferent)
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise InputError(f"{out} is not empty and holds no run: choose a new folder for --out")
-        if writes:
-            self._lock(out)
-            text = yaml.safe_dump(settings, sort_keys=False)
-            write_atomically(existing, lambda aside: aside.write_text(text))
+
+    def claim(self) -> None:
+        """Take the folder for this process and write config.yaml.
+
+        Raises InputError while another process runs in it, or where it cannot be written.
+        """
+        if self.writes:
+            self._lock(str(self.path))
+            text = yaml.safe_dump(self._settings, sort_keys=False)
+            write_atomically(self.path / "config.yaml", lambda aside: aside.write_text(text))
 
     def _foreign(self) -> bool:
         return any(p.name != "run.lock" for p in self.path.iterdir())
@@ -71,8 +83,8 @@ class RunDir:
         self._lock_file.flush()
 
     def close(self) -> None:
-        """Give the lock back."""
-        if self.writes:
+        """Give the folder back."""
+        if self._lock_file is not None:
             self._lock_file.close()
 
     def known_facts(self) -> dict[str, Any]:

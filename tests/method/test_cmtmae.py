@@ -1,0 +1,483 @@
+"""The two stages: who is run, who learns, what guides the mask and what is predicted."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from method_nets import GRID, SHAPE, SIZE, full_map, network, pictures, randomise
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmt_mae.errors import InputError
+from cmt_mae.method.cmtmae import (
+    Guides,
+    Learner,
+    MaskConfig,
+    TargetConfig,
+    Weights,
+    select_tokens,
+    shares,
+)
+from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.hog import hog_dim, hog_targets
+from cmt_mae.method.masking import Mask, from_priority, noise_length
+from cmt_mae.method.targets import patchify
+from cmt_mae.method.teacher import Teacher, TeacherConfig
+from cmt_mae.method.vit import StudentConfig, build_student, encode_visible
+
+N_MASK = 9
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STUDENT: dict[str, Any] = {
+    "img_size": list(SIZE), "patch_size": 8, "width": 24, "depth": 3, "heads": 3,
+}  # fmt: skip
+
+
+def student(**more: Any) -> Any:
+    torch.manual_seed(0)
+    return randomise(build_student(StudentConfig(**STUDENT, **more)), scale=0.1)
+
+
+def learner(
+    target: TargetConfig | None = None, kind: str = "mae", heads: dict[str, int] | None = None
+) -> Learner:
+    made = student()
+    torch.manual_seed(1)
+    return Learner(
+        made,
+        DecoderConfig(kind=kind, width=16, depth=2, heads=2),
+        target or TargetConfig(),
+        heads or {"teacher": SHAPE["embed_dim"], "momentum": 24},
+    )
+
+
+def guides(
+    mask: MaskConfig | None = None,
+    target: TargetConfig | None = None,
+    family: str = "vit",
+    **more: Any,
+) -> Guides:
+    """A teacher of the family and, as after the switch of stages, a momentum student of its own."""
+    teacher = Teacher(
+        network(family), TeacherConfig(**more), mean=MEAN, std=STD, student_mean=MEAN, student_std=STD,
+        grid=GRID,
+    )  # fmt: skip
+    made = Guides(
+        mask or MaskConfig(), target or TargetConfig(), teacher=teacher, grid=GRID, patch_size=8,
+        mean=MEAN, std=STD,
+    )  # fmt: skip
+    made.start_momentum(randomise(student(), seed=7, scale=0.2))  # type: ignore[arg-type]
+    return made
+
+
+def numbers(rule: str = "sampled_high", batch: int = 2, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, noise_length(rule, 12), generator=generator)
+
+
+def look(made: Guides, alpha: float = 0.3, **more: Any) -> tuple[Mask, dict[str, Tensor], Any]:
+    return made(pictures(), numbers(made.mask.rule), N_MASK, Weights(alpha, alpha), **more)
+
+
+def close(ours: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, wanted, atol=atol, rtol=0)
+
+
+class Count:
+    """How often a network starts a forward pass, and how often its last MLP runs."""
+
+    def __init__(self, made: Guides) -> None:
+        assert made.teacher is not None
+        assert made.momentum is not None
+        self.starts = {"teacher": 0, "momentum": 0}
+        self.finishes = {"teacher": 0, "momentum": 0}
+        for name, model in (("teacher", made.teacher.model), ("momentum", made.momentum)):
+            self.watch(model.patch_embed, self.starts, name)
+            self.watch(model.blocks[-1].mlp, self.finishes, name)
+
+    @staticmethod
+    def watch(part: nn.Module, where: dict[str, int], name: str) -> None:
+        def count(*_: Any) -> None:
+            where[name] += 1
+
+        part.register_forward_hook(count)
+
+
+# --- who is run ------------------------------------------------------------------------------------
+
+COLLAB, PIXEL = TargetConfig(), TargetConfig("pixel", "mae")
+CASES = [  # mask, target, alpha of mask and loss -> starts and finishes of teacher, momentum
+    ("stage one", MaskConfig(), COLLAB, (0.0, 0.0), (1, 0), (1, 0)),
+    ("stage two", MaskConfig(), COLLAB, (0.3, 0.3), (1, 1), (1, 1)),
+    ("alpha one", MaskConfig(), COLLAB, (1.0, 1.0), (0, 1), (0, 1)),
+    ("mask of both, target teacher", MaskConfig(), COLLAB, (0.3, 0.0), (1, 1), (1, 0)),
+    ("mask of teacher, target both", MaskConfig(), COLLAB, (0.0, 0.3), (1, 1), (1, 1)),
+    ("mask of momentum, target teacher", MaskConfig(), COLLAB, (1.0, 0.0), (1, 1), (1, 0)),
+    ("cm_only", MaskConfig(), PIXEL, (0.3, 0.3), (1, 1), (0, 0)),
+    ("ct_only", MaskConfig(rule="random"), COLLAB, (0.3, 0.3), (1, 1), (1, 1)),
+    ("mae", MaskConfig(rule="random"), PIXEL, (0.3, 0.3), (0, 0), (0, 0)),
+    ("mvp", MaskConfig(rule="random"), TargetConfig("teacher"), (0.3, 0.3), (1, 0), (1, 0)),
+    ("attmask", MaskConfig(source="momentum"), TargetConfig("momentum"), (0.3, 0.3), (0, 1), (0, 1)),
+    ("teacher alone", MaskConfig(source="teacher"), PIXEL, (0.3, 0.3), (1, 0), (0, 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mask", "target", "alphas", "starts", "finishes"),
+    [case[1:] for case in CASES],
+    ids=[case[0] for case in CASES],
+)
+def test_each_network_is_run_once_or_not_at_all(
+    mask: MaskConfig, target: TargetConfig, alphas: tuple[float, float],
+    starts: tuple[int, int], finishes: tuple[int, int],
+) -> None:  # fmt: skip
+    made = guides(mask, target)
+    count = Count(made)
+    made(pictures(), numbers(mask.rule), N_MASK, Weights(*alphas))
+    assert tuple(count.starts.values()) == starts
+    assert tuple(count.finishes.values()) == finishes
+
+
+def test_alpha_zero_in_stage_two_is_stage_one_to_the_bit() -> None:
+    made, learns = guides(), learner()
+    count = Count(made)
+    mask, targets, _ = look(made, alpha=0.0)
+    loss, _ = learns(pictures(), mask, targets, 0.0)
+    assert count.starts == {"teacher": 1, "momentum": 0}
+    made.momentum = None  # stage one: there is none
+    first_mask, first_targets, _ = look(made, alpha=0.0)
+    first_loss, _ = learns(pictures(), first_mask, first_targets, 0.0)
+    assert torch.equal(mask.mask, first_mask.mask)
+    assert set(targets) == set(first_targets) == {"teacher"}
+    assert loss.item() == first_loss.item()
+
+
+def test_alpha_one_needs_no_teacher() -> None:
+    made = guides()
+    made.teacher = None
+    mask, targets, logs = look(made, alpha=1.0)
+    assert set(targets) == {"momentum"}
+    loss, more = learner()(pictures(), mask, targets, 1.0)
+    assert loss.item() == more["loss_momentum"].item()
+    assert "class_mass_teacher" not in logs
+
+
+def test_a_step_has_no_randomness_of_its_own() -> None:
+    made, learns = guides(), learner()
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        mask, targets, _ = look(made)
+        results.append((mask.mask, learns(pictures(), mask, targets, 0.3)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].item() == results[1][1].item()
+
+
+# --- equations 3 and 4 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@torch.no_grad()
+def test_equation_3_on_whole_networks(alpha: float) -> None:
+    """`high` hides the top of the mixture of the two normalised maps, as timm multiplies them out."""
+    made, x = guides(MaskConfig(rule="high")), pictures()
+    assert made.teacher is not None
+    maps = [full_map(m, x)[:, :, 0, 1:].mean(1) for m in (made.momentum, made.teacher.model)]
+    own, taught = (m / m.sum(1, keepdim=True) for m in maps)
+    mixed = alpha * own + (1 - alpha) * taught
+    mask, _, _ = look(made, alpha)
+    wanted = mixed.argsort(dim=1, descending=True)[:, :N_MASK].sort(dim=1).values
+    assert torch.equal(mask.ids_mask, wanted)
+    assert (own.argsort(1) != taught.argsort(1)).any()
+
+
+@torch.no_grad()
+def test_what_is_logged_of_the_maps() -> None:
+    made, x = guides(), pictures()
+    assert made.teacher is not None
+    _, _, logs = look(made)
+    own, taught = (full_map(m, x)[:, :, 0].mean(1) for m in (made.momentum, made.teacher.model))
+    close(logs["class_mass_momentum"], own[:, 0].mean())
+    close(logs["class_mass_teacher"], taught[:, 0].mean())
+    top = [m[:, 1:].topk(3, dim=1).indices.tolist() for m in (own, taught)]
+    common = [len(set(a) & set(b)) / 3 for a, b in zip(*top, strict=True)]
+    assert logs["overlap"].item() == pytest.approx(sum(common) / 2)
+    share = taught[:, 1:] / taught[:, 1:].sum(1, keepdim=True)
+    wanted = torch.distributions.Categorical(share).entropy().mean() / torch.tensor(12.0).log()
+    close(logs["entropy_teacher"], wanted)
+    assert {"entropy_momentum", "entropy_collab", "spread_target_teacher"} <= set(logs)
+
+
+def test_equation_4_and_the_predictions_behind_it() -> None:
+    made, learns, x = guides(), learner(), pictures()
+    mask, targets, _ = look(made)
+    loss, logs = learns(x, mask, targets, 0.3)
+    tokens = learns.decoder(encode_visible(learns.student, x, mask.ids_keep), mask)[:, 1:]
+    parts = {
+        name: F.mse_loss(learns.heads[name](tokens)[mask.mask], targets[name].flatten(0, 1))
+        for name in ("teacher", "momentum")
+    }
+    for name, part in parts.items():
+        close(logs[f"loss_{name}"], part.detach(), atol=1e-6)
+    close(loss, 0.3 * parts["momentum"] + 0.7 * parts["teacher"], atol=1e-6)
+
+
+@torch.no_grad()
+def test_targets_are_normalised_features_of_the_whole_image_at_hidden_patches() -> None:
+    made, x = guides(), pictures()
+    assert made.teacher is not None
+    mask, targets, _ = look(made)
+    for name, model in (("teacher", made.teacher.model), ("momentum", made.momentum)):
+        assert model is not None
+        patches = model.forward_features(x)[:, 1:][mask.mask].view(2, N_MASK, -1)
+        close(targets[name], F.layer_norm(patches, patches.shape[-1:]), atol=1e-4)
+
+
+@torch.no_grad()
+def test_momentum_target_of_the_last_blocks() -> None:
+    made, x = guides(target=TargetConfig(momentum_last_k=2)), pictures()
+    assert made.momentum is not None
+    mask, targets, _ = look(made)
+    outputs = made.momentum.forward_intermediates(
+        x, indices=2, output_fmt="NLC", intermediates_only=True
+    )
+    mean = torch.stack(outputs).mean(0)[mask.mask].view(2, N_MASK, -1)
+    close(targets["momentum"], F.layer_norm(mean, mean.shape[-1:]), atol=1e-4)
+
+
+# --- tokens, pixels, HOG ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "count"), [("masked", N_MASK), ("all", 12), ("all+cls", 13)])
+def test_where_the_loss_is_taken(tokens: str, count: int) -> None:
+    target = TargetConfig(tokens=tokens)
+    made, learns, x = guides(target=target), learner(target), pictures()
+    assert made.teacher is not None
+    mask, targets, _ = look(made)
+    assert targets["teacher"].shape == (2, count, 32)
+    assert targets["momentum"].shape == (2, count, 24)
+    whole = made.teacher.model.forward_features(x)
+    wanted = {"masked": whole[:, 1:][mask.mask].view(2, -1, 32), "all": whole[:, 1:]}
+    given = F.layer_norm(wanted.get(tokens, whole), (32,))
+    close(targets["teacher"], given, atol=1e-4)
+    out = learns.decoder(encode_visible(learns.student, x, mask.ids_keep), mask)
+    places = {"masked": out[:, 1:][mask.mask].view(2, -1, 16), "all": out[:, 1:]}
+    assert torch.equal(select_tokens(out, mask, tokens), places.get(tokens, out))
+    loss, logs = learns(x, mask, targets, 0.3)
+    prediction = learns.heads["teacher"](places.get(tokens, out))
+    close(logs["loss_teacher"], F.mse_loss(prediction, given).detach(), atol=1e-5)
+    loss.backward()
+    assert learns.student.cls_token.grad is not None
+
+
+@pytest.mark.parametrize("source", ["pixel", "hog"])
+@pytest.mark.parametrize("tokens", ["masked", "all"])
+def test_targets_from_the_image(source: str, tokens: str) -> None:
+    made, x = (
+        guides(MaskConfig(rule="random"), TargetConfig(source, "none", tokens=tokens)),
+        pictures(),
+    )
+    mask, targets, _ = look(made)
+    if source == "pixel":
+        wanted = patchify(x, 8)
+    else:  # HOG sees the picture itself, not the normalised one
+        shown = x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        wanted = hog_targets(shown, 8)
+        assert wanted.shape[-1] == hog_dim(8, 3)
+    if tokens == "masked":
+        wanted = wanted[mask.mask].view(2, N_MASK, -1)
+    close(targets[source], wanted)
+
+
+def test_impossible_targets_are_refused() -> None:
+    for source in ("pixel", "hog"):
+        with pytest.raises(InputError, match="all\\+cls"):
+            look(guides(target=TargetConfig(source, tokens="all+cls")))
+    with pytest.raises(InputError, match=r"target\.tokens 'hidden'"):
+        mask = from_priority(torch.rand(1, 4), 3)
+        select_tokens(torch.zeros(1, 5, 8), mask, "hidden")
+    with pytest.raises(InputError, match="'both' names no network"):
+        shares("both", 0.3)
+
+
+def test_shares_of_the_networks() -> None:
+    assert shares("collab", 0.25) == {"teacher": 0.75, "momentum": 0.25}
+    assert shares("teacher", 0.25) == {"teacher": 1.0}
+    assert shares("momentum", 0.25) == {"momentum": 1.0}
+
+
+@torch.no_grad()
+def test_a_second_crop_is_what_the_teacher_sees() -> None:
+    made = guides()
+    count, second = Count(made), pictures(seed=9)
+    assert made.teacher is not None
+    mask, targets, _ = look(made, teacher_images=second)
+    patches = made.teacher.model.forward_features(second)[:, 1:][mask.mask].view(2, N_MASK, -1)
+    close(targets["teacher"], F.layer_norm(patches, (32,)), atol=1e-4)
+    assert made.momentum is not None
+    own = made.momentum.forward_features(pictures())[:, 1:][mask.mask].view(2, N_MASK, -1)
+    close(targets["momentum"], F.layer_norm(own, (24,)), atol=1e-4)
+    assert count.starts == {"teacher": 2, "momentum": 2}  # one each in the step, one each here
+
+
+def test_attention_may_be_set_aside_for_a_step() -> None:
+    made = guides()
+    mask, _, logs = look(made, random_mask=True)
+    assert torch.equal(mask.mask, from_priority(numbers()[:, :12], N_MASK).mask)
+    assert "entropy_teacher" not in logs
+    blocks = guides(MaskConfig(rule="block"), PIXEL)  # a rule without attention stays itself
+    assert torch.equal(look(blocks, random_mask=True)[0].mask, look(blocks)[0].mask)
+
+
+# --- gradient and leaks ----------------------------------------------------------------------------
+
+
+def test_no_gradient_reaches_teacher_or_momentum() -> None:
+    made, learns, x = guides(), learner(), pictures().requires_grad_()
+    mask, targets, logs = made(x, numbers(), N_MASK, Weights(0.3, 0.3))
+    assert not any(t.requires_grad for t in (*targets.values(), *logs.values()))
+    before = copy.deepcopy(made.state_dict())
+    optimizer = torch.optim.SGD([*learns.parameters(), *made.parameters()], lr=1.0)
+    learns(x, mask, targets, 0.3)[0].backward()
+    optimizer.step()
+    assert list(made.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in made.parameters())
+    assert all(torch.equal(before[name], now) for name, now in made.state_dict().items())
+    assert all(p.grad is not None for p in learns.parameters() if p.requires_grad)
+
+
+def test_hidden_pixels_cannot_reach_the_student() -> None:
+    model, x = student(), pictures()
+    mask = from_priority(torch.rand(2, 12, generator=torch.Generator().manual_seed(3)), N_MASK)
+    hidden = mask.mask.view(2, 1, *GRID).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    latents = encode_visible(model, x, mask.ids_keep)
+    other = torch.where(hidden, 100 * torch.randn_like(x), x)
+    assert torch.equal(encode_visible(model, other, mask.ids_keep), latents)
+    seen = torch.where(hidden, x, x + 1)
+    assert not torch.allclose(encode_visible(model, seen, mask.ids_keep), latents)
+
+    x.requires_grad_()  # and so for the whole of the loss, through the decoder
+    learns = learner()
+    targets = {"teacher": torch.randn(2, N_MASK, 32)}
+    learns(x, mask, targets)[0].backward()
+    assert x.grad is not None
+    assert not x.grad[hidden.expand_as(x)].any()
+    assert x.grad[~hidden.expand_as(x)].abs().min() > 0
+
+
+def test_heads_that_do_not_learn_stay_as_they_are() -> None:
+    """Stage one: the momentum head gets no gradient, and AdamW's decay leaves it alone."""
+    made, learns, x = guides(), learner(), pictures()
+    optimizer = torch.optim.AdamW(learns.parameters(), lr=0.1, weight_decay=0.5)
+
+    def step(alpha: float, active: set[str]) -> dict[str, bool]:
+        learns.activate(active)
+        before = copy.deepcopy(learns.heads.state_dict())
+        mask, targets, _ = look(made, alpha)
+        learns(x, mask, targets, alpha)[0].backward()
+        grads = {n: h.weight.grad is not None for n, h in learns.heads.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        after = learns.heads.state_dict()
+        moved = {n: not torch.equal(before[f"{n}.weight"], after[f"{n}.weight"]) for n in grads}
+        assert moved == grads
+        return moved
+
+    assert step(0.0, {"teacher"}) == {"teacher": True, "momentum": False}
+    assert step(0.3, {"teacher", "momentum"}) == {"teacher": True, "momentum": True}
+    assert step(1.0, {"momentum"}) == {"teacher": False, "momentum": True}
+
+
+@pytest.mark.parametrize("kind", ["mae", "prompting"])
+def test_a_step_under_bf16_is_near_the_one_in_fp32(kind: str) -> None:
+    made, learns, x = guides(family="dinov3 (rotary, registers)"), learner(kind=kind), pictures()
+    mask, targets, _ = look(made)
+    loss, _ = learns(x, mask, targets, 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, short_targets, _ = look(made)
+        short, logs = learns(x, mask, targets, 0.3)
+    assert short.dtype == torch.float32
+    assert all(t.dtype == torch.float32 for t in short_targets.values())
+    assert all(number.dtype == torch.float32 for number in logs.values())
+    assert short.item() == pytest.approx(loss.item(), rel=0.03)
+    short.backward()
+    assert all(p.grad is not None for p in learns.parameters() if p.requires_grad)
+
+
+# --- the moving average (spec 5.2) -----------------------------------------------------------------
+
+
+def filled(value: float) -> VisionTransformer:
+    made = student(pos_embed="learned").double()
+    for parameter in made.parameters():
+        nn.init.constant_(parameter, value)
+    return made
+
+
+def average(made: Guides) -> list[Tensor]:
+    assert made.momentum is not None
+    return list(made.momentum.parameters())
+
+
+def test_moving_average_by_hand() -> None:
+    made = guides()
+    made.start_momentum(filled(0.0))
+    for _ in range(3):
+        made.update_momentum(filled(1.0), 0.996)
+    for parameter in average(made):  # 1 - .996 ** 3
+        close(parameter, torch.full_like(parameter, 0.011952064), atol=1e-12)
+
+
+def test_equal_weights_are_a_fixed_point() -> None:
+    made, model = guides(), student()
+    made.start_momentum(model)
+    for _ in range(5):
+        made.update_momentum(model, 0.996)
+    assert all(torch.equal(a, b) for a, b in zip(average(made), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("skipped", [None, torch.zeros(())])
+def test_ends_of_the_average(skipped: Tensor | None) -> None:
+    made, model = guides(), student()
+    before = copy.deepcopy(average(made))
+    made.update_momentum(model, 1.0, skipped)
+    assert all(torch.equal(a, b) for a, b in zip(average(made), before, strict=True))
+    made.update_momentum(model, 0.0, skipped)
+    assert all(torch.equal(a, b) for a, b in zip(average(made), model.parameters(), strict=True))
+
+
+def test_a_skipped_step_moves_nothing_and_others_move_alike() -> None:
+    made, model = guides(), student()
+    before = copy.deepcopy(average(made))
+    made.update_momentum(model, 0.9, torch.ones(()))
+    assert all(torch.equal(a, b) for a, b in zip(average(made), before, strict=True))
+    made.update_momentum(model, 0.9, torch.zeros(()))
+    for now, old, new in zip(average(made), before, model.parameters(), strict=True):
+        close(now, 0.9 * old + 0.1 * new.detach(), atol=1e-6)
+
+
+def test_momentum_student_starts_as_a_copy_that_stands_still() -> None:
+    made, model = guides(), student(drop_path=0.5).train()
+    made.start_momentum(model)
+    assert made.momentum is not None
+    assert all(torch.equal(a, b) for a, b in zip(average(made), model.parameters(), strict=True))
+    assert not any(part.training for part in made.momentum.modules())  # no path is dropped
+    assert not any(p.requires_grad for p in average(made))
+    with torch.no_grad():
+        model.cls_token.add_(1)
+    assert not torch.equal(made.momentum.cls_token, model.cls_token)
+    assert model.training
+
+
+def test_maps_for_pictures_are_those_of_the_step() -> None:
+    made = guides(MaskConfig(rule="high"))
+    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Weights(0.3, 0.3), pictures())
+    assert set(maps) == {"teacher", "momentum", "collab"}
+    for found in maps.values():
+        close(found.sum(1), torch.ones(2))
+    assert torch.equal(mask.mask, from_priority(maps["collab"], N_MASK).mask)
+    made.momentum = None
+    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Weights(0.0, 0.0), pictures())
+    assert set(maps) == {"teacher"}
+    assert torch.equal(mask.mask, from_priority(maps["teacher"], N_MASK).mask)

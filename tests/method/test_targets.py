@@ -1,0 +1,205 @@
+"""Targets and losses against hand-worked numbers, torch's modules and transformers' MAE."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from cmt_mae.errors import InputError
+from cmt_mae.method.targets import (
+    at_least_fp32,
+    combine_losses,
+    distance,
+    entropy,
+    normalise_target,
+    overlap,
+    patchify,
+    spread,
+    unpatchify,
+)
+
+RAMP = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def close(ours: Tensor, wanted: Tensor | list[float], atol: float = 1e-6) -> None:
+    torch.testing.assert_close(ours, torch.as_tensor(wanted), atol=atol, rtol=0)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- patches -----------------------------------------------------------------------------------
+
+
+def test_patches_are_in_transformers_order() -> None:
+    config = ViTMAEConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        image_size=24, patch_size=8, decoder_hidden_size=8, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=1, decoder_intermediate_size=8,
+    )  # fmt: skip
+    images = random(2, 3, 24, 24)
+    assert torch.equal(patchify(images, 8), ViTMAEForPreTraining(config).patchify(images))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 5),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    patch=st.integers(1, 5),
+)
+def test_any_patch_is_cut_from_its_place(
+    batch: int, channels: int, rows: int, columns: int, patch: int
+) -> None:
+    images = random(batch, channels, rows * patch, columns * patch)
+    patches = patchify(images, patch)
+    row, column = rows - 1, columns // 2
+    piece = images[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+    wanted = piece.permute(0, 2, 3, 1).flatten(1)  # channels last within a patch
+    assert torch.equal(patches[:, row * columns + column], wanted)
+    assert torch.equal(unpatchify(patches, patch, (rows, columns)), images)
+
+
+# --- normalisation (spec 12.5) -------------------------------------------------------------------
+
+
+def test_normalised_targets_by_hand() -> None:
+    close(normalise_target(RAMP, "layer_norm"), [-1.3416354, -0.4472118, 0.4472118, 1.3416354])
+    close(normalise_target(RAMP, "mae"), [-1.1618947, -0.3872982, 0.3872982, 1.1618947])
+    close(normalise_target(RAMP, "l2"), RAMP / math.sqrt(30))
+    assert torch.equal(normalise_target(RAMP, "none"), RAMP)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "mae"])
+def test_each_token_is_normalised_by_itself_and_scale_is_forgotten(norm: str) -> None:
+    features = random(2, 5, 64)
+    normal = normalise_target(features, norm)
+    close(normal.mean(-1), torch.zeros(2, 5))
+    close(normalise_target(7 * features - 3, norm), normal, atol=1e-4)
+    assert torch.equal(normalise_target(features[:, 2:3], norm), normal[:, 2:3])
+
+
+def test_layer_norm_is_torchs_without_affine() -> None:
+    features = random(3, 4, 48)
+    module = nn.LayerNorm(48, elementwise_affine=False)
+    close(normalise_target(features, "layer_norm"), module(features))
+
+
+def test_targets_are_at_least_fp32() -> None:
+    for given_type, kept in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        tensor = random(2, 8).to(given_type)
+        assert at_least_fp32(tensor).dtype == kept
+        for norm in ("layer_norm", "mae", "l2", "none"):
+            assert normalise_target(tensor, norm).dtype == kept
+        assert distance(tensor, at_least_fp32(tensor)).dtype == kept
+
+
+# --- losses (spec 12.5) ----------------------------------------------------------------------------
+
+
+def test_nothing_predicted_costs_one() -> None:
+    target = normalise_target(random(2, 7, 512), "layer_norm")
+    assert distance(torch.zeros(2, 7, 512), target).item() == pytest.approx(0.99999, abs=1e-5)
+    small = normalise_target(random(2, 7, 8), "layer_norm")  # widths weigh alike
+    assert distance(torch.zeros(2, 7, 8), small).item() == pytest.approx(0.9999, abs=1e-4)
+
+
+def test_squares_mean_and_sum_over_channels() -> None:
+    prediction, target = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    target[0, 0] = RAMP  # squares sum to 30, in one of six tokens
+    assert distance(prediction, target, norm="none").item() == pytest.approx(30 / 4 / 6)
+    assert distance(prediction, target, norm="none", reduce="sum").item() == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(("beta", "wanted"), [(2.0, (0.25, 1, 2)), (1.0, (0.5, 1.5, 2.5))])
+def test_smooth_l1_by_hand(beta: float, wanted: tuple[float, ...]) -> None:
+    for error, cost in zip((1.0, 2.0, 3.0), wanted, strict=True):
+        prediction, target = torch.full((1, 1, 1), error), torch.zeros(1, 1, 1)
+        found = distance(prediction, target, loss="smooth_l1", norm="none", beta=beta)
+        assert found.item() == pytest.approx(cost)
+    # the default is data2vec's 2
+    default = distance(
+        torch.full((1, 1, 1), 3.0), torch.zeros(1, 1, 1), loss="smooth_l1", norm="none"
+    )
+    assert default.item() == pytest.approx(2.0)
+
+
+def test_unit_lengths_give_two_less_two_cosines() -> None:
+    prediction, raw = random(2, 5, 16), random(2, 5, 16, seed=1)
+    target = normalise_target(raw, "l2")
+    cosine = F.cosine_similarity(prediction, raw, dim=-1)
+    found = distance(prediction, target, norm="l2", reduce="sum")
+    close(found, (2 - 2 * cosine).mean())
+    close(distance(9 * prediction, target, norm="l2", reduce="sum"), found)  # length has no say
+
+
+@pytest.mark.parametrize("norm", ["l2", "none", "layer_norm"])
+def test_cosine_loss_is_one_less_cosine(norm: str) -> None:
+    prediction, raw = random(2, 5, 16), random(2, 5, 16, seed=1)
+    target = normalise_target(raw, norm)
+    wanted = F.cosine_embedding_loss(prediction.flatten(0, 1), target.flatten(0, 1), torch.ones(10))
+    close(distance(prediction, target, loss="cosine", norm=norm), wanted)
+    # the sign: nearer predictions cost less (EVA's MAE variant has it wrong)
+    assert distance(target, target, loss="cosine", norm=norm).item() == pytest.approx(0, abs=1e-6)
+    assert distance(-target, target, loss="cosine", norm=norm).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_prediction_stays_raw_unless_both_are_unit_vectors() -> None:
+    target = normalise_target(random(1, 4, 8), "layer_norm")
+    prediction = 3 * target
+    close(distance(prediction, target), (4 * target**2).mean())
+
+
+def test_equation_4() -> None:
+    student, teacher = torch.tensor(1.0), torch.tensor(2.0)
+    assert combine_losses(student, teacher, 0.3).item() == pytest.approx(1.7)
+    assert combine_losses(student, teacher, 0.0).item() == 2.0
+    assert combine_losses(student, teacher, 1.0).item() == 1.0
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(InputError, match=r"target\.norm 'batch' is unknown"):
+        normalise_target(RAMP, "batch")
+    with pytest.raises(InputError, match=r"target\.loss 'huber' is unknown"):
+        distance(RAMP, RAMP, loss="huber")
+    with pytest.raises(InputError, match=r"target\.reduce 'max' is unknown"):
+        distance(RAMP, RAMP, reduce="max")
+
+
+# --- what is logged --------------------------------------------------------------------------------
+
+
+def test_spread_sees_collapse() -> None:
+    features = torch.zeros(2, 2, 2)
+    features[..., 1] = torch.tensor([[0.0, 2.0], [4.0, 6.0]])
+    # channel 0 never moves; channel 1 is 0, 2, 4, 6 with standard deviation sqrt(20 / 3)
+    assert spread(features).item() == pytest.approx(math.sqrt(20 / 3) / 2, rel=1e-6)
+    assert spread(random(1, 1, 8).expand(4, 6, 8)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_entropy_by_hand() -> None:
+    maps = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    assert entropy(maps[:1]).item() == pytest.approx(1.0)
+    assert entropy(maps[1:2]).item() == pytest.approx(0.5)
+    assert entropy(maps[2:]).item() == pytest.approx(0.0, abs=1e-6)
+    assert entropy(maps).item() == pytest.approx(0.5)
+
+
+def test_overlap_by_hand() -> None:
+    first = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    second = torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    assert overlap(first, second, 2).item() == pytest.approx(0.25)  # one of two, none of two
+    assert overlap(first, first, 3).item() == 1.0
+    assert overlap(first, second, 4).item() == 1.0

@@ -1,0 +1,217 @@
+"""Checkpoints are whole or invisible, never run code, and yield to the one before when damaged."""
+
+import errno
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmt_mae.errors import InputError
+from cmt_mae.training import files
+from cmt_mae.training.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_last,
+    mark_best,
+    rotate,
+    save_checkpoint,
+)
+from cmt_mae.training.files import sha256, write_atomically, write_json
+
+
+def state(step: int) -> dict[str, Any]:
+    weights = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+    return {"step": step, "learner": {"w": weights}, "note": ["a", 1.5, None]}
+
+
+def saved(folder: Path, *steps: int) -> list[Path]:
+    return [save_checkpoint(folder, step, state(step)) for step in steps]
+
+
+def same(loaded: dict[str, Any] | None, step: int) -> None:
+    assert loaded is not None
+    assert loaded["step"] == step
+    assert loaded["note"] == ["a", 1.5, None]
+    weights: Tensor = loaded["learner"]["w"]
+    assert torch.equal(weights, state(step)["learner"]["w"])
+
+
+def test_the_newest_is_loaded_bit_by_bit(tmp_path: Path) -> None:
+    assert load_last(tmp_path) is None
+    paths = saved(tmp_path / "checkpoints", 9, 100, 20)
+    assert [p.name for p in paths][:1] == ["step_00000009.pt"]
+    same(load_last(tmp_path / "checkpoints"), 100)
+    assert [p.stem for p in list_checkpoints(tmp_path / "checkpoints")] == [
+        "step_00000009", "step_00000020", "step_00000100",
+    ]  # fmt: skip
+    assert not list((tmp_path / "checkpoints").glob(".*"))  # nothing left aside
+
+
+def test_the_sidecar_is_the_files_checksum(tmp_path: Path) -> None:
+    import subprocess
+
+    (path,) = saved(tmp_path, 3)
+    theirs = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout
+    assert path.with_suffix(".sha256").read_text() == theirs.split()[0] == sha256(path)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
+def test_a_damaged_one_yields_to_the_one_before(
+    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = saved(tmp_path, 1, 2)
+    content = bytearray(path.read_bytes())
+    if harm == "flip":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"flip": content, "cut": content[:-40], "empty": b""}[harm])
+    same(load_last(tmp_path), 1)
+    warning = capsys.readouterr().err
+    assert "step_00000002.pt is damaged" in warning
+    assert warning.count("\n") == 1
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(path)
+
+
+def test_when_all_are_damaged_there_is_none(tmp_path: Path) -> None:
+    for path in saved(tmp_path, 1, 2):
+        path.write_bytes(b"no")
+    assert load_last(tmp_path) is None
+
+
+def test_one_without_its_sidecar_is_invisible(tmp_path: Path) -> None:
+    """The state a kill between the two writes leaves behind."""
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step_00000002.sha256").unlink()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001.pt"]
+    same(load_last(tmp_path), 1)
+
+
+def test_an_old_sidecar_never_vouches_for_a_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing a step again and dying in the middle leaves it invisible, not half true."""
+    saved(tmp_path, 1, 2)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 2)
+    same(load_last(tmp_path), 1)
+    assert not list(tmp_path.glob(".*"))
+
+
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.where),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_code_in_a_checkpoint_is_refused_and_never_run(how: str, tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    path, mark = tmp_path / "step_00000002.pt", tmp_path / "was_here"
+    if how == "torch":
+        torch.save({"step": 2, "learner": Evil(mark)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(mark)))
+    path.with_suffix(".sha256").write_text(sha256(path))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_checkpoint(path)
+    same(load_last(tmp_path), 1)
+    assert not mark.exists()
+    torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
+    assert mark.exists()  # the trap does work where code is run
+
+
+def test_old_ones_are_deleted_but_those_to_keep(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20, 30, 40, 50)
+    rotate(tmp_path, keep_last=2, keep={20})
+    assert [p.stem for p in list_checkpoints(tmp_path)] == [
+        "step_00000020", "step_00000040", "step_00000050",
+    ]  # fmt: skip
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".pt"] * 3 + [".sha256"] * 3
+
+
+def test_the_best_stays_when_its_step_is_deleted(tmp_path: Path) -> None:
+    first, second, _ = saved(tmp_path, 1, 2, 3)
+    mark_best(first)
+    mark_best(second)
+    rotate(tmp_path, keep_last=1, keep=set())
+    assert not second.exists()
+    same(load_checkpoint(tmp_path / "best.pt"), 2)
+    same(load_last(tmp_path), 3)  # and it is no step of its own
+    (tmp_path / "best.pt").write_bytes(b"no")
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("kind", ["os", "torch"])
+def test_a_full_disk_is_one_clear_line_and_leaves_no_trace(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1)
+
+    def full(_: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        if kind == "os":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore"
+        )
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        InputError, match=r"cannot write .*step_00000002.pt: .*free space"
+    ) as caught:
+        saved(tmp_path, 2)
+    assert "\n" not in str(caught.value)
+    same(load_last(tmp_path), 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step_00000001.pt",
+        "step_00000001.sha256",
+    ]
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot write"):
+        saved(tmp_path / "file" / "checkpoints", 1)
+
+
+def test_readers_see_the_old_file_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"step": 1})
+    old = path.read_text()
+    seen: list[str] = []
+    replace = os.replace
+
+    def watched(source: Path, goal: Path) -> None:
+        assert Path(source).read_text() == '{\n "step": 2\n}\n'  # whole before it takes the name
+        seen.append(path.read_text())
+        replace(source, goal)
+
+    monkeypatch.setattr(files.os, "replace", watched)
+    write_json(path, {"step": 2})
+    assert seen == [old]
+    assert path.read_text() == '{\n "step": 2\n}\n'
+
+    def fail(aside: Path) -> None:
+        aside.write_text("half")
+        raise ValueError("a bug, not a full disk")
+
+    with pytest.raises(ValueError, match="a bug"):
+        write_atomically(path, fail)
+    assert path.read_text() == '{\n "step": 2\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]

@@ -1,0 +1,82 @@
+"""Meters: true means, and a NaN counted apart instead of spreading."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmt_mae.training.meters import Meters
+
+CPU = torch.device("cpu")
+
+
+def scalar(number: float) -> torch.Tensor:
+    return torch.tensor(number)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20))
+def test_means_of_a_window(values: list[float]) -> None:
+    meters = Meters(CPU)
+    for value in values:
+        meters.add({"loss": scalar(value)})
+    means, bad = meters.read()
+    assert means["loss"] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-3)
+    assert bad == {}
+
+
+def test_reading_empties_the_window() -> None:
+    meters = Meters(CPU)
+    assert meters.read() == ({}, {})
+    meters.add({"loss": scalar(4.0)})
+    meters.read()
+    meters.add({"loss": scalar(1.0)})
+    assert meters.read()[0] == {"loss": 1.0}
+    assert meters.read() == ({}, {})
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_non_finite_numbers_do_not_spread(number: float) -> None:
+    meters = Meters(CPU)
+    for value in (1.0, number, 3.0, number):
+        meters.add({"loss": scalar(value), "fine": scalar(2.0)})
+    means, bad = meters.read()
+    assert means == {"loss": 2.0, "fine": 2.0}
+    assert bad == {"loss": 2}
+    meters.add({"loss": scalar(number)})
+    means, bad = meters.read()
+    assert math.isnan(means["loss"])  # nothing finite to average, and it says so
+    assert bad == {"loss": 1}
+
+
+def test_names_may_come_and_go() -> None:
+    """Stage two brings a second loss in the middle of a window."""
+    meters = Meters(CPU)
+    meters.add({"teacher": scalar(2.0)})
+    meters.add({"teacher": scalar(4.0), "momentum": scalar(5.0)})
+    assert meters.read()[0] == {"teacher": 3.0, "momentum": 5.0}
+
+
+def test_any_kind_of_number_and_no_graph() -> None:
+    meters = Meters(CPU)
+    weight = torch.ones((), requires_grad=True)
+    meters.add(
+        {"a": 2 * weight, "b": torch.tensor(3), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
+    )
+    assert not any(row.requires_grad for row in meters.rows.values())
+    assert meters.read()[0] == {"a": 2.0, "b": 3.0, "c": 1.5}
+
+
+def test_a_window_continues_from_its_state() -> None:
+    meters, straight = Meters(CPU), Meters(CPU)
+    for value in (1.0, math.nan, 2.5):
+        meters.add({"loss": scalar(value)})
+        straight.add({"loss": scalar(value)})
+    later = Meters(CPU)
+    later.load_state_dict(meters.state_dict())
+    for value in (7.0, math.inf):
+        later.add({"loss": scalar(value)})
+        straight.add({"loss": scalar(value)})
+    assert later.read() == straight.read() == ({"loss": 3.5}, {"loss": 2})
