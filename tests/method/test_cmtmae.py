@@ -294,8 +294,8 @@ def test_impossible_targets_are_refused() -> None:
     for source in ("pixel", "hog"):
         with pytest.raises(InputError, match="all\\+cls"):
             look(guides(target=TargetConfig(source, tokens="all+cls")))
+    mask = from_priority(torch.rand(1, 4), 3)
     with pytest.raises(InputError, match=r"target\.tokens 'hidden'"):
-        mask = from_priority(torch.rand(1, 4), 3)
         select_tokens(torch.zeros(1, 5, 8), mask, "hidden")
     with pytest.raises(InputError, match="'both' names no network"):
         shares("both", 0.3)

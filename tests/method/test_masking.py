@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 import pytest
 import torch
@@ -395,7 +395,7 @@ def test_later_blocks_only_add_to_earlier_ones() -> None:
     """The hidden sets of growing counts are nested, and every level is a rectangle less the former."""
     numbers = noise(50, 196)
     masks = [hide("block", m, numbers, FULL).mask for m in (20, 80, 147)]
-    for small, large in zip(masks, masks[1:], strict=False):
+    for small, large in pairwise(masks):
         assert (large | ~small).all()
     bare = block_priority(numbers[:, 392:], FULL, numbers[:, :196]) < 1 - BLOCKS
     assert bare.float().mean() < 0.05  # 64 rectangles leave little to chance

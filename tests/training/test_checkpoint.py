@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,6 @@ def test_the_newest_is_loaded_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_the_sidecar_is_the_files_checksum(tmp_path: Path) -> None:
-    import subprocess
-
     (path,) = saved(tmp_path, 3)
     theirs = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout
     assert path.with_suffix(".sha256").read_text() == theirs.split()[0] == sha256(path)
@@ -123,7 +122,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(how: str, tmp_path: Path)
     if how == "torch":
         torch.save({"step": 2, "learner": Evil(mark)}, path)
     else:
-        path.write_bytes(pickle.dumps(Evil(mark)))
+        path.write_bytes(pickle.dumps(Evil(mark), protocol=2))
     path.with_suffix(".sha256").write_text(sha256(path))
     with pytest.raises(InputError, match="cannot be read"):
         load_checkpoint(path)

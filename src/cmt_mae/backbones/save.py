@@ -39,15 +39,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise InputError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
-def plain_state(model: nn.Module, proj: Tensor | None) -> dict[str, Tensor]:
-    """State dict on the CPU in float32; `proj` as timm keeps it: a head whose bias is zero."""
+def plain_state(
+    model: nn.Module, proj: Tensor | None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """State dict on the CPU in `dtype`; `proj` as timm keeps it: a head whose bias is zero."""
     state = {
-        k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        k: v.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
         for k, v in learned_state(model).items()
     }
     if proj is not None:
-        state["head.weight"] = proj.detach().to("cpu", torch.float32).contiguous().clone()
-        state["head.bias"] = torch.zeros(proj.shape[0])
+        state["head.weight"] = proj.detach().to("cpu", dtype).contiguous().clone()
+        state["head.bias"] = torch.zeros(proj.shape[0], dtype=dtype)
     return state
 
 
@@ -64,16 +66,18 @@ def save_backbone(
     source: str,
     extra: dict[str, Any] | None = None,
     proj: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """Write a headless timm model as safetensors in timm's names; returns its digest.
 
     The file loads in `timm.create_model(architecture, num_classes=0, checkpoint_path=path,
     **kwargs)` and in `load_backbone`. With `proj` (E, D) it also holds CLIP's projection as timm
     does: a head of E classes with a bias of zero (num_classes=E then). `extra` (JSON) is kept in
-    the header for whoever reads it. The write is atomic; InputError when the disk refuses it.
+    the header for whoever reads it. `dtype` float16 halves the file. The write is atomic; InputError when the disk refuses it.
     """
     plain_kwargs(kwargs, str(path))  # what could not be read again is not written
-    digest = backbone_digest(model, proj)
+    state = plain_state(model, proj, dtype)
+    digest = backbone_digest(model, proj) if dtype == torch.float32 else stored_digest(state, proj)
     header = {
         **(extra or {}),
         "architecture": architecture,
@@ -87,8 +91,16 @@ def save_backbone(
         "digest": digest,
     }
     metadata = {"format": "pt", HEADER: json.dumps(header)}
-    write_atomically(Path(path), to_safetensors(plain_state(model, proj), metadata))
+    write_atomically(Path(path), to_safetensors(state, metadata))
     return digest
+
+
+def stored_digest(state: dict[str, Tensor], proj: Tensor | None) -> str:
+    """Digest of a state dict as it stands in a file: the head is the projection (see `plain_state`)."""
+    if proj is None:
+        return state_digest(state)
+    kept = {k: v for k, v in state.items() if not k.startswith("head.")}
+    return state_digest({**kept, "proj": state["head.weight"]})
 
 
 def read_ours(container: Container) -> Weights:

@@ -23,12 +23,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     path = folder / f"step_{step:08d}.pt"
 
     def write(aside: Path) -> None:
+        path.with_suffix(".sha256").unlink(missing_ok=True)  # of an earlier writing of this step
         try:
             torch.save(state, aside)
         except RuntimeError as error:  # torch's writer reports a full disk this way
             raise OSError(None, str(error).splitlines()[0]) from error
 
-    path.with_suffix(".sha256").unlink(missing_ok=True)
     write_atomically(path, write)
     write_atomically(
         path.with_suffix(".sha256"), lambda aside: aside.write_text(sha256(path)) and None
