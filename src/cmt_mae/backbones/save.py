@@ -73,7 +73,8 @@ def save_backbone(
     The file loads in `timm.create_model(architecture, num_classes=0, checkpoint_path=path,
     **kwargs)` and in `load_backbone`. With `proj` (E, D) it also holds CLIP's projection as timm
     does: a head of E classes with a bias of zero (num_classes=E then). `extra` (JSON) is kept in
-    the header for whoever reads it. `dtype` float16 halves the file. The write is atomic; InputError when the disk refuses it.
+    the header for whoever reads it. `dtype` float16 halves the file. The write is atomic;
+    InputError when the disk refuses it.
     """
     plain_kwargs(kwargs, str(path))  # what could not be read again is not written
     state = plain_state(model, proj, dtype)
