@@ -27,8 +27,13 @@ def write_table(work: Path, data: str, teacher: str, rungs: Rungs, results: Path
     for name, (recipe, further, what) in rungs.items():
         if (work / name / "run.json").exists() and finished(work / name):
             row = {"name": name, "what": what, "recipe": f"{recipe},micro64", "settings": further}
-            rows.append({**row, **training_facts(work / name), **measure(str(work / name), data, work)})
-    teacher_row = {"name": "teacher", "what": "the teacher itself, DeiT-Tiny at 128 px (supervised on ImageNet)"}
+            rows.append(
+                {**row, **training_facts(work / name), **measure(str(work / name), data, work)}
+            )
+    teacher_row = {
+        "name": "teacher",
+        "what": "the teacher itself, DeiT-Tiny at 128 px (supervised on ImageNet)",
+    }
     rows.append({**teacher_row, **measure(teacher, data, work, size=128)})
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -51,10 +56,13 @@ def training_facts(run: Path) -> dict[str, Any]:
     """Steps, images seen and time of a run, from its own files."""
     facts = json.loads((run / "run.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [after["step"] - before for after, before in zip(lines, [0, *(r["step"] for r in lines)], strict=False)]
+    starts = [0, *(row["step"] for row in lines[:-1])]
+    steps = [row["step"] - start for row, start in zip(lines, starts, strict=True)]
     batch = 64
     seconds = sum(n * batch / row["images_per_second"] for n, row in zip(steps, lines, strict=True))
-    last = {k: round(v, 4) for k, v in lines[-1].items() if k.startswith(("loss", "overlap", "entropy"))}
+    last = {
+        k: round(v, 4) for k, v in lines[-1].items() if k.startswith(("loss", "overlap", "entropy"))
+    }
     return {
         "steps": facts["plan"]["total_steps"],
         "images_seen": facts["plan"]["total_steps"] * batch,
@@ -97,7 +105,8 @@ def measure(backbone: str, data: str, work: Path, size: int | None = None) -> di
 
 def markdown(content: dict[str, Any]) -> str:
     """The table for people."""
-    head = "| rung | what | k-NN mean | k-NN cls | linear mean | linear cls | minutes |\n|---|---|---|---|---|---|---|\n"
+    head = "| rung | what | k-NN mean | k-NN cls | linear mean | linear cls | minutes |\n"
+    head += "|---|---|---|---|---|---|---|\n"
     lines = [
         f"| {r['name']} | {r['what']} | {r['knn_mean']:.1f} | {r['knn_cls']:.1f} | {r['linear_mean']:.1f} | "
         f"{r['linear_cls']:.1f} | {r.get('training_minutes_one_thread', '')} |"

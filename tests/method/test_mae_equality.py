@@ -20,6 +20,11 @@ from cmt_mae.method.vit import StudentConfig, build_student, encode_visible, sin
 # --- the golden case of spec 12.3: the official code's numbers, in double precision --------------
 
 
+def golden(*values: float) -> Any:
+    """To 1e-10, whatever the size."""
+    return pytest.approx(values[0] if len(values) == 1 else list(values), abs=1e-10, rel=0)
+
+
 def golden_learner() -> Learner:
     """Image 32, patch 8, width 16, depth 2, 4 heads; decoder 8, depth 1, 2 heads; MLP ratio 2."""
     student = VisionTransformer(

@@ -66,7 +66,7 @@ def test_a_damaged_one_yields_to_the_one_before(
     content = bytearray(path.read_bytes())
     if harm == "flip":
         content[len(content) // 2] ^= 1
-    path.write_bytes({"flip": content, "cut": content[:-40], "empty": b""}[harm])
+    path.write_bytes({"flip": bytes(content), "cut": bytes(content[:-40]), "empty": b""}[harm])
     same(load_last(tmp_path), 1)
     warning = capsys.readouterr().err
     assert "step_00000002.pt is damaged" in warning

@@ -60,7 +60,7 @@ def test_a_step_is_adamws_written_out() -> None:
     start = copy.deepcopy(layer)
     optimizer = adamw(layer, 0.01, (0.9, 0.95), 0.05)
     generator = torch.Generator().manual_seed(0)
-    moments = {name: (0.0, 0.0) for name, _ in layer.named_parameters()}
+    moments: dict[str, Any] = {name: (0.0, 0.0) for name, _ in layer.named_parameters()}
     expected = {name: p.detach().double() for name, p in start.named_parameters()}
     for step in (1, 2, 3):
         for name, parameter in layer.named_parameters():

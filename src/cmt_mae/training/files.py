@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,15 +28,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # where the folder itself is the trouble
+            aside.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another --out, then run "
             "the same command again"
         ) from error
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, content: Any) -> None:
