@@ -37,7 +37,7 @@ def write_table(work: Path, data: str, teacher: str, rungs: Rungs, results: Path
     rows.append({**teacher_row, **measure(teacher, data, work, size=128)})
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.ladder --data imagenette_128/ --teacher deit_tiny_patch16_224.safetensors",
+        "command": "python -m benchmarks.ladder --data imagenette_128/ --teacher deit_tiny.safetensors",
         "evaluation_seconds": round(time.perf_counter() - begin, 1),
         **environment(),
         "rows": rows,

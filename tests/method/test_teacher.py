@@ -165,7 +165,7 @@ def clip() -> Any:
     """CLIP's tower as timm has it: the head without bias is the projection."""
     torch.manual_seed(0)
     shape = {**SHAPE, "num_classes": 20}
-    model = randomise(VisionTransformer(**shape, pre_norm=True)).eval()
+    model: Any = randomise(VisionTransformer(**shape, pre_norm=True)).eval()
     nn.init.zeros_(model.head.bias)
     return model
 

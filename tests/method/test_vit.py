@@ -103,7 +103,8 @@ def test_presets_are_timms_networks(preset: str) -> None:
     with torch.device("meta"):
         config = StudentConfig(preset=preset)
         name, kwargs = config.architecture()
-        ours, theirs = build_student(config), timm.create_model(name, num_classes=0)
+        ours: Any = build_student(config)
+        theirs: Any = timm.create_model(name, num_classes=0)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in theirs.state_dict().items()
     }
@@ -114,7 +115,7 @@ def test_student_loads_into_a_bare_timm_network_with_equal_features() -> None:
     config = StudentConfig(**SMALL)
     name, kwargs = config.architecture()
     ours = student().eval()
-    theirs = timm.create_model(name, num_classes=0, **kwargs).eval()
+    theirs: Any = timm.create_model(name, num_classes=0, **kwargs).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = pictures()
     assert torch.equal(theirs.forward_features(x), ours.forward_features(x))

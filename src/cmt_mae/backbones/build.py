@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import Backbone, backbone_digest, learned_state
 from cmt_mae.backbones.infer import pair
+from cmt_mae.backbones.selfcheck import check_features
 from cmt_mae.errors import InputError
 
 MAX_PIXELS = 8192
@@ -56,6 +57,8 @@ class Weights:
     source: str
     licence: str | None = None
     proj: Tensor | None = None
+    self_check: list[float] = field(default_factory=list)
+    """Features of a fixed picture when the file was written, see selfcheck.py; empty: not known."""
     dropped: list[str] = field(default_factory=list)
     """Keys that the source's format is known to hold and that a backbone does not need."""
 
@@ -217,7 +220,10 @@ def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) ->
         raise InputError(f"{where}: weights that are not finite: {some(broken)}; take another file")
     constants = {k: v for k, v in model.state_dict().items() if k not in target}
     model.load_state_dict({k: v.float() for k, v in state.items()} | constants, strict=True)
-    return as_backbone(model, weights, kwargs, where)
+    backbone = as_backbone(model, weights, kwargs, where)
+    if weights.self_check and size == native:
+        check_features(weights.self_check, model, weights.mean, weights.std, native, where)
+    return backbone
 
 
 def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any], where: str) -> Backbone:

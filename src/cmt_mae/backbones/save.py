@@ -17,6 +17,7 @@ from cmt_mae.backbones.backbone import backbone_digest, learned_state, state_dig
 from cmt_mae.backbones.build import Weights, one_line, plain_kwargs
 from cmt_mae.backbones.container import Container, tensors_of
 from cmt_mae.backbones.infer import pair
+from cmt_mae.backbones.selfcheck import features_of_fixed_picture
 from cmt_mae.errors import InputError
 
 HEADER = "cmt_mae"
@@ -90,6 +91,7 @@ def save_backbone(
         "source": source,
         "proj": proj is not None,
         "digest": digest,
+        "self_check": features_of_fixed_picture(model, mean, std, pair(img_size)),
     }
     metadata = {"format": "pt", HEADER: json.dumps(header)}
     write_atomically(Path(path), to_safetensors(state, metadata))
@@ -115,6 +117,7 @@ def read_ours(container: Container) -> Weights:
         mean = tuple(float(v) for v in header["mean"])
         std = tuple(float(v) for v in header["std"])
         licence = header.get("licence")
+        self_check = [float(v) for v in header.get("self_check", [])]
         source = " ".join(str(header.get("source") or where).split())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: its header is damaged ({one_line(error)})") from error
@@ -134,4 +137,5 @@ def read_ours(container: Container) -> Weights:
         source,
         None if licence is None else str(licence),
         proj,
+        self_check,
     )
