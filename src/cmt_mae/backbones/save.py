@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -91,11 +92,16 @@ def save_backbone(
         "source": source,
         "proj": proj is not None,
         "digest": digest,
-        "self_check": features_of_fixed_picture(model, mean, std, pair(img_size)),
+        "self_check": features_of_fixed_picture(as_stored(model, dtype), mean, std, pair(img_size)),
     }
     metadata = {"format": "pt", HEADER: json.dumps(header)}
     write_atomically(Path(path), to_safetensors(state, metadata))
     return digest
+
+
+def as_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model as it will be read again: with weights rounded to `dtype`."""
+    return model if dtype == torch.float32 else copy.deepcopy(model).to(dtype).float()
 
 
 def stored_digest(state: dict[str, Tensor], proj: Tensor | None) -> str:

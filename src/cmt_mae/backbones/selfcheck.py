@@ -1,7 +1,8 @@
 """A file of ours remembers what its network made of one fixed picture.
 
 The checksum says that the weights are those written; this says that the network built around them is: a wrong
-activation (GELU for QuickGELU), epsilon, or normalisation changes no weight and every feature.
+activation (QuickGELU for GELU: 0.7 % here on the embedded teacher, 29 % on DeiT-Tiny) or normalisation changes no
+weight and every feature.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from torch import nn
 from cmt_mae.errors import InputError
 
 NUMBERS = 16
-TOLERANCE = 0.02  # of the largest number; half-precision weights move it by 0.002, a wrong activation by 0.1
+TOLERANCE = (
+    0.002  # of the largest number: above the rounding of other devices, below a wrong activation
+)
 
 
 @torch.no_grad()
@@ -56,5 +59,5 @@ def check_features(
     ):
         raise InputError(
             f"{where}: self-check failed, the network gives other features than when it was written (another "
-            "activation, epsilon or normalisation): load it with the versions it was made with, or export again"
+            "activation or normalisation): load it with the versions it was made with, or export again"
         )
