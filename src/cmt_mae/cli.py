@@ -29,6 +29,7 @@ SHORT = {
     "teacher": "teacher.name",
     "device": "runtime.device",
     "workers": "data.workers",
+    "probe_data": "runtime.probe_data",
 }
 USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows them)
 

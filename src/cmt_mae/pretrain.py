@@ -45,6 +45,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     source = open_split(config.data.path, "train")
     plan = make_plan(config, len(source), accelerator.num_processes)
     run = RunDir(config.out, plain(config), INDIFFERENT, writes=accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked at the folder
     try:
         return Training(config, accelerator, source, plan, run).run_to_the_end()
     finally:

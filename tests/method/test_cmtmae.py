@@ -92,7 +92,8 @@ class Count:
         assert made.momentum is not None
         self.starts = {"teacher": 0, "momentum": 0}
         self.finishes = {"teacher": 0, "momentum": 0}
-        for name, model in (("teacher", made.teacher.model), ("momentum", made.momentum)):
+        networks: dict[str, Any] = {"teacher": made.teacher.model, "momentum": made.momentum}
+        for name, model in networks.items():
             self.watch(model.patch_embed, self.starts, name)
             self.watch(model.blocks[-1].mlp, self.finishes, name)
 
@@ -239,7 +240,7 @@ def test_momentum_target_of_the_last_blocks() -> None:
     made, x = guides(target=TargetConfig(momentum_last_k=2)), pictures()
     assert made.momentum is not None
     mask, targets, _ = look(made)
-    outputs = made.momentum.forward_intermediates(
+    outputs: Any = made.momentum.forward_intermediates(
         x, indices=2, output_fmt="NLC", intermediates_only=True
     )
     mean = torch.stack(outputs).mean(0)[mask.mask].view(2, N_MASK, -1)
@@ -268,7 +269,7 @@ def test_where_the_loss_is_taken(tokens: str, count: int) -> None:
     prediction = learns.heads["teacher"](places.get(tokens, out))
     close(logs["loss_teacher"], F.mse_loss(prediction, given).detach(), atol=1e-5)
     loss.backward()
-    assert learns.student.cls_token.grad is not None
+    assert learns.get_parameter("student.cls_token").grad is not None
 
 
 @pytest.mark.parametrize("source", ["pixel", "hog"])
@@ -466,7 +467,7 @@ def test_momentum_student_starts_as_a_copy_that_stands_still() -> None:
     assert not any(p.requires_grad for p in average(made))
     with torch.no_grad():
         model.cls_token.add_(1)
-    assert not torch.equal(made.momentum.cls_token, model.cls_token)
+    assert not torch.equal(made.momentum.get_parameter("cls_token"), model.cls_token)
     assert model.training
 
 

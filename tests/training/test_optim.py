@@ -83,7 +83,8 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     model = learner()
     optimizer = adamw(model, 0.1, (0.9, 0.95), 0.5)
     before = copy.deepcopy(model.state_dict())
-    model.heads["teacher"].weight.grad = torch.ones_like(model.heads["teacher"].weight)
+    weight = model.get_parameter("heads.teacher.weight")
+    weight.grad = torch.ones_like(weight)
     optimizer.step()
     moved = [n for n, p in model.state_dict().items() if not torch.equal(p, before[n])]
     assert moved == ["heads.teacher.weight"]
