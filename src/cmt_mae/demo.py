@@ -63,6 +63,12 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     console, out = Console(stderr=True), Path(config.out)
+    settings(config, "demo", out, out).check()  # before the work of making images
+    if not config.data and config.images < max(config.batch_size, 4 * SMALLEST_HELD_OUT):
+        raise InputError(
+            f"--images {config.images} is too few: give {4 * SMALLEST_HELD_OUT} or more, and a "
+            "--batch-size that is not larger"
+        )
     data, labelled = prepare_images(config, out)
     seconds: dict[str, float] = {}
     rows: dict[str, dict[str, Any]] = {}
