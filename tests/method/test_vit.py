@@ -229,8 +229,9 @@ def test_impossible_students_are_refused(change: dict[str, Any], named: str) -> 
 # --- visible tokens ------------------------------------------------------------------------------
 
 
-def test_with_every_patch_visible_the_student_is_the_whole_vit() -> None:
-    model = student().eval()
+@pytest.mark.parametrize("pos_embed", ["sincos", "learned"])  # learned: the class token's own too
+def test_with_every_patch_visible_the_student_is_the_whole_vit(pos_embed: str) -> None:
+    model = student(pos_embed=pos_embed).eval()
     x = pictures()
     every = torch.arange(12).expand(2, -1)
     torch.testing.assert_close(
