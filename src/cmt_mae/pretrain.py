@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -89,12 +90,12 @@ class Training:
         self.resume()
         self.announce()
         self.stepper.enter_stage(self.step)
-        batches = self.open_batches()
         probe = OnlineProbe.open(runtime.probe_data)
         main = self.accelerator.is_main_process
         tracking = Trackers(self.run, runtime.tracker, plain(config), self.step)
         bar = training_bar(runtime.progress and main)
-        with StopRequest() as stop, tracking, bar:
+        # closing ends the loader's processes here; left to the interpreter's exit, they would be waited for
+        with closing(self.open_batches()) as batches, StopRequest() as stop, tracking, bar:
             task = bar.add_task(
                 "", total=plan.total_steps, completed=self.step, images_per_step=config.batch_size
             )
@@ -363,7 +364,7 @@ def describe(row: dict[str, Any], plan: Plan) -> str:
     parts = [(n.removeprefix("loss_"), v) for n, v in row.items() if n.startswith("loss_")]
     losses = " ".join(f"{name} {value:.3f}" for name, value in parts)
     epochs = plan.total_steps / plan.steps_per_epoch
-    return f"stage {row['stage']} epoch {row['epoch']:.1f}/{epochs:g} {losses}"
+    return f"stage {row['stage']} epoch {row['epoch']:.1f}/{epochs:.3g} {losses}"
 
 
 def peak_memory(device: torch.device) -> float:

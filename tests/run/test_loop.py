@@ -155,6 +155,13 @@ def test_sigterm_checkpoints_and_exits_75(make: Make) -> None:
     assert step == rows(run)[-1]["step"]
 
 
+def test_a_run_with_loader_processes_ends_by_itself(make: Make) -> None:
+    config = make(data__workers=1)
+    process = start(["pretrain", *as_words(config)])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
 def test_two_processes_equal_one(make: Make) -> None:
     one, two = make("one", epochs=3.0), make("two", epochs=3.0)
     pretrain(one)
