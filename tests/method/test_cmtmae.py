@@ -374,6 +374,8 @@ def test_heads_that_do_not_learn_stay_as_they_are() -> None:
 
     def step(alpha: float, active: set[str]) -> dict[str, bool]:
         learns.activate(active)
+        # what DDP reduces: a head that waits must not even be asked for a gradient
+        assert active == {n for n, h in learns.heads.items() if h.weight.requires_grad}
         before = copy.deepcopy(learns.heads.state_dict())
         mask, targets, _ = look(made, alpha)
         learns(x, mask, targets, alpha)[0].backward()
