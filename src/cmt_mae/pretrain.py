@@ -25,7 +25,7 @@ from cmt_mae.training.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from cmt_mae.training.processes import any_process, make_accelerator
+from cmt_mae.training.processes import any_process, make_accelerator, peak_memory
 from cmt_mae.training.progress import training_bar
 from cmt_mae.training.run_dir import RunDir, plain
 from cmt_mae.training.signals import StopRequest
@@ -365,12 +365,3 @@ def describe(row: dict[str, Any], plan: Plan) -> str:
     losses = " ".join(f"{name} {value:.3f}" for name, value in parts)
     epochs = plan.total_steps / plan.steps_per_epoch
     return f"stage {row['stage']} epoch {row['epoch']:.1f}/{epochs:.3g} {losses}"
-
-
-def peak_memory(device: torch.device) -> float:
-    """GB: of the GPU, or of this process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -17,7 +17,7 @@ from cmt_mae.method.cmtmae import Guides, Learner, Weights
 from cmt_mae.method.masking import count_masked
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.training.meters import Meters
-from cmt_mae.training.optim import adamw
+from cmt_mae.training.optim import adamw, skip_unless
 from cmt_mae.training.schedules import learning_rate, momentum
 
 
@@ -200,11 +200,8 @@ class Stepper:
         return momentum(share, settings.start, settings.end, settings.schedule)
 
     def _skip_unless(self, finite: Tensor) -> Tensor:
-        """Fused AdamW takes no step where ``found_inf`` is 1: decided on the device, on all ranks alike."""
-        skipped = 1.0 - finite.float()
-        if self.accelerator.num_processes > 1:
-            skipped = self.accelerator.reduce(skipped).clamp_max(1.0)
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        """Count a step that is not finite; see ``skip_unless``."""
+        skipped = skip_unless(self.optimizer, finite, self.accelerator)
         self.nonfinite_row = (self.nonfinite_row + 1) * skipped
         self.meters.add({"skipped_steps": skipped})
         return skipped

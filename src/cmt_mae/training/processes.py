@@ -1,5 +1,7 @@
 """One place that knows accelerate: device, precision, processes."""
 
+import resource
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -38,3 +40,10 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
         return flag
     count = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device))
     return bool(count.item() > 0)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: of the GPU, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

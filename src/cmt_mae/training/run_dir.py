@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -107,12 +108,14 @@ class RunDir:
         """All lines of metrics.jsonl, oldest first; a torn last line is left out."""
         return read_metrics(self.path)
 
-    def cut_metrics(self, step: int) -> None:
-        """Forget lines after ``step``: the run goes on from there and writes them again."""
+    def cut_metrics(self, step: int, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
+        """Forget lines after ``step``, and those not to ``keep``: the run goes on and writes them again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
             kept = "".join(
-                json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step
+                json.dumps(row) + "\n"
+                for row in self.read_metrics()
+                if row["step"] <= step and (keep is None or keep(row))
             )
             write_atomically(path, lambda aside: aside.write_text(kept))
 
