@@ -176,6 +176,9 @@ class _Fit:
         lr = job.lr_at(self.step)
         for group in job.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        # a batch that is not finite spoils batch statistics in the forward pass already
+        statistics = [b for b in job.model.buffers() if b.is_floating_point()]
+        before = [b.clone() for b in statistics]
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for number in range(job.accumulation):
             begin = time.perf_counter()
@@ -195,6 +198,8 @@ class _Fit:
         self.meters.add({"gradient_norm": norm, "skipped_steps": skipped})
         job.optimizer.step()
         job.optimizer.zero_grad(set_to_none=True)
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(skipped > 0, old, buffer))
         if job.average is not None:
             follow(job.average, job.model, job.average_decay)
 

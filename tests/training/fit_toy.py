@@ -1,0 +1,108 @@
+"""A toy training for the tests of ``fit``; as a program it is what gets killed: fit_toy.py OUT JSON."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmt_mae.data.tasks import train_batches
+from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.training.processes import make_accelerator
+from cmt_mae.training.run_dir import RunDir, plain
+from cmt_mae.training.settings import INDIFFERENT, TaskSettings
+
+N, BATCH, STEPS_PER_EPOCH = 40, 8, 5
+
+
+class Net(nn.Module):
+    """Dropout draws from torch's generator, BatchNorm keeps statistics: both must survive a restart."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(dropout), nn.Linear(6, 1)
+        )
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        wanted = batch.sum(1, keepdim=True)
+        return {"loss_toy": (self.body(batch) - wanted).square().mean()}
+
+
+def sample(index: int, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.normal(size=4).astype(np.float32) + index % 3)
+
+
+def toy(
+    out: Path,
+    *,
+    epochs: int = 4,
+    micro: int = 0,
+    dropout: float = 0.3,
+    norm: bool = True,
+    average: bool = False,
+    nan_at: tuple[int, ...] = (),
+    signal_at: tuple[int, int] | None = None,
+    signal_in_evaluation: int | None = None,
+    digest: str = "a",
+    lr_scale: float = 1.0,
+    **settings: Any,
+) -> tuple[Evaluation, Job, RunDir]:
+    """Train the toy. signal_at: (signal, micro-batch number since step 0) sent to this very process."""
+    options = {"log_every": 2, "checkpoint_every": 0.4, "eval_every": 1.0, **settings}
+    config = TaskSettings(
+        backbone="b", data="d", out=str(out), progress=False, device="cpu", workers=0, micro_batch=micro,
+        **options,
+    )  # fmt: skip
+    accelerator = make_accelerator("cpu", "fp32")
+    world, rank = accelerator.num_processes, accelerator.process_index
+    run = RunDir(str(out), plain(config), INDIFFERENT, writes=accelerator.is_main_process)
+    torch.manual_seed(0)
+    model = Net(dropout)
+    if not norm:
+        model.body[1] = nn.Identity()
+    size, accumulation = micro_batches(BATCH, micro, world)
+    groups = [{"params": list(model.parameters()), "lr_scale": lr_scale}]
+
+    def batches(step: int) -> Generator[Any, None, None]:
+        number = step * accumulation
+        for batch in train_batches(
+            sample, torch.stack, N, seed=1, batch_size=BATCH, micro_batch=size, rank=rank, world=world,
+            start_step=step,
+        ):  # fmt: skip
+            if signal_at is not None and number == signal_at[1]:
+                os.kill(os.getpid(), signal_at[0])
+            yield batch * float("nan") if number // accumulation in nan_at else batch
+            number += 1
+
+    def evaluate(step: int) -> Evaluation:
+        if signal_in_evaluation == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        weight = float(model.body[0].weight.detach().sum())
+        return Evaluation({"score": weight}, {"step": step})
+
+    job = Job(
+        model=model, optimizer=torch.optim.AdamW(groups, lr=1.0, fused=True),
+        lr_at=lambda step: 0.01 * (step + 1), batches=batches, to_device=lambda b: b, evaluate=evaluate,
+        headline="score", batch_size=BATCH, accumulation=accumulation, steps_per_epoch=STEPS_PER_EPOCH,
+        total_steps=epochs * STEPS_PER_EPOCH, clip=1.0, average=Net(dropout) if average else None,
+        average_decay=0.5,
+    )  # fmt: skip
+    if job.average is not None:
+        job.average.load_state_dict(model.state_dict())
+    facts = {"backbone": {"digest": digest}, "data": {"fingerprint": "f"}}
+    try:
+        return fit(config, job, accelerator, run, facts), job, run
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    toy(Path(sys.argv[1]), **json.loads(sys.argv[2]))

@@ -1,0 +1,188 @@
+"""The loop of the training evaluations: exact resume after real signals and kills, skipped steps, processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fit_toy import BATCH, STEPS_PER_EPOCH, Net, toy
+
+from cmt_mae.errors import InputError, Stopped
+from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.training.fit import follow, micro_batches
+
+TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
+
+
+def program(out: Path, processes: int = 1, **options: Any) -> "subprocess.CompletedProcess[str]":
+    launch = [str(Path(__file__).with_name("fit_toy.py"))]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        launch = [*torchrun, f"--nproc-per-node={processes}", *launch]
+    return subprocess.run(
+        [sys.executable, *launch, str(out), json.dumps(options)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+    )  # fmt: skip
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read]
+
+
+def state(run: Path) -> dict[str, Any]:
+    return load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+
+
+def assert_same(one: Path, two: Path) -> None:
+    first, second = state(one), state(two)
+
+    def compare(a: Any, b: Any, where: str) -> None:
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                compare(a[key], b[key], f"{where}/{key}")
+        elif isinstance(a, list):
+            assert len(a) == len(b), where
+            for number, pair in enumerate(zip(a, b, strict=True)):
+                compare(*pair, f"{where}/{number}")
+        else:
+            assert a == b, where
+
+    compare(first, second, "")
+    assert rows(one) == rows(two)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fit") / "whole"
+    evaluation, _, _ = toy(out, average=True)
+    assert evaluation.details == {"step": 20}
+    return out
+
+
+def test_it_learns_and_logs_every_step_once(undisturbed: Path) -> None:
+    found = rows(undisturbed)
+    logged = [r["step"] for r in found if "loss" in r]
+    assert logged == list(range(2, 21, 2))
+    assert [r["step"] for r in found if "val_score" in r] == [5, 10, 15, 20]
+    losses = [r["loss_toy"] for r in found if "loss" in r]
+    assert losses[-1] < 0.5 * losses[0]
+    assert (undisturbed / "checkpoints" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("at", [0, 3, 7, 19])
+def test_a_signal_writes_a_checkpoint_and_the_next_start_ends_the_same(
+    undisturbed: Path, tmp_path: Path, at: int
+) -> None:
+    if at == 19:  # the last step: nothing is left to stop
+        toy(tmp_path / "r", average=True, signal_at=(signal.SIGTERM, at))
+    else:
+        with pytest.raises(Stopped, match=f"step {at + 1} of 20"):
+            toy(tmp_path / "r", average=True, signal_at=(signal.SIGTERM, at))
+        toy(tmp_path / "r", average=True)
+    assert_same(tmp_path / "r", undisturbed)
+
+
+@pytest.mark.parametrize("trouble", [{"signal_at": [9, 8]}, {"signal_in_evaluation": 10}])
+def test_a_kill_loses_nothing(undisturbed: Path, tmp_path: Path, trouble: dict[str, Any]) -> None:
+    killed = program(tmp_path / "r", average=True, **trouble)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    toy(tmp_path / "r", average=True)
+    assert_same(tmp_path / "r", undisturbed)
+
+
+def test_a_kill_between_the_evaluation_and_its_checkpoint_leaves_no_second_row(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    killed = program(tmp_path / "r", average=True, signal_in_evaluation=10)
+    assert killed.returncode == -signal.SIGKILL
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:  # as if it came a moment later
+        file.write(json.dumps({"step": 10, "val_score": 0.0}) + "\n")
+    toy(tmp_path / "r", average=True)
+    assert_same(tmp_path / "r", undisturbed)
+
+
+def test_a_finished_run_is_not_trained_or_evaluated_again(undisturbed: Path) -> None:
+    before = rows(undisturbed)
+    evaluation, _, _ = toy(undisturbed, average=True, signal_in_evaluation=20)  # would kill us
+    assert evaluation.details == {"step": 20}
+    assert rows(undisturbed) == before
+
+
+def test_another_backbone_or_changed_settings_are_refused(undisturbed: Path) -> None:
+    with pytest.raises(InputError, match="another backbone"):
+        toy(undisturbed, average=True, digest="b")
+    with pytest.raises(InputError, match="seed: 0 -> 3"):
+        toy(undisturbed, average=True, seed=3)
+
+
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    plain = {"dropout": 0.0, "norm": False, "epochs": 1}
+    _, whole, _ = toy(tmp_path / "a", **plain)
+    _, parts, _ = toy(tmp_path / "b", micro=2, **plain)
+    for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_train_and_log_as_one(tmp_path: Path) -> None:
+    plain = {"dropout": 0.0, "norm": False, "epochs": 2}
+    toy(tmp_path / "one", **plain)
+    done = program(tmp_path / "two", processes=2, **plain)
+    assert done.returncode == 0, done.stderr
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], atol=1e-5, rtol=1e-4)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert a["step"] == b["step"]
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, job, _ = toy(tmp_path / "r", epochs=1, nan_at=(4,))
+    kept = load_checkpoint(tmp_path / "r" / "checkpoints" / "best.pt")
+    assert all(v.isfinite().all() for v in job.model.state_dict().values())  # batch statistics too
+    assert sum(r.get("skipped_steps", 0) for r in rows(tmp_path / "r")) == 1
+    assert "steps skipped: loss" in capsys.readouterr().err
+    assert kept["nonfinite_row"] == 1
+
+
+def test_too_many_such_steps_stop_the_run_with_a_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lower the learning rate"):
+        toy(tmp_path / "r", nan_at=tuple(range(6, 20)), max_nonfinite=4)
+    assert all(v.isfinite().all() for v in state(tmp_path / "r")["model"].values())
+
+
+def test_the_scale_of_a_group_multiplies_the_rate(tmp_path: Path) -> None:
+    _, job, _ = toy(tmp_path / "r", epochs=1, lr_scale=0.25)
+    assert job.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * STEPS_PER_EPOCH * 0.25)
+
+
+def test_running_average_by_hand() -> None:
+    average, model = Net(0.0), Net(0.0)
+    for p in average.parameters():
+        p.data.fill_(2.0)
+    for p in model.parameters():
+        p.data.fill_(4.0)
+    model.body[1].running_mean.fill_(7.0)  # type: ignore[union-attr, operator]
+    follow(average, model, 0.75)
+    assert all((p == 2.5).all() for p in average.parameters())
+    assert (average.body[1].running_mean == 7.0).all()  # type: ignore[union-attr, operator]
+
+
+def test_batches_that_cannot_be_split_are_refused() -> None:
+    assert micro_batches(BATCH, 0, 2) == (4, 1)
+    assert micro_batches(BATCH, 2, 2) == (2, 2)
+    assert micro_batches(BATCH, 100, 1) == (8, 1)
+    for wrong in ((8, 0, 3), (8, 3, 1), (1, 0, 2)):
+        with pytest.raises(InputError, match="cannot be split"):
+            micro_batches(*wrong)
