@@ -269,7 +269,7 @@ def test_out_takes_the_format_of_its_ending(tmp_path, capsys, name, start):
 def test_runs_folders_of_runs_and_files(tmp_path):
     (tmp_path / "a").mkdir()
     make(name="a").save(tmp_path / "a")
-    make("coco", name="a").save(tmp_path / "a" / "coco")  # an evaluation's own folder in the run
+    make("coco", name="a").save(tmp_path / "a" / "evaluations" / "coco-1x")  # its own training
     make(name="b", digest="b").save(tmp_path / "b")
     file = next((tmp_path / "b" / "results").glob("*.json"))
     runs = [str(tmp_path / "a"), str(file), str(tmp_path / "b"), str(tmp_path / "a" / "results")]

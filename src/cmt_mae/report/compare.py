@@ -148,7 +148,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def collect(runs: list[str]) -> tuple[list[tuple[Path, Result]], list[str]]:
     """All results under ``runs``, each measurement once, and a line for each thing left out.
 
-    A folder's results are in its ``results/*.json`` and in those of the folders directly in it.
+    A run's results are in ``results/*.json``, and those of the evaluations that trained in
+    ``evaluations/*/results/*.json``; a folder may be a run or hold runs.
 
     Raises:
         InputError: no run given, one that is not there, or a named file that is no result.
@@ -178,9 +179,11 @@ def collect(runs: list[str]) -> tuple[list[tuple[Path, Result]], list[str]]:
 
 
 def result_files(folder: Path) -> list[Path]:
-    """Result files of a run, of an evaluation's folder in it, or of runs side by side, sorted."""
-    own = sorted(folder.glob("*.json")) if folder.name == "results" else []
-    return own + sorted(folder.glob("results/*.json")) + sorted(folder.glob("*/results/*.json"))
+    """Result files of a run, of the trainings of its evaluations, or of runs side by side, sorted."""
+    found = sorted(folder.glob("*.json")) if folder.name == "results" else []
+    for place in ("", "evaluations/*/", "*/", "*/evaluations/*/"):
+        found += sorted(folder.glob(f"{place}results/*.json"))
+    return list(dict.fromkeys(found))
 
 
 def read_result(path: Path) -> Result:

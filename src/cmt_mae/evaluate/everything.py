@@ -1,0 +1,309 @@
+"""``cmt-mae evaluate all``: every task that the data under one folder allow, one after another."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import Progress
+
+from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.errors import InputError, Stopped
+from cmt_mae.evaluate.features import start_processes
+from cmt_mae.evaluate.layouts import Found, Layout, find_data, folder_fingerprint
+from cmt_mae.evaluate.result import Result
+from cmt_mae.training.files import write_json
+
+Preset = Literal["quick", "paper"]
+
+LEDGER = "evaluate_all.json"
+
+
+@dataclass
+class EvaluateAllConfig:
+    """Every evaluation that the data allow. The same command again continues where it ended."""
+
+    backbone: str
+    """Run directory, checkpoint file, timm name or `embedded`."""
+    data_root: str
+    """A data set, or a folder with data sets in it: labelled images with train and val splits, COCO,
+    ADE20K or DAVIS as they are published."""
+    out: str | None = None
+    """Folder for results/*.json and evaluations/. Default: the run directory, if the backbone is one."""
+    preset: Preset = "quick"
+    """quick: small trainings that show whether features are of use. paper: the published protocols."""
+    tasks: tuple[str, ...] | None = None
+    """knn, linear, davis, finetune, ade20k, coco. Default: all that have data."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    workers: int = 2
+    """Processes that read images, for each process that computes."""
+    seed: int = 0
+    """Of everything random in the evaluations."""
+    key: str | None = None
+    """`momentum` evaluates the momentum student of a run."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task is implemented and what it needs."""
+
+    module: str
+    """Below cmt_mae.evaluate."""
+    settings: str
+    """Name of its settings."""
+    function: str
+    """Name of its function, settings -> Result."""
+    layout: Layout
+    """The kind of data it needs."""
+    presets: dict[Preset, dict[str, Any]]
+    """Settings of each preset."""
+    trains: bool
+    """Whether ``out`` is the run directory of a training of its own."""
+
+
+# frozen features first: their numbers are there soon
+TASKS = {
+    "knn": Task("knn", "KnnConfig", "evaluate_knn", "labelled", {"quick": {}, "paper": {}}, False),
+    "linear": Task(
+        "linear",
+        "LinearConfig",
+        "evaluate_linear",
+        "labelled",
+        {"quick": {"augment": False}, "paper": {"augment": True}},
+        False,
+    ),
+}
+
+
+@dataclass
+class Job:
+    """One task on one data set."""
+
+    task: str
+    """Name."""
+    config: Any
+    """Settings of the task."""
+    key: str
+    """sha256 of what is measured, see ``job_key``."""
+
+
+def evaluate_all(config: EvaluateAllConfig) -> list[Result]:
+    """Run all tasks that have data; returns their results, those of earlier calls included.
+
+    Each result is in ``out/results`` as soon as it is there; a training lives in ``out/evaluations``
+    and is continued. What was measured before (same weights, data, settings and seed) is not measured
+    again. Every process may call it.
+
+    Raises:
+        InputError: nothing to do or an impossible setting, before any work; or, after all the other
+            tasks, one line that names those that failed.
+        Stopped: a signal asked for the end; the same command continues.
+    """
+    where = start_processes(config.device)
+    say = Console(stderr=True, quiet=where.rank != 0, highlight=False, soft_wrap=True).out
+    wanted = check_tasks(config.tasks)
+    out = output_folder(config)
+    sets, notes = find_data(
+        Path(config.data_root).expanduser(), {TASKS[task].layout for task in wanted}
+    )
+    backbone = load_backbone(config.backbone, key=config.key)
+    jobs = [
+        make_job(name, one.path, config, backbone, out)
+        for name in wanted
+        for one in sets
+        if one.layout == TASKS[name].layout
+    ]
+    notes += missing_data(config, wanted, sets)
+    for note in notes:
+        say(f"skipped {note}")
+    if not jobs:
+        raise InputError(f"{config.data_root}: nothing to evaluate on; {'; '.join(notes)}")
+    del backbone
+    results, failures = run_jobs(jobs, out, where.rank, say)
+    if failures:
+        raise InputError(
+            f"{len(failures)} of {len(jobs)} evaluations failed ({'; '.join(failures)}); the results of "
+            f"the others are in {out / 'results'}; the same command runs only what is missing"
+        )
+    say(f"results in {out / 'results'}; as one table: cmt-mae compare {shlex.quote(str(out))}")
+    return results
+
+
+def run_jobs(
+    jobs: list[Job], out: Path, rank: int, say: Callable[[str], None]
+) -> tuple[list[Result], list[str]]:
+    """Results of all jobs, and a line for each that failed; Stopped and Ctrl-C end it at once."""
+    done = {job.key: known_result(out, job.key) for job in jobs}
+    PartialState().wait_for_everyone()  # all processes have read before one writes
+    results, failures = [], []
+    for number, job in enumerate(jobs, 1):
+        name = f"{job.task} on {job.config.data}"
+        result = done[job.key]
+        if result is not None:
+            say(f"[{number}/{len(jobs)}] {name}: {numbers_of(result)} (measured before)")
+            results.append(result)
+            continue
+        say(f"[{number}/{len(jobs)}] {name} ...")
+        try:
+            result = run_job(job, show_bar=rank == 0 and sys.stderr.isatty())
+        except Stopped:
+            raise
+        except Exception as error:  # the other tasks do not depend on this one
+            failures.append(f"{name}: {one_line(error)}")
+            say(f"[{number}/{len(jobs)}] {failures[-1]}")
+            if not isinstance(error, InputError):
+                traceback.print_exc()  # a fault of ours: keep what a report of it needs
+            continue
+        if rank == 0:
+            remember(out, job.key, result)
+        say(f"[{number}/{len(jobs)}] {name}: {numbers_of(result)}, {result.seconds:.0f} s")
+        results.append(result)
+    return results, failures
+
+
+def check_tasks(tasks: tuple[str, ...] | None) -> list[str]:
+    """The wanted tasks in the order of TASKS.
+
+    Raises:
+        InputError: an unknown one, or none.
+    """
+    for task in tasks or ():
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, TASKS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError(f"task '{task}' is unknown{hint}: use {', '.join(TASKS)}")
+    if tasks is not None and not tasks:
+        raise InputError(f"no task is left to evaluate: use {', '.join(TASKS)}")
+    return [task for task in TASKS if tasks is None or task in tasks]
+
+
+def output_folder(config: EvaluateAllConfig) -> Path:
+    """``out``, or the run directory that the backbone is.
+
+    Raises:
+        InputError: neither is there, or an unknown preset.
+    """
+    if config.preset not in ("quick", "paper"):
+        raise InputError(f"preset '{config.preset}' is unknown: use quick or paper")
+    if config.out is not None:
+        return Path(config.out).expanduser()
+    run = Path(config.backbone).expanduser()
+    if any((run / file).is_file() for file in ("config.yaml", "run.json")):
+        return run
+    raise InputError(f"{config.backbone} is no run directory, so results have no place: give --out")
+
+
+def missing_data(config: EvaluateAllConfig, wanted: list[str], sets: list[Found]) -> list[str]:
+    """A line for each task without data."""
+    there = {one.layout for one in sets}
+    without = [task for task in wanted if TASKS[task].layout not in there]
+    return [f"{task}: no {TASKS[task].layout} data in {config.data_root}" for task in without]
+
+
+def make_job(
+    name: str, data: Path, config: EvaluateAllConfig, backbone: Backbone, out: Path
+) -> Job:
+    """Settings of one task for one data set."""
+    task = TASKS[name]
+    module = import_module(f"cmt_mae.evaluate.{task.module}")
+    settings = getattr(module, task.settings)(
+        backbone=config.backbone,
+        data=str(data),
+        device=config.device,
+        workers=config.workers,
+        seed=config.seed,
+        key=config.key,
+        **task.presets[config.preset],
+    )
+    key = job_key(name, settings, backbone, data)
+    settings.out = str(out)
+    if task.trains:
+        settings.out = str(
+            out / "evaluations" / f"{name}-{data.resolve().name}-{config.preset}-{key[:8]}"
+        )
+    return Job(name, settings, key)
+
+
+# settings of the tasks that change no number
+INDIFFERENT = ("backbone", "data", "out", "key", "device", "workers")
+
+
+def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
+    """sha256 of everything that the number follows from: weights and input, data, settings, seed.
+
+    Like ``Result.identity`` it leaves out places, machine and versions; unlike it, it is known
+    before the work.
+    """
+    kept = {k: v for k, v in asdict(settings).items() if k not in INDIFFERENT}
+    network = [backbone.digest, backbone.architecture, backbone.kwargs]
+    entry = [backbone.mean, backbone.std, backbone.img_size]
+    what = [task, kept, network, entry, folder_fingerprint(data)]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def known_result(out: Path, key: str) -> Result | None:
+    """The result of this key, if an earlier call left it and its file is still the same measurement."""
+    try:
+        entry = read_ledger(out)[key]
+        result = Result.load(out / entry["result"])
+        return result if result.identity() == entry["identity"] else None
+    except (InputError, TypeError, LookupError, AttributeError):
+        return None  # never measured, or its file is gone or damaged: measure again
+
+
+def remember(out: Path, key: str, result: Result) -> None:
+    """Save the result in ``out`` (a training saves its own copy only) and note its key."""
+    path = result.save(out)
+    entry = {
+        "task": result.task,
+        "result": str(path.relative_to(out)),
+        "identity": result.identity(),
+    }
+    write_json(out / LEDGER, {**read_ledger(out), key: entry})
+
+
+def read_ledger(out: Path) -> dict[str, Any]:
+    """Key -> task, result file and identity, of all earlier calls; empty where it cannot be read."""
+    try:
+        content = json.loads((out / LEDGER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def run_job(job: Job, show_bar: bool) -> Result:
+    """Call the task. Those that train show a bar of their own."""
+    task = TASKS[job.task]
+    function: Callable[..., Result] = getattr(
+        import_module(f"cmt_mae.evaluate.{task.module}"), task.function
+    )
+    if task.trains:
+        return function(job.config)
+    bar = Progress(console=Console(stderr=True), transient=True) if show_bar else None
+    with bar or nullcontext():
+        return function(job.config, bar)
+
+
+def numbers_of(result: Result) -> str:
+    """The headline, and its protocol."""
+    headline = result.protocol["headline"]
+    return f"{headline} {result.headline:.2f} (protocol {result.protocol['name']})"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
