@@ -1,0 +1,404 @@
+"""Fine-tuning: the whole backbone trained on labelled images, by MAE's recipe and its variants."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.data.mixup import Mixup
+from torch import Tensor
+
+from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.data.augment import Augment, seeded
+from cmt_mae.data.decode import BadImage
+from cmt_mae.data.loader import load_image
+from cmt_mae.data.sources import Source
+from cmt_mae.data.tasks import train_batches
+from cmt_mae.errors import InputError
+from cmt_mae.evaluate.features import (
+    count_classes,
+    describe_data,
+    label_list,
+    normalise,
+    open_labelled,
+)
+from cmt_mae.evaluate.few_shot import Subset, few_shot_indexes
+from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
+from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
+from cmt_mae.evaluate.finetune_protocols import (
+    Pool,
+    PresetName,
+    Recipe,
+    differences,
+    published,
+    resolve,
+)
+from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.report.confusion import confusion_picture
+from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.training.optim import layer_decay_groups
+from cmt_mae.training.processes import make_accelerator
+from cmt_mae.training.run_dir import RunDir, plain
+from cmt_mae.training.schedules import learning_rate
+from cmt_mae.training.settings import INDIFFERENT, TaskSettings
+
+MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TaskSettings):
+    """Settings of fine-tuning. What is not given is the preset's."""
+
+    preset: PresetName = "mae"
+    """mae | paper256 (batch 256) | milan, dbot (lower rates) | ibot | quick (small sets, few cores). Numbers of
+    ViT-L from width 1024 on, of ViT-B below."""
+    size: int | None = None
+    """Input size in pixels. Default: the backbone's own."""
+    few_shot: str | None = None
+    """Train on a part of every class: 1% or 10% of its images, or their number, like 5. Drawn by the seed."""
+    frozen_layers: int | Literal["all"] = 0
+    """The embeddings and so many blocks are not trained; all: only what stands on top. 0: all is trained."""
+    pool: Pool | None = None
+    """mean: of the patch tokens, with a norm of its own (published); cls: the class token."""
+    epochs: int | None = None
+    """Passes over the training images. Given alone, the warm-up keeps its share."""
+    batch_size: int | None = None
+    """Images a step, over all processes; at most the training images."""
+    blr: float | None = None
+    """Learning rate at a batch of 256: the rate is blr * batch_size / 256."""
+    layer_decay: float | None = None
+    """The rate of a block is that of the next one times this."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    warmup_epochs: float | None = None
+    """Epochs over which the rate grows from 0."""
+    min_lr: float | None = None
+    """The rate at the end of the cosine."""
+    weight_decay: float | None = None
+    """AdamW's; none for vectors, positions and class token."""
+    rand_augment: str | None = None
+    """timm's text, like rand-m9-mstd0.5-inc1; or none."""
+    mixup: float | None = None
+    """Both parameters of the Beta distribution that images are blended by; 0: off."""
+    cutmix: float | None = None
+    """The same for rectangles that are exchanged; with both, each is taken half of the time."""
+    smoothing: float | None = None
+    """Share of the label spread over all classes."""
+    erasing: float | None = None
+    """Probability that a rectangle of an image is replaced by noise."""
+    smallest_crop: float | None = None
+    """Smallest share of an image that a random crop takes."""
+    ema_decay: float | None = None
+    """Evaluate a running average of the weights besides, with this decay (0.9999; less for short runs); 0: no."""
+    eval_every: float = 1.0
+    """Epochs between two evaluations on the validation images; 0: only at the end."""
+    pictures: int = 8
+    """How many of the most frequent mistakes are listed in pictures/confusion.png; 0: no picture."""
+
+
+class Sample:
+    """Reads and augments one training image; kept small, as it travels to the loader's processes."""
+
+    def __init__(self, source: Source, augment: Augment) -> None:
+        self.source, self.augment = source, augment
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One row of a batch. Raises BadImage, with the image's name."""
+        try:
+            image = load_image(self.source, index, len(self.augment.mean))
+        except BadImage as error:
+            raise BadImage(f"{self.source.name(index)}: {error}") from None
+        picture, erased = self.augment(image, rng)
+        mixing = int(rng.integers(2**32))
+        label = self.source.label(index)
+        return {"image": picture, "label": label, "erased": erased, "mixing": mixing}
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images uint8 (B, C, H, W), labels (B,) int64, rectangles to erase by row, and the seed of the mixing.
+
+    The seed is drawn from the stream of the first sample: so it follows from seed, step and process, and no
+    loader process or restart changes it.
+    """
+    return {
+        "images": torch.stack([row["image"] for row in rows]),
+        "labels": torch.tensor([row["label"] for row in rows]),
+        "erased": [(i, *row["erased"]) for i, row in enumerate(rows) if row["erased"] is not None],
+        "mixing": rows[0]["mixing"],
+    }
+
+
+def to_device(
+    batch: dict[str, Any], backbone: Backbone, device: torch.device, mixup: Mixup | None
+) -> dict[str, Tensor]:
+    """A collated batch as ``Classifier`` takes it: normalised, erased, then mixed, in MAE's order."""
+    images = normalise(batch["images"].to(device, non_blocking=True), backbone)
+    labels = batch["labels"].to(device, non_blocking=True)
+    for row, top, left, pixels in batch["erased"]:
+        height, width = pixels.shape[1:]
+        images[row, :, top : top + height, left : left + width] = pixels.to(device)
+    if mixup is not None:
+        with seeded(batch["mixing"]):
+            images, labels = mixup(images, labels)
+    return {"images": images, "labels": labels}
+
+
+def open_data(config: FinetuneConfig) -> tuple[Source, Source]:
+    """Training images (a part of them if asked) and validation images, all labelled."""
+    train, val = open_labelled(config.data)
+    if config.few_shot is not None:
+        labels = label_list(train, config.data)
+        train = Subset(train, few_shot_indexes(labels, config.few_shot, config.seed))
+    return train, val
+
+
+def evaluate_finetune(config: FinetuneConfig) -> Result:
+    """Fine-tune a backbone, or continue, and measure it. Every process calls it; the first one saves.
+
+    In the run directory: ``results/*.json``, ``classifier.safetensors`` (the network with its head, for timm),
+    ``backbone.safetensors`` (without it, for any other evaluation), ``pictures/confusion.png``.
+
+    Raises:
+        InputError: unusable backbone, data or setting, in one line, before the training.
+        Stopped: a signal asked for the end; the same call continues.
+    """
+    started = time.perf_counter()
+    published(config.preset, 0)  # a wrong name is told first
+    out = config.run_directory("finetune", config.preset)
+    accelerator = make_accelerator(config.device, config.precision)
+    train, val = open_data(config)
+    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
+    width = int(backbone.model.embed_dim)  # type: ignore[arg-type]
+    recipe = resolve(config, width, len(train))
+    for source in (train, val):  # a pack made with other channels is told before the training
+        load_first(source, len(backbone.mean))
+    run = RunDir(
+        str(out), plain(config) | asdict(recipe), INDIFFERENT, writes=accelerator.is_main_process
+    )
+    said = differences(config, recipe, width, len(train))
+    job = make_job(config, recipe, backbone, train, val, accelerator, run)
+    if accelerator.is_main_process:
+        for line in said:
+            print(f"finetune, preset {config.preset}: {line}", file=sys.stderr)
+    data = describe_data(config.data, train, val)
+    name = f"{config.backbone} ({config.key})" if config.key else config.backbone
+    facts = {
+        "task": "finetune",
+        "backbone": {"name": name, "digest": backbone.digest},
+        "data": data,
+    }
+    try:
+        last = fit(config, job, accelerator, run, facts)
+        rows: list[Any] = [run.read_metrics() if accelerator.is_main_process else None]
+        broadcast_object_list(rows)
+        history = [row for row in rows[0] if "val_top1" in row]
+        best = max(history, key=lambda row: row["val_top1"])
+        result = make_result(
+            task="finetune",
+            metrics={**last.metrics, "best_top1": best["val_top1"]},
+            protocol=describe(config, recipe, backbone, train, accelerator, said),
+            name=name,
+            backbone=backbone,
+            data=data,
+            seed=config.seed,
+            device=accelerator.device,
+            processes=accelerator.num_processes,
+            started=started,
+            details={
+                **last.details,
+                "steps": job.total_steps,
+                "evaluations": [
+                    {"epoch": row["step"] / job.steps_per_epoch, "top1": row["val_top1"]}
+                    for row in history
+                ],
+            },
+        )
+        if accelerator.is_main_process:
+            classifier = job.model
+            assert isinstance(classifier, Classifier)
+            source_line = f"fine-tuned on {Path(config.data).name}, preset {config.preset}, from {backbone.source}"
+            save_classifier(run.path, classifier, backbone, train.classes, source_line)
+            result.save(run.path)
+            save_where(result, None, config.backbone)
+    finally:
+        run.close()
+    return result
+
+
+def load_first(source: Source, channels: int) -> None:
+    """Raise InputError where the first image cannot be read with so many channels."""
+    try:
+        load_image(source, 0, channels)
+    except BadImage as error:
+        raise InputError(f"{source.name(0)}: {error}; mend or remove it") from None
+
+
+def make_job(
+    config: FinetuneConfig,
+    recipe: Recipe,
+    backbone: Backbone,
+    train: Source,
+    val: Source,
+    accelerator: Accelerator,
+    run: RunDir,
+) -> Job:
+    """Model, optimizer, batches, schedule and measurement of one fine-tuning."""
+    world, rank, device = (
+        accelerator.num_processes,
+        accelerator.process_index,
+        accelerator.device,
+    )
+    micro, accumulation = micro_batches(recipe.batch_size, config.micro_batch, world)
+    if recipe.mixes and micro % 2:
+        raise InputError(
+            f"mixup and cutmix pair the images of a micro-batch, and {micro} is odd: change batch_size or "
+            "micro_batch, or give mixup 0 and cutmix 0"
+        )
+    classes = count_classes(train)
+    augment = Augment(
+        backbone.img_size, backbone.mean, recipe.smallest_crop, recipe.rand_augment, recipe.erasing
+    )
+    torch.manual_seed(config.seed)  # the head's first weights
+    model = Classifier(
+        backbone,
+        classes,
+        pool=recipe.pool,
+        drop_path=recipe.drop_path,
+        smoothing=recipe.smoothing,
+        frozen_layers=config.frozen_layers,
+    ).to(device)
+    vit: Any = model.backbone
+    groups = layer_decay_groups(
+        model,
+        len(vit.blocks),
+        recipe.layer_decay,
+        recipe.weight_decay,
+        no_decay={name.rsplit(".", 1)[-1] for name in vit.no_weight_decay()},
+    )
+    mixup = None
+    if recipe.mixes:
+        mixup = Mixup(
+            recipe.mixup,
+            recipe.cutmix,
+            label_smoothing=recipe.smoothing,
+            num_classes=classes,
+        )
+    average = copy.deepcopy(model).eval() if recipe.ema_decay else None
+    steps_per_epoch = len(train) // recipe.batch_size
+
+    def batches(start_step: int) -> Generator[Any, None, None]:
+        return train_batches(
+            Sample(train, augment),
+            collate,
+            len(train),
+            seed=config.seed,
+            batch_size=recipe.batch_size,
+            micro_batch=micro,
+            rank=rank,
+            world=world,
+            workers=config.workers,
+            start_step=start_step,
+            pin_memory=device.type == "cuda",
+        )
+
+    def lr_at(step: int) -> float:
+        lowest = min(recipe.min_lr, recipe.lr)
+        epoch = step / steps_per_epoch
+        return learning_rate(epoch, recipe.lr, recipe.warmup_epochs, recipe.epochs, lowest)
+
+    return Job(
+        model=model,
+        optimizer=torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True),
+        lr_at=lr_at,
+        batches=batches,
+        to_device=lambda batch: to_device(batch, backbone, device, mixup),
+        evaluate=measurement(config, model, average, backbone, val, accelerator, run, micro),
+        headline="top1",
+        batch_size=recipe.batch_size,
+        accumulation=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=recipe.epochs * steps_per_epoch,
+        average=average,
+        average_decay=recipe.ema_decay,
+    )
+
+
+def measurement(
+    config: FinetuneConfig,
+    model: Classifier,
+    average: Classifier | None,
+    backbone: Backbone,
+    val: Source,
+    accelerator: Accelerator,
+    run: RunDir,
+    micro: int,
+) -> Callable[[int], Evaluation]:
+    """The job's ``evaluate``: accuracy of the weights, and of their average as ``ema_...``."""
+    classes: int = model.backbone.head.out_features
+    names = val.classes or [str(number) for number in range(classes)]
+
+    def measure(one: Classifier) -> tuple[dict[str, float], Tensor]:
+        best, labels = predict(
+            one,
+            val,
+            backbone,
+            accelerator,
+            batch_size=min(micro, MOST_IMAGES),
+            workers=config.workers,
+        )
+        return accuracy(best, labels, classes)
+
+    def evaluate(step: int) -> Evaluation:
+        metrics, confusion = measure(model)
+        if average is not None:
+            metrics |= {f"ema_{key}": value for key, value in measure(average)[0].items()}
+        if config.pictures and accelerator.is_main_process:
+            title = f"step {step}: top-1 {metrics['top1']:.1f} % of {len(val)} images"
+            path = run.path / "pictures" / "confusion.png"
+            confusion_picture(path, confusion, names, title, mistakes=config.pictures)
+        return Evaluation(metrics, describe_classes(confusion, names))
+
+    return evaluate
+
+
+def describe(
+    config: FinetuneConfig,
+    recipe: Recipe,
+    backbone: Backbone,
+    train: Source,
+    accelerator: Accelerator,
+    said: list[str],
+) -> dict[str, Any]:
+    """``Result.protocol``: every setting that moves the number."""
+    few = None
+    if config.few_shot is not None:
+        assert isinstance(train, Subset)
+        few = {"part": config.few_shot, "images": len(train), "identity": train.identity()}
+    return {
+        "name": config.preset,
+        "headline": "top1",
+        "quoted": "the last epoch (best_top1: the best of all evaluations, chosen on the val images)",
+        **asdict(recipe),
+        "lr": recipe.lr,
+        "optimizer": "AdamW, betas .9 and .999; no weight decay on vectors, positions and class token",
+        "schedule": "linear warm-up from 0, cosine to min_lr, every iteration",
+        "head": "norm and linear layer" if recipe.pool == "mean" else "linear layer",
+        "head_std": 2e-5,
+        "train_crop": "random resized crop, bicubic, and flip",
+        "mixing": "timm Mixup, one draw a micro-batch" if recipe.mixes else "none",
+        "size": backbone.img_size,
+        "crop": "centre crop, shorter side 256/224 of the size, bicubic",
+        "few_shot": few,
+        "frozen_layers": config.frozen_layers,
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "differs": said,
+    }
