@@ -8,38 +8,73 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
+    from cmt_mae.benchmark import BenchConfig, bench
     from cmt_mae.data.pack import PackConfig, pack
     from cmt_mae.errors import InputError, Stopped
+    from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
+    from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
+    from cmt_mae.evaluate.finetune import FinetuneConfig, evaluate_finetune
     from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
     from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
-    from cmt_mae.pretrain import pretrain
+    from cmt_mae.evaluate.segmentation import Ade20kConfig, evaluate_ade20k
+    from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
+    from cmt_mae.pretraining import pretrain
+    from cmt_mae.report.compare import CompareConfig, compare
     from cmt_mae.settings import PretrainConfig
 
 _HOMES = {
+    "Ade20kConfig": "evaluate.segmentation",
     "Backbone": "backbones",
+    "BenchConfig": "benchmark",
+    "CocoConfig": "evaluate.detection",
+    "CompareConfig": "report.compare",
+    "DavisConfig": "evaluate.video.evaluate",
+    "EvaluateAllConfig": "evaluate.everything",
     "ExportConfig": "backbones",
+    "FinetuneConfig": "evaluate.finetune",
     "InputError": "errors",
     "KnnConfig": "evaluate.knn",
     "LinearConfig": "evaluate.linear",
     "PackConfig": "data.pack",
     "PretrainConfig": "settings",
     "Stopped": "errors",
+    "bench": "benchmark",
+    "compare": "report.compare",
+    "evaluate_ade20k": "evaluate.segmentation",
+    "evaluate_all": "evaluate.everything",
+    "evaluate_coco": "evaluate.detection",
+    "evaluate_davis": "evaluate.video.evaluate",
+    "evaluate_finetune": "evaluate.finetune",
     "evaluate_knn": "evaluate.knn",
     "evaluate_linear": "evaluate.linear",
     "export": "backbones",
     "load_backbone": "backbones",
     "pack": "data.pack",
-    "pretrain": "pretrain",
+    "pretrain": "pretraining",
 }
 __all__ = [
+    "Ade20kConfig",
     "Backbone",
+    "BenchConfig",
+    "CocoConfig",
+    "CompareConfig",
+    "DavisConfig",
+    "EvaluateAllConfig",
     "ExportConfig",
+    "FinetuneConfig",
     "InputError",
     "KnnConfig",
     "LinearConfig",
     "PackConfig",
     "PretrainConfig",
     "Stopped",
+    "bench",
+    "compare",
+    "evaluate_ade20k",
+    "evaluate_all",
+    "evaluate_coco",
+    "evaluate_davis",
+    "evaluate_finetune",
     "evaluate_knn",
     "evaluate_linear",
     "export",

@@ -14,14 +14,21 @@ from cmt_mae.errors import InputError, Stopped
 
 # command -> module and names of its settings and of its function; imported only when asked for
 COMMANDS = {
-    "pretrain": ("cmt_mae.pretrain", "PretrainConfig", "pretrain"),
+    "pretrain": ("cmt_mae.pretraining", "PretrainConfig", "pretrain"),
     "pack": ("cmt_mae.data.pack", "PackConfig", "pack"),
     "export": ("cmt_mae.backbones", "ExportConfig", "export"),
     "demo": ("cmt_mae.demo", "DemoConfig", "demo"),
+    "compare": ("cmt_mae.report.compare", "CompareConfig", "compare"),
+    "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
 }
 EVALUATIONS = {
     "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
     "linear": ("cmt_mae.evaluate.linear", "LinearConfig", "evaluate_linear"),
+    "finetune": ("cmt_mae.evaluate.finetune", "FinetuneConfig", "evaluate_finetune"),
+    "coco": ("cmt_mae.evaluate.detection", "CocoConfig", "evaluate_coco"),
+    "ade20k": ("cmt_mae.evaluate.segmentation", "Ade20kConfig", "evaluate_ade20k"),
+    "davis": ("cmt_mae.evaluate.video.evaluate", "DavisConfig", "evaluate_davis"),
+    "all": ("cmt_mae.evaluate.everything", "EvaluateAllConfig", "evaluate_all"),
 }
 # short names of the most used settings of `pretrain`
 SHORT = {
@@ -34,9 +41,12 @@ SHORT = {
 USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows them)
 
   pretrain         pre-train a backbone: --recipe R --data D --out O; the same command again continues
-  evaluate TASK    knn | linear: --backbone B --data D [--out O] [--json]
+  evaluate TASK    knn | linear | finetune | coco | ade20k | davis: --backbone B --data D [--out O] [--json]
+  evaluate all     every task that the data below a folder allow: --backbone B --data-root ROOT
+  compare RUN ...  one table of the results of runs [--paper] [--format markdown | json]
   export           write a backbone as timm, hf or torch
   pack             pack images into a memory-mapped array for fast epochs
+  bench            images/s, MFU and the share of each part of a step: --recipe R
   recipes [NAME]   list recipes, or show one
   demo             a small two-stage run on generated scenes (or --data D), compared with MAE
 
@@ -96,7 +106,9 @@ def run_command(command: str, words: list[str]) -> None:
     """pretrain, pack, export, demo: parse settings, call the function."""
     settings, function = load(COMMANDS[command])
     defaults: dict[str, Any] = {}
-    if command == "pretrain":
+    if command == "compare":
+        words = with_positional(words, "runs")
+    if command in ("pretrain", "bench"):
         recipe, words = take(words, "--recipe")
         words = [expand(word, SHORT) for word in words]
         if recipe is not None:
@@ -126,6 +138,12 @@ def run_evaluation(words: list[str]) -> None:
     if config is None:
         return
     result = function(config)
+    if isinstance(result, list):  # of `all`
+        for one in result:
+            show_result(one)
+        if as_json:
+            print("[" + ", ".join(one.to_json() for one in result) + "]")
+        return
     show_result(result)
     if as_json:
         print(result.to_json())
@@ -181,6 +199,7 @@ def parse(program: str, settings: type, words: list[str], defaults: dict[str, An
         name = word[2:].split("=", 1)[0]
         if word.startswith("--") and name.rstrip("+") not in known:
             raise InputError(f"option --{name} is unknown{hint(name, known)}; see {program} --help")
+    words = bare_flags(parser, words)
     if "--help" in words or "-h" in words:
         parser.print_help()
         return None
@@ -195,6 +214,36 @@ def parse(program: str, settings: type, words: list[str], defaults: dict[str, An
         return settings(**vars(parser.instantiate(parser.parse_args(words))))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(f"{' '.join(str(error).split())}; see {program} --help") from error
+
+
+def bare_flags(parser: Any, words: list[str]) -> list[str]:
+    """``--paper`` alone means ``--paper=true``, for every setting that is yes or no."""
+    flags = {
+        f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", 0) is bool
+    }
+    following = [*words[1:], "--"][: len(words)]
+    return [
+        f"{word}=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(words, following, strict=True)
+    ]
+
+
+def with_positional(words: list[str], name: str) -> list[str]:
+    """``a b --x 1 --flag`` -> ``--name=["a", "b"] --x 1 --flag``; a bare flag is one word.
+
+    Values of options follow them with a space or an equals sign; --paper takes none.
+    """
+    kept: list[str] = []
+    found: list[str] = []
+    for word in words:
+        waiting = kept and kept[-1].startswith("--") and "=" not in kept[-1]
+        if word.startswith("-"):
+            kept.append(word)
+        elif waiting and kept[-1] != "--paper":
+            kept[-1] = f"{kept[-1]}={word}"
+        else:
+            found.append(word)
+    return [f"--{name}={json.dumps(found)}", *kept] if found else kept
 
 
 def as_word(value: Any) -> str:

@@ -18,7 +18,7 @@ from cmt_mae.data.sources import open_source, open_split
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
-from cmt_mae.pretrain import pretrain
+from cmt_mae.pretraining import pretrain
 from cmt_mae.recipes import load_recipes, merge
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.training.files import write_json

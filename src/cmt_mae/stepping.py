@@ -1,4 +1,4 @@
-"""One optimizer step of CMT-MAE and everything that changes with it; the loop around it is in pretrain.py."""
+"""One optimizer step of CMT-MAE and everything that changes with it; the loop around it is in pretraining.py."""
 
 import contextlib
 import math

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from cmt_mae.cli import expand, main, parse, take
+from cmt_mae.cli import expand, main, parse, take, with_positional
 from cmt_mae.errors import InputError
 from cmt_mae.recipes import head_comment, load_recipes, recipe_names
+from cmt_mae.report.compare import CompareConfig
 from cmt_mae.settings import PretrainConfig
 
 from .conftest import Make, as_words
@@ -288,3 +289,27 @@ def test_config_of_a_run_is_a_recipe(make: Make) -> None:
 def test_hint_only_for_near_words() -> None:
     with pytest.raises(InputError, match=r"--zzzz is unknown; see"):
         parse("test", PretrainConfig, ["--zzzz", "1"], {})
+
+
+def test_public_functions_stay_functions_whatever_was_imported_before() -> None:
+    """A module of the same name would take the function's place once it is imported."""
+    code = (
+        "import importlib, cmt_mae\n"
+        "for _ in range(2):\n"
+        "    for name, home in cmt_mae._HOMES.items():\n"
+        "        module = importlib.import_module(f'cmt_mae.{home}')\n"
+        "        assert getattr(cmt_mae, name) is getattr(module, name), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bare_flags_and_positional_words() -> None:
+    assert with_positional(["a", "--paper", "b", "--format", "json"], "runs") == [
+        '--runs=["a", "b"]', "--paper", "--format=json",
+    ]  # fmt: skip
+    assert with_positional(["--help"], "runs") == ["--help"]
+    config = parse("test", CompareConfig, ['--runs=["a"]', "--paper"], {})
+    assert config.paper is True
+    config = parse("test", CompareConfig, ["--paper", "false", '--runs=["a"]'], {})
+    assert config.paper is False

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cmt_mae.errors import InputError, Stopped
-from cmt_mae.pretrain import Training, pretrain
+from cmt_mae.pretraining import Training, pretrain
 from cmt_mae.stepping import Stepper
 
 from .conftest import Make, as_words, assert_same_state, final_state, rows, start

@@ -10,7 +10,7 @@ from PIL import Image
 from cmt_mae.cli import parse
 from cmt_mae.method.cmtmae import Guides
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.pretrain import pretrain
+from cmt_mae.pretraining import pretrain
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig
 
@@ -71,7 +71,7 @@ def test_networks_that_have_no_weight_do_not_run(
     looks, stepping = {"teacher": 0, "momentum": 0}, [0]
     real_look, real_step = Teacher.look, Guides.forward
     monkeypatch.setattr(Guides, "maps", lambda *_, **__: pytest.skip("pictures are not asked for"))
-    monkeypatch.setattr("cmt_mae.pretrain.Training.picture", lambda _: None)
+    monkeypatch.setattr("cmt_mae.pretraining.Training.picture", lambda _: None)
 
     def look(self: Teacher, images: torch.Tensor) -> object:
         looks["teacher"] += 1
