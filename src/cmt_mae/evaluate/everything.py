@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -70,20 +70,31 @@ class Task:
     """The kind of data it needs."""
     presets: dict[Preset, dict[str, Any]]
     """Settings of each preset."""
-    trains: bool
+    trains: bool = False
     """Whether ``out`` is the run directory of a training of its own."""
+    own_bar: bool = True
+    """Whether it makes its progress bar itself."""
 
 
 # frozen features first: their numbers are there soon
 TASKS = {
-    "knn": Task("knn", "KnnConfig", "evaluate_knn", "labelled", {"quick": {}, "paper": {}}, False),
+    "knn": Task(
+        "knn", "KnnConfig", "evaluate_knn", "labelled", {"quick": {}, "paper": {}}, own_bar=False
+    ),
     "linear": Task(
         "linear",
         "LinearConfig",
         "evaluate_linear",
         "labelled",
         {"quick": {"augment": False}, "paper": {"augment": True}},
-        False,
+        own_bar=False,
+    ),
+    "davis": Task(
+        "video.evaluate",
+        "DavisConfig",
+        "evaluate_davis",
+        "davis",
+        {"quick": {"protocol": "dino"}, "paper": {"protocol": "dino"}},
     ),
 }
 
@@ -219,14 +230,18 @@ def make_job(
     """Settings of one task for one data set."""
     task = TASKS[name]
     module = import_module(f"cmt_mae.evaluate.{task.module}")
-    settings = getattr(module, task.settings)(
-        backbone=config.backbone,
-        data=str(data),
-        device=config.device,
-        workers=config.workers,
-        seed=config.seed,
-        key=config.key,
-        **task.presets[config.preset],
+    kind = getattr(module, task.settings)
+    common = {
+        "backbone": config.backbone,
+        "data": str(data),
+        "device": config.device,
+        "workers": config.workers,
+        "seed": config.seed,
+        "key": config.key,
+    }
+    known = {field.name for field in fields(kind)}  # not every task has loader processes
+    settings = kind(
+        **{k: v for k, v in common.items() if k in known}, **task.presets[config.preset]
     )
     key = job_key(name, settings, backbone, data)
     settings.out = str(out)
@@ -285,12 +300,12 @@ def read_ledger(out: Path) -> dict[str, Any]:
 
 
 def run_job(job: Job, show_bar: bool) -> Result:
-    """Call the task. Those that train show a bar of their own."""
+    """Call the task, with a bar if it makes none itself."""
     task = TASKS[job.task]
     function: Callable[..., Result] = getattr(
         import_module(f"cmt_mae.evaluate.{task.module}"), task.function
     )
-    if task.trains:
+    if task.own_bar:
         return function(job.config)
     bar = Progress(console=Console(stderr=True), transient=True) if show_bar else None
     with bar or nullcontext():
