@@ -1,0 +1,235 @@
+"""Semantic data in ADE20K's layout: images/{training,validation} and annotations/{training,validation}.
+
+A mask is a PNG of the image's size and name, one label a pixel: 0 = unlabelled, k = class k of the list.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
+from cmt_mae.data.folder import read_file
+from cmt_mae.errors import InputError
+
+IGNORED = -1
+"""What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
+LISTS = ("objectInfo.txt", "objectInfo150.txt", "objectInfo.csv", "objectInfo150.csv")
+MOST_CLASSES = 32000
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One split: images and their masks, sorted by name."""
+
+    images: tuple[str, ...]
+    masks: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Ade20k:
+    """An opened data set."""
+
+    root: str
+    classes: tuple[str, ...]
+    train: Pairs
+    val: Pairs
+    fingerprint: str
+    """sha256 over classes, names and sizes in bytes of all images and masks."""
+
+
+def open_ade20k(root: str | Path, classes: str | None = None) -> Ade20k:
+    """Find images, masks and the class list; reads no pixels (``check_pairs`` does).
+
+    classes: see ``read_classes``.
+    Raises InputError: a missing folder, an image without a mask, two images for one mask, no class list.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise InputError(f"{root}: no such folder; give --data a folder in ADE20K's layout")
+    names = read_classes(folder, classes)
+    train, val = (_find_pairs(folder, split) for split in ("training", "validation"))
+    digest = hashlib.sha256("\n".join(names).encode())
+    for path in (*train.images, *train.masks, *val.images, *val.masks):
+        name = os.path.relpath(path, folder)
+        digest.update(f"{name}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
+    return Ade20k(str(root), tuple(names), train, val, digest.hexdigest())
+
+
+def _find_pairs(folder: Path, split: str) -> Pairs:
+    """Every image below images/SPLIT with annotations/SPLIT/(same place).png."""
+    images, masks = folder / "images" / split, folder / "annotations" / split
+    for place in (images, masks):
+        if not place.is_dir():
+            raise InputError(
+                f"{place}: no such folder; ADE20K's layout has images/ and annotations/, each with "
+                "training/ and validation/"
+            )
+    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise InputError(f"{images}: no image in it; copy the {split} images there")
+    wanted = [masks / path.relative_to(images).with_suffix(".png") for path in found]
+    for path, mask, before in zip(found, wanted, [None, *wanted], strict=False):
+        if mask == before:
+            raise InputError(
+                f"{path}: another image has the same mask {mask}; rename or remove one"
+            )
+        if not mask.is_file():
+            raise InputError(f"{path}: its mask {mask} is missing; add it or remove the image")
+    return Pairs(tuple(map(str, found)), tuple(map(str, wanted)))
+
+
+def read_classes(folder: Path, given: str | None) -> list[str]:
+    """Names of the classes 1, 2, ... in order.
+
+    given: None (the folder's objectInfo.txt or objectInfo150.txt), a file, names with commas between them, or
+    how many there are. A file has a head line with the column Name, and Idx if the order is not that of the
+    lines; columns are divided by tabs or commas. Without a column Name every line is a name.
+    Raises InputError: no list, an empty one, numbers that are not 1, 2, ..., n.
+    """
+    if given is None:
+        path = next((folder / name for name in LISTS if (folder / name).is_file()), None)
+        if path is None:
+            raise InputError(
+                f"{folder}: no class list ({', '.join(LISTS[:2])}); give --classes a file, names with commas "
+                "between them, or their number"
+            )
+    elif given.isdecimal():
+        return _counted([f"class {k + 1}" for k in range(min(int(given), MOST_CLASSES + 1))], given)
+    elif Path(given).is_file():
+        path = Path(given)
+    elif "," in given:
+        return _counted([name.strip() for name in given.split(",") if name.strip()], given)
+    else:
+        raise InputError(
+            f"classes '{given}' is no file: give a file, names with commas between them, or their number"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); mend the class list") from None
+    return _counted(_parse_list([line for line in lines if line.strip()], path), str(path))
+
+
+def _parse_list(lines: list[str], path: Path) -> list[str]:
+    """The names in the lines of a class list."""
+    head = lines[0] if lines else ""
+    divider = "\t" if "\t" in head else ","
+    columns = [word.strip() for word in head.split(divider)]
+    if "Name" not in columns:
+        return [line.strip() for line in lines]
+    # a name may hold commas itself, and is the last column then
+    rows = [line.split(divider, len(columns) - 1) for line in lines[1:]]
+    place = columns.index("Name")
+    short = next(
+        (line for line, row in zip(lines[1:], rows, strict=True) if len(row) <= place), None
+    )
+    if short is not None:
+        raise InputError(f"{path}: the line '{short.strip()}' has no name; mend the class list")
+    names = [row[place].strip().strip('"') for row in rows]
+    if "Idx" not in columns:
+        return names
+    numbers = [row[columns.index("Idx")].strip() for row in rows]
+    if sorted(numbers) != sorted(str(k + 1) for k in range(len(rows))):
+        raise InputError(f"{path}: Idx is not 1, 2, ..., {len(rows)}; mend the class list")
+    return [name for _, name in sorted(zip(map(int, numbers), names, strict=True))]
+
+
+def _counted(names: list[str], where: str) -> list[str]:
+    if not 2 <= len(names) <= MOST_CLASSES:
+        raise InputError(
+            f"class list '{where}' has {len(names)} class(es); give 2 to {MOST_CLASSES}"
+        )
+    return names
+
+
+def read_image(path: str, channels: int) -> np.ndarray:
+    """uint8 (H, W, channels); grey images are repeated to RGB. Raises BadImage with the path."""
+    try:
+        return decode_image(read_file(os.fsencode(path)), channels)
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
+
+
+def read_mask(path: str, classes: int) -> np.ndarray:
+    """int16 (H, W): 0 .. classes - 1, or IGNORED.
+
+    In the file: 0 and 255 (65535 at 16 bit) are ignored, k is class k; 255 is a class where there are so many.
+    Palette and 16-bit masks hold their numbers as they are; RGB is taken where the three channels are equal.
+    Raises InputError: colours instead of labels, a label out of range; BadImage: no readable PNG.
+    """
+    try:
+        with Image.open(io.BytesIO(read_file(os.fsencode(path))), formats=("PNG",)) as image:
+            labels = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "LA") else image)
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
+    except Exception as error:  # Pillow raises SyntaxError, OSError, ... alike
+        raise BadImage(
+            f"{path}: no mask that can be read ({' '.join(str(error).split())})"
+        ) from None
+    if labels.ndim == 3:
+        if not ((labels[:, :, 0] == labels[:, :, 1]) & (labels[:, :, 0] == labels[:, :, 2])).all():
+            raise InputError(
+                f"{path}: holds colours, not labels; save masks with one channel (or a palette), 0 = unlabelled"
+            )
+        labels = labels[:, :, 0]
+    labels = labels.astype(np.int32)
+    void = (labels == 0) | (labels == 65535) | ((labels == 255) if classes < 255 else False)
+    bad = labels[~void & (labels > classes)]
+    if bad.size:
+        raise InputError(
+            f"{path}: label {int(bad[0])} is out of range, the list has {classes} classes; mend the mask, or "
+            "give --classes"
+        )
+    return np.where(void, IGNORED, labels - 1).astype(np.int16)
+
+
+def check_pair(image: str, mask: str, classes: int) -> int:
+    """Number of labelled pixels of a mask; the image's size is compared, its pixels are not read.
+
+    Raises InputError: unreadable, of another size than its image, labels out of range.
+    """
+    try:
+        labels = read_mask(mask, classes)
+        with Image.open(io.BytesIO(read_file(os.fsencode(image)))) as header:
+            width, height = header.size
+            if header.getexif().get(0x0112, 1) in _TURNED:
+                width, height = height, width
+    except BadImage as error:
+        raise InputError(f"{error}; mend or remove it") from None
+    except Exception as error:
+        raise InputError(
+            f"{image}: no image that can be read ({' '.join(str(error).split())}); mend or remove it"
+        ) from None
+    if labels.shape != (height, width):
+        raise InputError(
+            f"{mask}: the mask has {labels.shape[1]} x {labels.shape[0]} pixels, its image {image} "
+            f"{width} x {height}; they must be equal"
+        )
+    return int((labels != IGNORED).sum())
+
+
+def check_pairs(pairs: Pairs, classes: int, indexes: Iterable[int], threads: int = 8) -> int:
+    """Labelled pixels of these pairs, all of them checked (``check_pair``).
+
+    Raises InputError for the first one that is wrong.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        counts = pool.map(
+            lambda i: check_pair(pairs.images[i], pairs.masks[i], classes), list(indexes)
+        )
+        try:
+            return sum(counts)
+        except InputError:
+            pool.shutdown(cancel_futures=True)
+            raise

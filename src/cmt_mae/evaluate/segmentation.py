@@ -1,0 +1,413 @@
+"""ADE20K: semantic segmentation with UPerNet on a plain ViT, trained and measured by the published protocols."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.data.ade20k import Ade20k, Pairs, check_pairs, open_ade20k, read_image, read_mask
+from cmt_mae.data.segmentation_crops import SegmentationCrop, resize_image, resized_size
+from cmt_mae.data.tasks import each_once, train_batches
+from cmt_mae.errors import InputError
+from cmt_mae.evaluate.features import normalise
+from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
+from cmt_mae.evaluate.pyramid import default_taps, sync_norms
+from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.evaluate.segmentation_protocols import (
+    WEIGHTS,
+    PresetName,
+    Recipe,
+    differences,
+    published,
+    resolve,
+)
+from cmt_mae.evaluate.slide import resized_argmax, slide_logits
+from cmt_mae.evaluate.upernet import Segmenter
+from cmt_mae.report.segmentations import segmentation_picture
+from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.training.optim import layer_decay_groups
+from cmt_mae.training.processes import make_accelerator
+from cmt_mae.training.run_dir import RunDir, plain
+from cmt_mae.training.schedules import poly, warmed_up
+from cmt_mae.training.settings import INDIFFERENT, TaskSettings
+
+TOLD_EVERY = 500  # images between two lines about how far an evaluation is
+
+
+@dataclass(kw_only=True)
+class Ade20kConfig(TaskSettings):
+    """Settings of segmentation on a data set in ADE20K's layout. What is not given is the preset's."""
+
+    preset: PresetName = "paper"
+    """paper | paper_ft (the same, for a backbone fine-tuned on ImageNet-1K) | mae (relative positions, layer
+    scale, other rates) | quick (small sets, few cores)."""
+    classes: str | None = None
+    """A file with the classes' names, names with commas between them, or their number. Default: the data's
+    objectInfo.txt or objectInfo150.txt."""
+    iterations: int | None = None
+    """Optimizer steps. Given alone, the warm-up keeps its share."""
+    batch_size: int | None = None
+    """Images a step, over all processes."""
+    lr: float | None = None
+    """The highest learning rate, of the head; blocks of the backbone have less (layer_decay)."""
+    layer_decay: float | None = None
+    """The rate of a block is that of the next one times this."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    weight_decay: float | None = None
+    """AdamW's; none for vectors and biases."""
+    warmup: int | None = None
+    """Iterations over which the rate grows from almost 0."""
+    crop_size: int | None = None
+    """Side of training crops and of windows. Given alone, stride, shorter_side and longer_side follow it."""
+    stride: int | None = None
+    """Pixels from one window to the next at test time. Default: 2/3 of the window."""
+    shorter_side: int | None = None
+    """Images are resized until this side, or longer_side, fits. Default: crop_size."""
+    longer_side: int | None = None
+    """Default: 4 x shorter_side."""
+    channels: int | None = None
+    """Of UPerNet's maps."""
+    relative_bias: bool | None = None
+    """Trainable relative position biases on top of the backbone's own positions."""
+    layer_scale: float | None = None
+    """First value of trainable factors of every block's branches; 0: none are added."""
+    save_memory: bool = False
+    """Compute blocks again in the backward pass: less memory, a third more time."""
+
+
+class TrainSample:
+    """Reads and augments one training image; kept small, as it travels to the loader's processes."""
+
+    def __init__(self, pairs: Pairs, classes: int, channels: int, crop: SegmentationCrop) -> None:
+        self.pairs, self.classes, self.channels, self.crop = pairs, classes, channels, crop
+
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """uint8 (C, S, S) and labels int16 (S, S). Raises BadImage, InputError."""
+        image = read_image(self.pairs.images[index], self.channels)
+        return self.crop(image, read_mask(self.pairs.masks[index], self.classes), rng)
+
+
+class TestSample:
+    """One validation image, resized, and its mask as it is."""
+
+    def __init__(self, pairs: Pairs, classes: int, channels: int, scale: tuple[int, int]) -> None:
+        self.pairs, self.classes, self.channels, self.scale = pairs, classes, channels, scale
+
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, Tensor]:  # noqa: ARG002
+        """Index, uint8 (C, h, w), labels int16 (H, W). Raises BadImage, InputError."""
+        image = read_image(self.pairs.images[index], self.channels)
+        small = resize_image(image, resized_size(image.shape[0], image.shape[1], self.scale))
+        mask = read_mask(self.pairs.masks[index], self.classes)
+        picture = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+        return index, picture, torch.from_numpy(mask)
+
+
+def collate(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """uint8 (B, C, S, S), int16 (B, S, S)."""
+    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+
+def only(rows: list[Any]) -> Any:
+    """Validation images have sizes of their own: one at a time."""
+    (row,) = rows
+    return row
+
+
+def evaluate_ade20k(config: Ade20kConfig) -> Result:
+    """Train UPerNet on a backbone, or continue, and measure it. Every process calls it; the first one saves.
+
+    In the run directory: ``results/*.json``, ``checkpoints/``, ``pictures/`` (image, truth, prediction).
+    Metrics in percent: mIoU (headline), mAcc, aAcc; each class in ``details``.
+
+    Raises:
+        InputError: unusable backbone, data or setting, in one line, before the training.
+        Stopped: a signal asked for the end; the same call continues.
+    """
+    started = time.perf_counter()
+    published(config.preset)  # a wrong name is told first
+    out = config.run_directory("ade20k", config.preset)
+    accelerator = make_accelerator(config.device, config.precision)
+    data = open_ade20k(config.data, config.classes)
+    recipe = resolve(config, len(data.train))
+    given = load_backbone(config.backbone, key=config.key)
+    backbone, padded = at_window(config, given, recipe.crop_size)
+    settings = plain(config) | asdict(recipe)
+    indifferent = (*INDIFFERENT, "save_memory")
+    run = RunDir(str(out), settings, indifferent, writes=accelerator.is_main_process)
+    job = make_job(config, recipe, backbone, data, accelerator, run)
+    check_data(data, accelerator)
+    said = differences(config, recipe, int(given.model.embed_dim), padded)  # type: ignore[arg-type]
+    if accelerator.is_main_process:
+        for line in said:
+            print(f"ade20k, preset {config.preset}: {line}", file=sys.stderr)
+    name = f"{config.backbone} ({config.key})" if config.key else config.backbone
+    about = {
+        "path": config.data,
+        "fingerprint": data.fingerprint,
+        "train": len(data.train),
+        "val": len(data.val),
+        "classes": len(data.classes),
+    }
+    facts = {
+        "task": "ade20k",
+        "backbone": {"name": name, "digest": given.digest},
+        "data": about,
+    }
+    try:
+        last = fit(config, job, accelerator, run, facts)
+        result = make_result(
+            task="ade20k",
+            metrics=last.metrics,
+            protocol=describe(config, recipe, backbone, job, accelerator, said),
+            name=name,
+            backbone=given,
+            data=about,
+            seed=config.seed,
+            device=accelerator.device,
+            processes=accelerator.num_processes,
+            started=started,
+            details=last.details,
+        )
+        if accelerator.is_main_process:
+            result.save(run.path)
+            save_where(result, None, config.backbone)
+    finally:
+        run.close()
+    return result
+
+
+def at_window(config: Ade20kConfig, given: Backbone, crop: int) -> tuple[Backbone, int]:
+    """The backbone with positions for the window: ``crop`` made up to whole patches; and that side."""
+    rows, columns = given.model.patch_embed.patch_size  # type: ignore[union-attr, misc]
+    if rows != columns:
+        raise InputError(
+            f"{config.backbone}: patches of {rows}x{columns}; UPerNet's pyramid needs square ones"
+        )
+    side = -(-crop // rows) * rows
+    if given.img_size == (side, side):
+        return given, side
+    return load_backbone(config.backbone, img_size=side, key=config.key), side
+
+
+def check_data(data: Ade20k, accelerator: Accelerator) -> None:
+    """Read every mask and every image's size once; the processes share the work.
+
+    Raises InputError, the same in every process: the first wrong pair, or a split without labelled pixels.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for split, pairs in (("training", data.train), ("validation", data.val)):
+        if accelerator.is_main_process and len(pairs) >= TOLD_EVERY:
+            print(f"checking {len(pairs)} {split} masks", file=sys.stderr)
+        problem, labelled = None, 0
+        try:
+            labelled = check_pairs(pairs, len(data.classes), range(rank, len(pairs), world))
+        except InputError as error:
+            problem = str(error)
+        found: list[tuple[str | None, int]] = gather_object([(problem, labelled)])
+        problems = [text for text, _ in found if text is not None]
+        if problems:
+            raise InputError(problems[0])
+        if not sum(count for _, count in found):
+            raise InputError(
+                f"{data.root}: no labelled pixel in the {split} masks; all are 0 or 255"
+            )
+
+
+def make_job(
+    config: Ade20kConfig,
+    recipe: Recipe,
+    backbone: Backbone,
+    data: Ade20k,
+    accelerator: Accelerator,
+    run: RunDir,
+) -> Job:
+    """Model, optimizer, batches, schedule and measurement of one segmentation."""
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    micro, accumulation = micro_batches(recipe.batch_size, config.micro_batch, world)
+    if norm_images(micro, accelerator) < 2:
+        raise InputError(
+            "batch norm needs 2 or more images at a time in training, and there is 1: give a larger batch_size "
+            "or micro_batch, or fewer processes"
+        )
+    torch.manual_seed(config.seed)  # the head's first weights
+    model = Segmenter(
+        backbone,
+        len(data.classes),
+        channels=recipe.channels,
+        dropout=recipe.dropout,
+        auxiliary_weight=recipe.auxiliary_weight,
+        drop_path=recipe.drop_path,
+        relative_bias=recipe.relative_bias,
+        layer_scale=recipe.layer_scale,
+        save_memory=config.save_memory,
+    )
+    sync_norms(model, device, world)
+    model.to(device)
+    # the published constructor exempts "cls_token" and "pos_embed" by bare names, which never match below
+    # "backbone.": both decay, and so do they here
+    depth = len(model.backbone.vit.blocks)
+    groups = layer_decay_groups(model, depth, recipe.layer_decay, recipe.weight_decay, no_decay=())
+    crop = SegmentationCrop(
+        recipe.crop_size,
+        (recipe.longer_side, recipe.shorter_side),
+        (recipe.smallest_ratio, recipe.largest_ratio),
+        recipe.cat_max_ratio,
+        fill=tuple(round(255 * m) for m in backbone.mean),
+    )
+    sample = TrainSample(data.train, len(data.classes), len(backbone.mean), crop)
+
+    def batches(start_step: int) -> Generator[Any, None, None]:
+        return train_batches(
+            sample,
+            collate,
+            len(data.train),
+            seed=config.seed,
+            batch_size=recipe.batch_size,
+            micro_batch=micro,
+            rank=rank,
+            world=world,
+            workers=config.workers,
+            start_step=start_step,
+            pin_memory=device.type == "cuda",
+        )
+
+    def to_device(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        images, labels = (part.to(device, non_blocking=True) for part in batch)
+        return {"images": normalise(images, backbone), "labels": labels.long()}
+
+    def lr_at(step: int) -> float:
+        rate = poly(step, recipe.lr, recipe.iterations, recipe.power)
+        return warmed_up(step, rate, recipe.warmup, recipe.warmup_ratio)
+
+    return Job(
+        model=model,
+        optimizer=torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True),
+        lr_at=lr_at,
+        batches=batches,
+        to_device=to_device,
+        evaluate=measurement(config, recipe, model, backbone, data, accelerator, run),
+        headline="mIoU",
+        batch_size=recipe.batch_size,
+        accumulation=accumulation,
+        steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
+        total_steps=recipe.iterations,
+    )
+
+
+def norm_images(micro: int, accelerator: Accelerator) -> int:
+    """Images over which batch norm takes its statistics in training."""
+    shared = accelerator.device.type == "cuda"
+    return micro * accelerator.num_processes if shared else micro
+
+
+def measurement(
+    config: Ade20kConfig,
+    recipe: Recipe,
+    model: Segmenter,
+    backbone: Backbone,
+    data: Ade20k,
+    accelerator: Accelerator,
+    run: RunDir,
+) -> Callable[[int], Evaluation]:
+    """The job's ``evaluate``: every validation image once over all processes, whole, by sliding windows."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    classes = len(data.classes)
+    scale = (recipe.longer_side, recipe.shorter_side)
+    sample = TestSample(data.val, classes, len(backbone.mean), scale)
+    mine = len(range(rank, len(data.val), world))
+    shown = {rank + world * int(i) for i in np.linspace(0, mine - 1, min(config.pictures, mine))}
+
+    def predict(windows: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return model.logits(windows)
+
+    def evaluate(step: int) -> Evaluation:
+        confusion = torch.zeros((classes, classes), dtype=torch.int64, device=device)
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        images = each_once(
+            sample, only, range(len(data.val)), batch_size=1, rank=rank, world=world, workers=config.workers,
+        )  # fmt: skip
+        for done, (index, picture, mask) in enumerate(images, start=1):
+            image = normalise(picture[None].to(device), backbone)[0]
+            logits = slide_logits(predict, image, classes, recipe.crop_size, recipe.stride)
+            prediction = resized_argmax(logits, (mask.shape[0], mask.shape[1]))
+            confusion += confusion_matrix(prediction, mask.to(device), classes)
+            if accelerator.is_main_process:
+                if index in shown:
+                    rows.append((picture, mask, prediction.cpu()))
+                if done % TOLD_EVERY == 0:
+                    print(f"evaluated {done} of {mine} images", file=sys.stderr)
+        # addition of whole numbers: the same sum on any number of processes
+        total: Tensor = accelerator.reduce(confusion, "sum")
+        found = scores(total)
+        if rows:
+            title = f"step {step}: mIoU {100 * found.miou:.1f} % of {len(data.val)} images"
+            path = run.path / "pictures" / f"step_{step:08d}.png"
+            segmentation_picture(path, rows, list(data.classes), title)
+        return Evaluation(
+            {"mIoU": 100 * found.miou, "mAcc": 100 * found.macc, "aAcc": 100 * found.aacc},
+            {"classes": class_table(found, data.classes)},
+        )
+
+    return evaluate
+
+
+def class_table(found: Scores, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One row a class: name, IoU and accuracy in percent (None where it does not exist), labelled pixels."""
+
+    def percent(share: Tensor) -> float | None:
+        return None if share.isnan() else 100 * share.item()
+
+    return [
+        {
+            "name": name,
+            "iou": percent(found.iou[k]),
+            "accuracy": percent(found.accuracy[k]),
+            "pixels": int(found.pixels[k]),
+        }
+        for k, name in enumerate(names)
+    ]
+
+
+def describe(
+    config: Ade20kConfig,
+    recipe: Recipe,
+    backbone: Backbone,
+    job: Job,
+    accelerator: Accelerator,
+    said: list[str],
+) -> dict[str, Any]:
+    """``Result.protocol``: every setting that moves the number."""
+    micro = recipe.batch_size // accelerator.num_processes // job.accumulation
+    return {
+        "name": config.preset,
+        "headline": "mIoU",
+        "quoted": "the last iteration; single scale, no flip",
+        "weights": WEIGHTS[config.preset],
+        **asdict(recipe),
+        "window": backbone.img_size,
+        "taps": default_taps(len(backbone.model.blocks)),  # type: ignore[arg-type]
+        "optimizer": "AdamW, betas .9 and .999; vectors and biases do not decay; cls_token and pos_embed do, "
+        "as in the published constructor, whose exemption misses them",
+        "schedule": "poly to 0, linear warm-up, every iteration",
+        "head": "UPerNet (pooling 1, 2, 3, 6), auxiliary FCN of 256 channels on the third map",
+        "loss": "cross-entropy, mean over all pixels, unlabelled ones count 0 (mmseg's mean)",
+        "batch_norm_images": norm_images(micro, accelerator),
+        "augmentation": "resize, crop, flip, photometric distortion (as mmseg); mean colour as padding",
+        "test": "resized to fit shorter and longer side, windows averaged as logits, resized to the image, argmax",
+        "metric": "one confusion matrix over all images; label 0 and 255 ignored; classes that occur neither in "
+        "truth nor prediction left out of the mean",
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "differs": said,
+    }
