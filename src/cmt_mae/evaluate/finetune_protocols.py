@@ -116,8 +116,8 @@ def published(name: PresetName, width: int) -> Recipe:
     if name == "quick":
         return Recipe(
             epochs=10,
-            batch_size=64,
-            blr=2e-3,
+            batch_size=32,
+            blr=4e-3,
             layer_decay=0.75,
             drop_path=0.0,
             warmup_epochs=1,

@@ -1,0 +1,39 @@
+"""Fine-tuning as a program that can be killed, or started by torchrun: finetune_program.py JSON.
+
+The settings of FinetuneConfig, and ``kill_at``: [signal, n] is sent by the n-th batch that is loaded.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from cmt_mae.evaluate import finetune
+from cmt_mae.evaluate.finetune import FinetuneConfig, evaluate_finetune
+from cmt_mae.evaluate.result import Result
+
+torch.set_num_threads(1)
+
+
+def run(kill_at: tuple[int, int] | None = None, **given: Any) -> Result:
+    """One fine-tuning; with ``kill_at`` this process sends itself the signal."""
+    collate, loaded = finetune.collate, 0
+
+    def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        nonlocal loaded
+        loaded += 1
+        if kill_at is not None and loaded == kill_at[1]:
+            os.kill(os.getpid(), kill_at[0])
+        return collate(rows)
+
+    finetune.collate = counted
+    try:
+        return evaluate_finetune(FinetuneConfig(**{"workers": 0, "progress": False, **given}))
+    finally:
+        finetune.collate = collate
+
+
+if __name__ == "__main__":
+    run(**json.loads(sys.argv[1]))
