@@ -161,6 +161,7 @@ def test_the_layers_of_a_tapped_network_get_their_scales() -> None:
     assert scales["head.weight"] == (1.0, 0.05)
     assert scales["head.bias"] == (1.0, 0.0)
     assert layer_id("other.blocks.3.weight", 12, "backbone.") == 13
+    assert layer_id("backbone.biases.3.table", 12, "backbone.") == 4  # as in BEiT's blocks
 
 
 def test_padding_reaches_multiples_at_the_right_and_bottom() -> None:

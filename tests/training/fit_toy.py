@@ -52,9 +52,13 @@ def toy(
     signal_in_evaluation: int | None = None,
     digest: str = "a",
     lr_scale: float = 1.0,
+    statistics: str | None = None,
     **settings: Any,
 ) -> tuple[Evaluation, Job, RunDir]:
-    """Train the toy. signal_at: (signal, micro-batch number since step 0) sent to this very process."""
+    """Train the toy. signal_at: (signal, micro-batch number since step 0) sent to this very process.
+
+    statistics: beginning of the files' names that every process writes its BatchNorm's means to at an evaluation.
+    """
     options = {"log_every": 2, "checkpoint_every": 0.4, "eval_every": 1.0, **settings}
     config = TaskSettings(
         backbone="b", data="d", out=str(out), progress=False, device="cpu", workers=0, micro_batch=micro,
@@ -84,6 +88,9 @@ def toy(
     def evaluate(step: int) -> Evaluation:
         if signal_in_evaluation == step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if statistics is not None:
+            assert isinstance(model.body[1], nn.BatchNorm1d)
+            torch.save(model.body[1].running_mean, f"{statistics}{rank}.pt")
         weight = float(model.body[0].weight.detach().sum())
         return Evaluation({"score": weight}, {"step": step})
 

@@ -145,6 +145,16 @@ def test_two_processes_train_and_log_as_one(tmp_path: Path) -> None:
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
 
 
+def test_all_processes_evaluate_with_the_same_batch_statistics(tmp_path: Path) -> None:
+    statistics = str(tmp_path / "mean")
+    done = program(tmp_path / "two", processes=2, epochs=1, statistics=statistics)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(f"{statistics}{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    kept = state(tmp_path / "two")["model"]["body.1.running_mean"]
+    assert torch.equal(kept, first)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from cmt_mae.errors import InputError, Stopped
@@ -248,6 +249,7 @@ class _Fit:
         """Evaluate, note the numbers, keep them in a checkpoint; the best one is marked."""
         self.job.model.eval()
         with torch.no_grad():
+            self.share_statistics()
             self.last = self.job.evaluate(self.step)
         self.evaluated_at = self.step
         shown = ", ".join(f"{k} {v:.2f}" for k, v in list(self.last.metrics.items())[:4])
@@ -260,6 +262,16 @@ class _Fit:
         if better and self.run.writes:
             mark_best(list_checkpoints(self.run.checkpoints)[-1])
         self.since = time.perf_counter()
+
+    def share_statistics(self) -> None:
+        """The main process's batch statistics become every process's: all evaluate one and the same model.
+
+        Each process counts its own micro-batches, and DDP evens that out only at the next forward pass.
+        """
+        for module in (self.job.model, self.job.average):
+            if module is not None and self.accelerator.num_processes > 1:
+                for buffer in module.buffers():
+                    buffer.copy_(broadcast(buffer.clone(), from_process=0))
 
     def checkpoint(self) -> None:
         """Write everything that continuing needs; forget old checkpoints."""

@@ -48,7 +48,8 @@ def layer_id(name: str, depth: int, prefix: str) -> int:
     if not name.startswith(prefix):
         return depth + 1
     inner = name[len(prefix) :]
-    block = re.search(r"(?:^|\.)blocks\.(\d+)\.", inner)
+    # a block's table of relative positions (pyramid.Taps.biases) is part of the block, as in BEiT
+    block = re.search(r"(?:^|\.)(?:blocks|biases)\.(\d+)\.", inner)
     if block:
         return int(block[1]) + 1
     return 0 if any(part in EMBEDDING for part in inner.split(".")) else depth + 1
