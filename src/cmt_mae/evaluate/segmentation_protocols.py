@@ -112,7 +112,7 @@ def published(name: PresetName) -> Recipe:
         return replace(paper, lr=1e-4, layer_decay=0.65, relative_bias=True, layer_scale=1.0)
     if name == "quick":
         return Recipe(
-            lr=1e-3,
+            lr=5e-4,
             layer_decay=0.75,
             iterations=300,
             batch_size=8,
@@ -122,7 +122,7 @@ def published(name: PresetName) -> Recipe:
             stride=85,
             shorter_side=128,
             longer_side=512,
-            channels=128,
+            channels=64,
         )
     raise InputError(f"unknown preset {name!r}; use paper, paper_ft, mae or quick")
 
