@@ -57,7 +57,7 @@ def parts(
 # --- spec 11, ViT-B and ViT-L ---------------------------------------------------------------------
 
 
-def full_size(preset: str, source: str = "collab", device: str = "meta") -> tuple[Learner, Guides]:
+def full_size(preset: str, source: str = "collab") -> tuple[Learner, Guides]:
     """ViT-B or ViT-L with CLIP-B/16 on the meta device: sizes without numbers."""
     pixel = source == "pixel"
     with torch.device("meta"):

@@ -24,6 +24,7 @@ from cmt_mae.method.masking import noise_length
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import Stepper
 from cmt_mae.training.files import write_json
+from cmt_mae.training.processes import make_accelerator
 from cmt_mae.training.run_dir import environment, plain
 
 
@@ -82,9 +83,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     run = config.run_settings()
     source = open_split(config.data.path, "train") if config.data.path else None
-    # two throw-away questions: how many processes, and which teacher
     backbone = frozen_backbone(run) if run.needs_teacher() else None
-    processes = make_processes(run)
+    processes = make_accelerator(run.runtime.device, run.precision).num_processes
     run.batch_size = run.runtime.micro_batch * processes
     if source is not None and len(source) < run.batch_size:
         raise InputError(
@@ -114,13 +114,6 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if stepper.accelerator.is_main_process:
         show(content)
     return content
-
-
-def make_processes(run: PretrainConfig) -> int:
-    """How many processes measure together."""
-    from cmt_mae.training.processes import make_accelerator
-
-    return make_accelerator(run.runtime.device, run.precision).num_processes
 
 
 def stages_of(config: BenchConfig, stepper: Stepper) -> dict[str, int]:

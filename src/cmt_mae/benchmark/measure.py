@@ -198,7 +198,7 @@ def peak_flops(device: torch.device, precision: str, how: str = "auto") -> dict[
             if known in name:
                 return {"flops": KNOWN_BF16[known], "how": f"data sheet of {known}, dense bf16"}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size, tries = (8192, 20) if device.type == "cuda" else (2048, 5)
+    size, tries = (8192, 20) if device.type == "cuda" else (1536, 4)
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
