@@ -239,7 +239,9 @@ def _integer(raw: Any, key: str, where: str, low: int = 0, high: int = LARGEST_I
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
-        raise InputError(f"{where}: '{key}' must be an integer in {low}..{high - 1}, not {value!r:.60}")
+        raise InputError(
+            f"{where}: '{key}' must be an integer in {low}..{high - 1}, not {value!r:.60}"
+        )
     return value
 
 
@@ -300,7 +302,9 @@ def _annotation(
     crowd = _integer({"iscrowd": 0} | raw, "iscrowd", where, 0, 2)
     box = raw.get("bbox")
     if not _coordinates(box) or len(box) != 4 or box[2] < 0 or box[3] < 0:
-        raise InputError(f"{where}: 'bbox' must be [x, y, width, height] in pixels, not {box!r:.60}")
+        raise InputError(
+            f"{where}: 'bbox' must be [x, y, width, height] in pixels, not {box!r:.60}"
+        )
     segmentation = _segmentation(raw.get("segmentation"), where, height, width)
     area = raw.get("area")
     if area is None:
@@ -337,9 +341,9 @@ def _segmentation(raw: Any, where: str, height: int, width: int) -> Any:
                 f"{where}: its mask is of size {str(raw.get('size'))[:40]}, its image of "
                 f"[{height}, {width}]; the two must be equal"
             )
-        counts = raw.get("counts")
+        counts: Any = raw.get("counts")
         try:
-            lengths = run_lengths(counts) if isinstance(counts, str) else counts
+            lengths: Any = run_lengths(counts) if isinstance(counts, str) else counts
             right = all(isinstance(n, int) and 0 <= n <= height * width for n in lengths)
             right = right and sum(lengths) == height * width
         except (TypeError, ValueError):

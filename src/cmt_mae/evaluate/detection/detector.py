@@ -173,7 +173,12 @@ class RoIPool(MultiScaleRoIAlign):
         for level, (name, stride) in enumerate(zip(LEVELS, self.strides, strict=True)):
             chosen = (levels == level).nonzero()[:, 0]
             pooled = roi_align(
-                x[name], rois[chosen], self.output_size, 1 / stride, self.sampling_ratio, aligned=True
+                x[name],
+                rois[chosen],
+                self.output_size,
+                1 / stride,
+                self.sampling_ratio,
+                aligned=True,
             )
             out = out.index_copy(0, chosen, pooled.to(out.dtype))
         return out

@@ -26,14 +26,14 @@ def to_coco(
     boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
     masks, labels = found["masks"].float().cpu(), found["labels"].tolist()
     as_boxes, as_masks = [], []
-    for box, label, score, mask in zip(
-        boxes, labels, found["scores"].tolist(), masks, strict=True
-    ):
+    for box, label, score, mask in zip(boxes, labels, found["scores"].tolist(), masks, strict=True):
         left, top, right, bottom = box.tolist()
         about = {"image_id": image_id, "category_id": category_ids[label - 1]}
         corner_and_sides = [round(v, 2) for v in (left, top, right - left, bottom - top)]
         as_boxes.append({**about, "bbox": corner_and_sides, "score": round(score, 5)})
-        rle = coco_mask.encode(np.asfortranarray(paste(mask[0], (left, top, right, bottom), original)))
+        rle = coco_mask.encode(
+            np.asfortranarray(paste(mask[0], (left, top, right, bottom), original))
+        )
         counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
         as_masks.append(
             {

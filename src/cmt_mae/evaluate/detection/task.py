@@ -119,7 +119,8 @@ def open_backbone(config: CocoConfig) -> tuple[Backbone, Protocol, list[str]]:
                 "--augment lsj --lsj_size PIXELS"
             )
         backbone = load_backbone(config.backbone, img_size=protocol.lsj_size, key=config.key)
-    if protocol.augment == "lsj" and max(protocol.test_short, protocol.test_longest) > protocol.lsj_size:
+    largest = max(protocol.test_short, protocol.test_longest)
+    if protocol.augment == "lsj" and largest > protocol.lsj_size:
         raise InputError(
             f"test pictures of {protocol.test_short} / {protocol.test_longest} pixels do not fit into "
             f"lsj_size {protocol.lsj_size}: set test_short and test_longest to it"
@@ -264,8 +265,9 @@ class Evaluator:
         out: Path,
         config: CocoConfig,
     ) -> None:
-        self.detector, self.split, self.protocol, self.backbone = detector, split, protocol, backbone
-        self.accelerator, self.out, self.config = accelerator, out, config
+        self.detector, self.split, self.protocol = detector, split, protocol
+        self.backbone, self.accelerator = backbone, accelerator
+        self.out, self.config = out, config
 
     def __call__(self, step: int) -> Evaluation:
         """Writes predictions and pictures; every process gets the same numbers."""
@@ -273,9 +275,7 @@ class Evaluator:
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
             for name, rows in (("bbox", boxes), ("segm", masks)):
-                text = json.dumps(rows)
-                path = self.out / "predictions" / f"{name}.json"
-                write_atomically(path, lambda aside, text=text: aside.write_text(text))
+                write_text(self.out / "predictions" / f"{name}.json", json.dumps(rows))
             metrics, classes = coco_metrics(self.split.ground_truth(), boxes, masks)
             self.picture(step, boxes, masks, metrics)
             details = {"classes": classes, "detections": len(boxes), "images": len(self.split)}
@@ -333,3 +333,8 @@ class Evaluator:
         path = self.out / "pictures" / f"detections_step_{step:08d}.png"
         shown = range(min(self.config.pictures, len(self.split)))
         detection_picture(path, self.split, shown, boxes, masks, title)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not there."""
+    write_atomically(path, lambda aside: aside.write_text(text))

@@ -1,0 +1,398 @@
+"""COCO's layout: masks and boxes against pycocotools, crops against torchvision, and every bad file."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as reference_mask
+from pycocotools.coco import COCO
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as tv
+
+from cmt_mae.data.coco import CocoSplit, mask_of, open_coco, run_lengths, same_classes
+from cmt_mae.data.detection_crops import (
+    Example,
+    boxes_of,
+    crop,
+    drop_lost,
+    flip,
+    large_scale_jitter,
+    multi_scale,
+    resize,
+    scaled_size,
+)
+from cmt_mae.data.scenes import write_coco
+from cmt_mae.errors import InputError
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "coco"
+    write_coco(root, 6, 3, 48, seed=2)
+    return root
+
+
+@pytest.fixture
+def copied(scenes: Path, tmp_path: Path) -> Path:
+    """The scenes' folder with files of its own to spoil."""
+    for folder in ("annotations", "train2017", "val2017"):
+        (tmp_path / folder).mkdir()
+        for file in (scenes / folder).iterdir():
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def change(root: Path, how: Change, split: str = "train") -> None:
+    file = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(file.read_text())
+    how(content)
+    file.write_text(json.dumps(content))
+
+
+def with_masks(example: Example) -> None:
+    """Boxes and masks belong together, whatever has been done to them."""
+    count, (height, width) = len(example.boxes), example.size
+    assert example.masks.shape == (count, height, width)
+    assert example.labels.shape == (count,)
+    assert example.masks.dtype == torch.uint8
+    if count:
+        assert example.boxes.min() >= 0
+        assert (example.boxes <= torch.tensor([width, height, width, height])).all()
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def test_real_coco_equals_pycocotools(shared: Path) -> None:
+    split = open_coco(shared / "data" / "coco", "train")
+    theirs = COCO(str(split.path))
+    assert len(split) == 60
+    assert len(split.classes) == 80
+    assert split.category_ids == sorted(theirs.cats)
+    assert split.category_ids[-1] == 90, "the ids have gaps"
+    for index in (0, 7, 31):
+        example = split.example(index)
+        records = theirs.loadAnns(theirs.getAnnIds(int(split.ids[index])))
+        with_masks(example)
+        masks = np.stack([theirs.annToMask(record) for record in records])
+        assert np.array_equal(example.masks.numpy(), masks)
+        boxes = np.array([record["bbox"] for record in records])
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(example.boxes.numpy(), boxes, atol=0.51)
+        names = [theirs.cats[record["category_id"]]["name"] for record in records]
+        assert [split.classes[k - 1] for k in example.labels] == names
+
+
+def test_scenes_have_gaps_crowds_and_an_empty_image(scenes: Path) -> None:
+    split, val = open_coco(scenes, "train"), open_coco(scenes, "val")
+    same_classes(split, val)
+    assert split.category_ids == [1, 2, 3, 4, 6, 7, 8, 10, 11, 13]
+    assert split.counts[3] == 0
+    assert split.crowds >= 1
+    empty = split.example(3)
+    assert (len(empty.boxes), len(empty.masks), len(empty.labels)) == (0, 0, 0)
+    with_masks(empty)
+    crowded = [a for a in split.annotations(1) if a["iscrowd"]]
+    assert crowded
+    assert len(split.example(1).boxes) == len(split.annotations(1)) - len(crowded)
+    for a in split.annotations(1):
+        height, width = split.sizes[1]
+        assert mask_of(a["segmentation"], height, width).sum() == a["area"]
+    assert len(split.ground_truth()["annotations"]) == split.counts.sum() + split.crowds
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 40), st.floats(0, 1))
+def test_masks_in_every_form_equal_pycocotools(seed: int, h: int, w: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    mask = np.asfortranarray(rng.random((h, w)) < share).astype(np.uint8)
+    packed = reference_mask.encode(mask)
+    text = packed["counts"].decode()
+    lengths = run_lengths(text)
+    assert sum(lengths) == h * w
+    assert np.array_equal(mask_of({"size": [h, w], "counts": text}, h, w), mask)
+    assert np.array_equal(mask_of({"size": [h, w], "counts": lengths}, h, w), mask)
+    polygons = [list(rng.uniform(-5, 45, 2 * int(n))) for n in rng.integers(3, 9, 2)]
+    theirs = reference_mask.decode(reference_mask.merge(reference_mask.frPyObjects(polygons, h, w)))
+    assert np.array_equal(mask_of(polygons, h, w), theirs)
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=140), max_size=30))
+def test_run_lengths_refuse_or_read_any_text(text: str) -> None:
+    try:
+        assert all(isinstance(n, int) for n in run_lengths(text))
+    except ValueError:
+        pass
+
+
+def test_grey_palette_and_turned_images(copied: Path) -> None:
+    split = open_coco(copied, "train")
+    height, width = split.sizes[0]
+    path = copied / "train2017" / split.names[0]
+    Image.new("L", (width, height), 77).save(path)
+    assert open_coco(copied, "train").image(0).unique().tolist() == [77]
+    Image.new("P", (width, height)).save(path, format="PNG")
+    assert open_coco(copied, "train").image(0).shape == (3, height, width)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    upright = split.sizes.index(next(size for size in split.sizes if size[0] != size[1]))
+    height, width = split.sizes[upright]
+    Image.new("RGB", (height, width)).save(copied / "train2017" / split.names[upright], exif=exif)
+    assert open_coco(copied, "train").image(upright).shape == (3, height, width)
+
+
+def test_fingerprint_follows_annotations_and_images(copied: Path) -> None:
+    before = open_coco(copied, "train").fingerprint()
+    assert open_coco(copied, "train").fingerprint() == before
+    change(copied, lambda c: c["annotations"].pop())
+    after = open_coco(copied, "train").fingerprint()
+    assert after != before
+    split = open_coco(copied, "train")
+    Image.new("RGB", split.sizes[2][::-1]).save(copied / "train2017" / split.names[2])
+    assert open_coco(copied, "train").fingerprint() != after
+
+
+def test_other_names_and_places(copied: Path) -> None:
+    (copied / "images").mkdir()
+    (copied / "train2017").rename(copied / "images" / "train")
+    file = copied / "annotations" / "instances_train2017.json"
+    file.rename(file.with_name("instances_train.json"))
+    assert len(open_coco(copied, "train")) == 6
+    (copied / "annotations" / "instances_train_b.json").write_text("{}")
+    with pytest.raises(InputError, match="several files of train"):
+        open_coco(copied, "train")
+
+
+# --- what is wrong ---------------------------------------------------------------------------------
+
+
+def put(key: str, value: Any, rows: str = "annotations", at: int = 0) -> Change:
+    return lambda content: content[rows][at].update({key: value})
+
+
+WRONG: dict[str, tuple[Change, str]] = {
+    "absent": (put("file_name", "gone.jpg", "images"), r"names 1 image\(s\) that are not in"),
+    "outside": (put("file_name", "../x.jpg", "images"), "must be a path below the images"),
+    "absolute": (put("file_name", "/etc/passwd", "images"), "must be a path below the images"),
+    "zero byte": (put("file_name", "a\0b", "images"), r"names 1 image\(s\) that are not in"),
+    "other size": (put("width", 4000, "images"), "its boxes and masks are for another picture"),
+    "huge size": (put("width", 10**9, "images"), "'width' must be an integer in 1.."),
+    "huge pixels": (
+        lambda c: c["images"][0].update(width=10**8, height=10**8),
+        "over the limit",
+    ),
+    "float size": (put("height", 1.5, "images"), "'height' must be an integer"),
+    "text id": (put("id", "one", "images"), "'id' must be an integer"),
+    "giant id": (put("id", 10**40, "images"), "'id' must be an integer"),
+    "same image twice": (lambda c: c["images"].append(c["images"][0]), "its id is there twice"),
+    "same box twice": (lambda c: c["annotations"].append(c["annotations"][0]), "there twice"),
+    "same class twice": (lambda c: c["categories"].append(c["categories"][0]), "there twice"),
+    "no name": (lambda c: c["categories"][0].pop("name"), "it has no 'name'"),
+    "no such image": (put("image_id", 999), "its image 999 is not in the list of images"),
+    "no such class": (put("category_id", 5), "its category 5 is not in the list of categories"),
+    "bool class": (put("category_id", True), "'category_id' must be an integer"),
+    "crowd 2": (put("iscrowd", 2), "'iscrowd' must be an integer in 0..1"),
+    "box of 3": (put("bbox", [1, 2, 3]), r"'bbox' must be \[x, y, width, height\]"),
+    "box of text": (put("bbox", ["1", 2, 3, 4]), "'bbox' must be"),
+    "negative box": (put("bbox", [1, 2, -3, 4]), "'bbox' must be"),
+    "nan box": (put("bbox", [float("nan"), 2, 3, 4]), "'bbox' must be"),
+    "endless box": (put("bbox", [float("inf"), 2, 3, 4]), "'bbox' must be"),
+    "giant box": (put("bbox", [10**400, 2, 3, 4]), "'bbox' must be"),
+    "negative area": (put("area", -1), "'area' must be"),
+    "nan area": (put("area", float("nan")), "'area' must be"),
+    "no mask": (lambda c: c["annotations"][0].pop("segmentation"), "'segmentation' must be"),
+    "empty mask": (put("segmentation", []), "it has no mask"),
+    "line": (put("segmentation", [[1, 1, 5, 5]]), "it has no mask"),
+    "odd polygon": (put("segmentation", [[1, 1, 5, 5, 2, 8, 9]]), "'segmentation' must be"),
+    "giant polygon": (put("segmentation", [[1, 1, 1e30, 5, 2, 8]]), "'segmentation' must be"),
+    "mask of another size": (
+        put("segmentation", {"size": [7, 9], "counts": [63]}),
+        r"its mask is of size \[7, 9\], its image of",
+    ),
+    "short run lengths": (
+        put("segmentation", {"size": [48, 48], "counts": [5, 5]}),
+        "the run lengths of its mask do not fill 48 x 48",
+    ),
+    "mad run lengths": (
+        put("segmentation", {"size": [48, 48], "counts": "~~~~~~"}),
+        "the run lengths of its mask do not fill",
+    ),
+    "negative run lengths": (
+        put("segmentation", {"size": [48, 48], "counts": [-1, 48 * 48 + 1]}),
+        "the run lengths of its mask do not fill",
+    ),
+    "list for record": (lambda c: c["annotations"].insert(0, [1]), "'image_id' must be an integer"),
+    "no images": (lambda c: c["images"].clear(), "the list 'images' is empty"),
+    "no classes": (lambda c: c["categories"].clear(), "the list 'categories' is empty"),
+    "no annotations": (lambda c: c.pop("annotations"), "has no list 'annotations'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_annotations_are_one_line(copied: Path, name: str) -> None:
+    how, text = WRONG[name]
+    change(copied, how)
+    with pytest.raises(InputError) as caught:
+        open_coco(copied, "train")
+    assert re.search(text, str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "[" * 100_000, '{"images": 3}', "\udcff"])
+def test_no_json(copied: Path, content: str) -> None:
+    file = copied / "annotations" / "instances_train2017.json"
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"is no JSON|has no list"):
+        open_coco(copied, "train")
+
+
+def test_missing_files_and_folders(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no folder"):
+        open_coco(tmp_path / "nowhere", "train")
+    with pytest.raises(InputError, match=r"no annotation file .*instances_test2017\.json"):
+        open_coco(copied, "test")
+    broken = copied / "train2017" / open_coco(copied, "train").names[0]
+    broken.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"is no image"):
+        open_coco(copied, "train")
+    (copied / "train2017").rename(copied / "elsewhere")
+    with pytest.raises(InputError, match="the images of .* are missing"):
+        open_coco(copied, "train")
+
+
+def test_an_image_that_ends_early_is_named(copied: Path) -> None:
+    split = open_coco(copied, "train")
+    path = copied / "train2017" / split.names[0]
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(InputError, match=re.escape(split.names[0])):
+        open_coco(copied, "train").image(0)
+
+
+def test_splits_with_other_classes(copied: Path) -> None:
+    change(copied, lambda c: c["categories"].append({"id": 99, "name": "new"}), "val")
+    with pytest.raises(InputError, match=r"different categories \(ids \[99\]\)"):
+        same_classes(open_coco(copied, "train"), open_coco(copied, "val"))
+
+
+def test_area_and_crowd_are_filled_in(copied: Path) -> None:
+    before = open_coco(copied, "train")
+
+    def forget(content: dict[str, Any]) -> None:
+        for a in content["annotations"]:
+            a.pop("area")
+            if not a["iscrowd"]:
+                a.pop("iscrowd")
+
+    change(copied, forget)
+    after = open_coco(copied, "train")
+    assert after.ground_truth() == before.ground_truth()
+
+
+# --- crops -----------------------------------------------------------------------------------------
+
+
+def example_of(seed: int, height: int, width: int, count: int) -> Example:
+    rng = np.random.default_rng(seed)
+    masks = torch.zeros((count, height, width), dtype=torch.uint8)
+    for mask in masks:
+        top, left = int(rng.integers(height)), int(rng.integers(width))
+        mask[top : top + int(rng.integers(1, height + 1)), left : left + 9] = 1
+    image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(1, 9, count))
+    return Example(image, boxes_of(masks), labels, masks)
+
+
+SHAPES = (st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 60), st.integers(0, 4))
+
+
+@settings(max_examples=40, deadline=None)
+@given(*SHAPES, st.integers(1, 90), st.integers(1, 90))
+def test_flip_and_resize_equal_torchvision(
+    seed: int, h: int, w: int, n: int, new_h: int, new_w: int
+) -> None:
+    example = example_of(seed, h, w, n)
+    boxes = tv_tensors.BoundingBoxes(example.boxes, format="XYXY", canvas_size=(h, w))
+    flipped = flip(example)
+    assert torch.equal(flipped.image, tv.horizontal_flip(example.image))
+    assert torch.equal(flipped.masks, tv.horizontal_flip(tv_tensors.Mask(example.masks)))
+    torch.testing.assert_close(flipped.boxes, tv.horizontal_flip(boxes).as_subclass(torch.Tensor))
+    assert torch.equal(flip(flipped).image, example.image)
+    resized = resize(example, (new_h, new_w))
+    with_masks(resized)
+    theirs = tv.resize(boxes, [new_h, new_w]).as_subclass(torch.Tensor)
+    torch.testing.assert_close(resized.boxes, theirs, rtol=1e-4, atol=1e-4)
+    picture = tv.resize(example.image, [new_h, new_w], antialias=True)
+    assert (resized.image.int() - picture.int()).abs().max() <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(*SHAPES, st.integers(0, 40), st.integers(0, 40), st.integers(1, 60), st.integers(1, 60))
+def test_crop_keeps_boxes_on_their_masks(
+    seed: int, h: int, w: int, n: int, top: int, left: int, height: int, width: int
+) -> None:
+    example = example_of(seed, h, w, n)
+    top, left = min(top, h - 1), min(left, w - 1)
+    cropped = crop(example, top, left, height, width)
+    with_masks(cropped)
+    kept = drop_lost(cropped)
+    with_masks(kept)
+    torch.testing.assert_close(kept.boxes, boxes_of(kept.masks))
+    assert len(kept.boxes) == int(cropped.masks.flatten(1).bool().any(1).sum())
+
+
+def test_sizes_of_the_protocols() -> None:
+    """mmdetection's imrescale: 800 / 1333, the long side decides for narrow pictures."""
+    assert scaled_size((480, 640), 800, 1333) == (800, 1067)
+    assert scaled_size((640, 427), 800, 1333) == (1199, 800)
+    assert scaled_size((100, 1000), 800, 1333) == (133, 1333)
+    assert scaled_size((1, 3000), 800, 1333) == (1, 1333)
+    assert scaled_size((480, 640), 1024, 1024) == (768, 1024)
+
+
+@settings(max_examples=30, deadline=None)
+@given(*SHAPES)
+def test_random_crops(seed: int, h: int, w: int, n: int) -> None:
+    example = example_of(seed, h, w, n)
+    before = copy.deepcopy(example)
+
+    def drawn(how: Callable[[np.random.Generator], Example]) -> Example:
+        one, two = how(np.random.default_rng(seed)), how(np.random.default_rng(seed))
+        assert torch.equal(one.image, two.image)
+        assert torch.equal(one.boxes, two.boxes)
+        with_masks(one)
+        assert len(one.boxes) <= n
+        return one
+
+    scaled = drawn(lambda rng: multi_scale(example, rng, (20, 30), 50, (24,), (10, 16)))
+    assert min(scaled.size) in (20, 30) or max(scaled.size) == 50
+    jittered = drawn(lambda rng: large_scale_jitter(example, rng, 32))
+    assert max(jittered.size) <= 32
+    torch.testing.assert_close(jittered.boxes, boxes_of(jittered.masks))
+    assert torch.equal(example.image, before.image)
+    assert torch.equal(example.boxes, before.boxes)
+
+
+def test_multi_scale_uses_all_it_may(scenes: Path) -> None:
+    """Over many draws: every short side, flips, and DETR's crop in about half."""
+    example = CocoSplit.example(open_coco(scenes, "train"), 0)
+    sizes = set()
+    wide = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        drawn = multi_scale(example, rng, (40, 48, 56), 90, (60,), (20, 30))
+        sizes.add(min(drawn.size))
+        wide += drawn.size[0] != drawn.size[1]  # the scene is square, a crop need not be
+    assert {40, 48, 56} <= sizes
+    assert 60 < wide < 120
