@@ -1,18 +1,24 @@
 """All tasks that the data allow: what is found, what is run again, what a failure costs."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from cmt_mae.backbones import save_backbone
+from cmt_mae.data.scenes import write_ade20k, write_coco, write_davis
 from cmt_mae.errors import InputError, Stopped
 from cmt_mae.evaluate import everything, knn, linear
 from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
 from cmt_mae.evaluate.layouts import find_data, folder_fingerprint, layout_of
 from cmt_mae.evaluate.result import Result
+from cmt_mae.report.compare import METRICS, CompareConfig, compare
 
 
 @pytest.fixture
@@ -245,3 +251,85 @@ def test_nothing_to_evaluate_on_says_what_was_looked_for(config, root):
     assert "notes: no train and val split" in str(told.value)
     assert "knn: no labelled data" in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def deeper_vit(path: Path) -> str:
+    """A random ViT with the four blocks that detection and segmentation take maps from."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    save_backbone(
+        path,
+        model,
+        architecture="vit_tiny_patch16_224",
+        kwargs=kwargs,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        img_size=32,
+        licence=None,
+        source="a test",
+    )
+    return str(path)
+
+
+SMALL = {
+    "davis": {"size": 64, "pictures": 0},
+    "finetune": {"epochs": 1, "pictures": 0},
+    "ade20k": {"iterations": 2, "crop_size": 32, "channels": 8, "batch_size": 2, "pictures": 0},
+    "coco": {"epochs": 1.0, "channels": 16, "hidden": 16, "proposals": 20, "pictures": 0},
+}
+"""Settings that make the quick presets quicker still."""
+
+
+def test_all_six_tasks_on_generated_scenes(tmp_path, root, config, monkeypatch, capsys):
+    write_coco(root / "scenes-coco", 4, 2, 48)
+    write_ade20k(root / "scenes-ade", 2, 2, 48)
+    write_davis(root / "scenes-davis", 1, 3, 48)
+    for name, more in SMALL.items():
+        task = everything.TASKS[name]
+        presets = {"quick": {**task.presets["quick"], **more}}
+        monkeypatch.setitem(everything.TASKS, name, replace(task, presets=presets))
+    vit = deeper_vit(tmp_path / "deep.safetensors")
+    whole = config(backbone=vit, tasks=None)
+    results = evaluate_all(whole)
+    assert [result.task for result in results] == list(everything.TASKS)
+    assert set(everything.TASKS) == set(METRICS)
+    out = tmp_path / "out"
+    assert len(list((out / "results").glob("*.json"))) == 6
+    trainings = sorted(path.name.rsplit("-", 1)[0] for path in (out / "evaluations").iterdir())
+    assert trainings == [
+        "ade20k-scenes-ade-quick",
+        "coco-scenes-coco-quick",
+        "finetune-colours-quick",
+    ]
+
+    # one table has them all, and only once, though trainings keep a copy of their result
+    content = compare(CompareConfig(runs=[str(out)]))
+    (row,) = content["rows"]
+    cells = {(cell["task"], cell["metric"]): cell for cell in row["cells"]}
+    assert set(cells) == {(task, metric) for task, metrics in METRICS.items() for metric in metrics}
+    assert all(cell["n"] <= 1 for cell in row["cells"])
+    for result in results:
+        shown = cells[result.task, METRICS[result.task][0]]["value"]
+        assert shown == (None if math.isnan(result.headline) else result.headline)
+    assert content["notes"] == []
+
+    # nothing is done twice; and without the ledger a training that is over is only measured again
+    capsys.readouterr()
+    assert [r.identity() for r in evaluate_all(whole)] == [r.identity() for r in results]
+    assert capsys.readouterr().err.count("(measured before)") == 6
+    (out / everything.LEDGER).unlink()
+    again = evaluate_all(config(backbone=vit, tasks=("finetune",)))
+    said = capsys.readouterr().err
+    assert "at step 1 of 1" in said
+    assert again[0].metrics == results[3].metrics
+
+
+def test_every_preset_makes_settings(config, tmp_path):
+    """Names of settings and presets are those that the tasks know."""
+    backbone = everything.load_backbone(config().backbone)
+    for preset in ("quick", "paper"):
+        for name, task in everything.TASKS.items():
+            job = everything.make_job(name, tmp_path, config(preset=preset), backbone, tmp_path)
+            assert (job.config.device, job.config.seed) == ("cpu", 0)
+            assert job.config.out == str(tmp_path) or task.trains

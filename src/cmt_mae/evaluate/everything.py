@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -95,6 +96,30 @@ TASKS = {
         "evaluate_davis",
         "davis",
         {"quick": {"protocol": "dino"}, "paper": {"protocol": "dino"}},
+    ),
+    "finetune": Task(
+        "finetune",
+        "FinetuneConfig",
+        "evaluate_finetune",
+        "labelled",
+        {"quick": {"preset": "quick"}, "paper": {"preset": "mae"}},
+        trains=True,
+    ),
+    "ade20k": Task(
+        "segmentation",
+        "Ade20kConfig",
+        "evaluate_ade20k",
+        "ade20k",
+        {"quick": {"preset": "quick"}, "paper": {"preset": "paper"}},
+        trains=True,
+    ),
+    "coco": Task(
+        "detection",
+        "CocoConfig",
+        "evaluate_coco",
+        "coco",
+        {"quick": {"preset": "quick"}, "paper": {"preset": "1x"}},
+        trains=True,
     ),
 }
 
@@ -246,9 +271,8 @@ def make_job(
     key = job_key(name, settings, backbone, data)
     settings.out = str(out)
     if task.trains:
-        settings.out = str(
-            out / "evaluations" / f"{name}-{data.resolve().name}-{config.preset}-{key[:8]}"
-        )
+        folder = Path(os.path.abspath(data)).name
+        settings.out = str(out / "evaluations" / f"{name}-{folder}-{config.preset}-{key[:8]}")
     return Job(name, settings, key)
 
 

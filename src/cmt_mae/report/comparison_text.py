@@ -260,12 +260,16 @@ def _settings(settings: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting in few characters: lists without brackets, true as yes."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    """A setting in few characters: lists without brackets, true as yes; text with commas in quotes."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:.10g}"
     if isinstance(value, list) and value and not any(isinstance(v, list | dict) for v in value):
         return " / ".join(map(_value, value))
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return f"'{value}'" if set(value) & set(",;") else value
+    return json.dumps(value)
 
 
 def _title(word: str) -> str:
