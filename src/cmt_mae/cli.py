@@ -163,11 +163,28 @@ def show_result(result: Any) -> None:
         table.add_row(metric + mark, f"{value:.2f}")
     console = Console(stderr=True)
     console.print(table)
+    sequences = result.details.get("sequences")
+    if result.task == "davis" and sequences:
+        console.print(sequence_table(sequences))
     settings = ", ".join(
         f"{k} {v}" for k, v in result.protocol.items() if k not in ("name", "headline")
     )
     console.print(f"* the number to quote. protocol: {settings}", style="dim")
     console.print(f"{result.seconds:.1f} s, seed {result.seed}", style="dim")
+
+
+def sequence_table(rows: list[dict[str, Any]]) -> Any:
+    """J and F of each video of a DAVIS result."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("sequence")
+    for name in ("objects", "J&F", "J_mean", "F_mean"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        values = [f"{row[name]:.2f}" for name in ("J&F", "J_mean", "F_mean")]
+        table.add_row(row["name"], str(len(row["objects"])), *values)
+    return table
 
 
 def show_recipes(words: list[str]) -> None:
