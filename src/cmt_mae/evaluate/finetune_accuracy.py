@@ -65,11 +65,11 @@ def accuracy(best: Tensor, labels: Tensor, classes: int) -> tuple[dict[str, floa
     confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
     confusion = confusion.reshape(classes, classes)
     count = confusion.sum(1)
-    each = confusion.diagonal()[count > 0] / count[count > 0]
+    each = confusion.diagonal()[count > 0].double() / count[count > 0]
     metrics = {"top1": 100 * hit[:, 0].double().mean().item()}
     if classes > 5:
         metrics["top5"] = 100 * hit.any(1).double().mean().item()
-    metrics["class_mean"] = 100 * each.double().mean().item()
+    metrics["class_mean"] = 100 * each.mean().item()
     return metrics, confusion
 
 
