@@ -40,16 +40,11 @@ class VideoSequence:
     """Height and width of frames and masks in pixels."""
     objects: tuple[int, ...]
     """Ids in the first mask, rising; the objects to follow."""
+    fingerprint: str
+    """sha256 over the names and sizes in bytes of all files: same data, same text."""
 
     def __len__(self) -> int:
         return len(self.frames)
-
-    def fingerprint(self) -> str:
-        """sha256 over the names and sizes in bytes of all files: same data, same text."""
-        digest = hashlib.sha256(self.name.encode())
-        for file in (*self.frames, *self.masks):
-            digest.update(f"\n{file.name} {file.stat().st_size}".encode())
-        return digest.hexdigest()
 
 
 def open_davis(path: str, names: Sequence[str] | None = None) -> list[VideoSequence]:
@@ -145,7 +140,18 @@ def open_sequence(root: Path, name: str) -> VideoSequence:
                 f"{file}: {found[1]} x {found[0]} pixels, but {frames[0].name} of {name} has "
                 f"{size[1]} x {size[0]}; frames and masks of a sequence need one size"
             )
-    return VideoSequence(name, tuple(frames), tuple(masks), size, first_objects(masks[0]))
+    objects = first_objects(masks[0])
+    return VideoSequence(
+        name, tuple(frames), tuple(masks), size, objects, fingerprint(name, [*frames, *masks])
+    )
+
+
+def fingerprint(name: str, files: list[Path]) -> str:
+    """sha256 over a sequence's name and its files' names and sizes in bytes."""
+    digest = hashlib.sha256(name.encode())
+    for file in files:
+        digest.update(f"\n{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()
 
 
 def is_image(file: Path) -> bool:

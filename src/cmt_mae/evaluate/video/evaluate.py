@@ -255,7 +255,7 @@ def describe_protocol(protocol: VideoProtocol) -> dict[str, Any]:
 
 def describe_sequences(path: str, sequences: list[VideoSequence]) -> dict[str, Any]:
     """``Result.data``."""
-    digest = hashlib.sha256("\n".join(s.fingerprint() for s in sequences).encode())
+    digest = hashlib.sha256("\n".join(s.fingerprint for s in sequences).encode())
     return {
         "path": path,
         "fingerprint": digest.hexdigest(),

@@ -85,15 +85,18 @@ class Propagation:
         """
         target = self._inward(features)
         soft = torch.cat([self._strip(target, strip) for strip in self.strips])
-        if self.protocol.context:
-            self._remember(target, soft)
-        return (soft.transpose(0, 1) if self.turned else soft).permute(2, 0, 1)
+        labels = (soft.transpose(0, 1) if self.turned else soft).permute(2, 0, 1)
+        self.remember(features, labels)
+        return labels
 
-    def _remember(self, target: Tensor, soft: Tensor) -> None:
-        """Write the frame over the oldest one."""
+    def remember(self, features: Tensor, labels: Tensor) -> None:
+        """Write a frame (rows, columns, D) and its labels (K, rows, columns) over the oldest one."""
+        if not self.protocol.context:
+            return
+        soft = self._inward(labels.permute(1, 2, 0))
         if not self.protocol.soft_queue:
             soft = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
-        self.features[self.next], self.labels[self.next] = target, soft
+        self.features[self.next], self.labels[self.next] = self._inward(features), soft
         self.used = max(self.used, self.next + 1)
         self.next = 1 + self.next % self.protocol.context
 

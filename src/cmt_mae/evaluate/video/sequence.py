@@ -68,7 +68,7 @@ class Shelf:
             kept = Followed(**json.loads(text))
         except (OSError, ValueError, TypeError):
             return None
-        if kept.fingerprint != sequence.fingerprint():
+        if kept.fingerprint != sequence.fingerprint:
             return None
         numbers = range(len(sequence))
         if self.masks and not all(self.mask_file(sequence, n).is_file() for n in numbers):
@@ -136,7 +136,7 @@ def follow(
     spent["all"] = time.perf_counter() - began
     outcome = Followed(
         name=sequence.name,
-        fingerprint=sequence.fingerprint(),
+        fingerprint=sequence.fingerprint,
         frames=len(sequence),
         size=list(sequence.size),
         input=list(extractor.size),
