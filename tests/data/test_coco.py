@@ -1,5 +1,6 @@
 """COCO's layout: masks and boxes against pycocotools, crops against torchvision, and every bad file."""
 
+import contextlib
 import copy
 import json
 import re
@@ -130,10 +131,8 @@ def test_masks_in_every_form_equal_pycocotools(seed: int, h: int, w: int, share:
 
 @given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=140), max_size=30))
 def test_run_lengths_refuse_or_read_any_text(text: str) -> None:
-    try:
+    with contextlib.suppress(ValueError):
         assert all(isinstance(n, int) for n in run_lengths(text))
-    except ValueError:
-        pass
 
 
 def test_grey_palette_and_turned_images(copied: Path) -> None:
@@ -268,7 +267,7 @@ def test_missing_files_and_folders(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no image"):
         open_coco(copied, "train")
     (copied / "train2017").rename(copied / "elsewhere")
-    with pytest.raises(InputError, match="the images of .* are missing"):
+    with pytest.raises(InputError, match=r"the images of .* are missing"):
         open_coco(copied, "train")
 
 

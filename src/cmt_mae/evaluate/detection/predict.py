@@ -53,13 +53,14 @@ def paste(mask: Tensor, box: tuple[float, float, float, float], size: Size) -> n
     height, width = size
     whole = np.zeros(size, dtype=np.uint8)
     left, top, right, bottom = box
-    x = torch.arange(max(0, math.floor(left)), min(width, math.ceil(right)))
-    y = torch.arange(max(0, math.floor(top)), min(height, math.ceil(bottom)))
-    if not len(x) or not len(y) or right <= left or bottom <= top:
+    x0, x1 = max(0, math.floor(left)), min(width, math.ceil(right))
+    y0, y1 = max(0, math.floor(top)), min(height, math.ceil(bottom))
+    if x1 <= x0 or y1 <= y0 or right <= left or bottom <= top:
         return whole
+    x, y = torch.arange(x0, x1), torch.arange(y0, y1)
     u = (x + 0.5 - left) / (right - left) * 2 - 1
     v = (y + 0.5 - top) / (bottom - top) * 2 - 1
     places = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
     sampled = F.grid_sample(mask[None, None], places[None].to(mask.dtype), align_corners=False)
-    whole[int(y[0]) : int(y[-1]) + 1, int(x[0]) : int(x[-1]) + 1] = (sampled[0, 0] >= 0.5).numpy()
+    whole[y0:y1, x0:x1] = (sampled[0, 0] >= 0.5).numpy()
     return whole

@@ -67,7 +67,7 @@ PRESETS: dict[str, Protocol] = {
     "quick": Protocol(
         channels=64, hidden=256, norm="none", box_head="shared2fc", box_loss="l1", box_loss_weight=1.0,
         anchors=(8, 16, 32, 64, 128), proposals=100, rpn_samples=64, roi_samples=64, epochs=6.0,
-        batch_size=4, lr=1e-3, drop_path=0.0, drops=(5.0,), warmup_steps=10, warmup_ratio=0.1, clip=5.0,
+        batch_size=4, lr=3e-4, drop_path=0.0, drops=(5.0,), warmup_steps=10, warmup_ratio=0.1, clip=5.0,
         short_sides=(80, 96, 112), longest=160, crop_shorts=(), test_short=96, test_longest=160,
         empty_images=True,
     ),
