@@ -35,11 +35,14 @@ def confusion_picture(
     k = len(confusion)
     names = [_short(name) for name in classes]
     share = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
+    highest = max(0.01, float(share.max()))
     side = min(7.5, max(4.0, 0.42 * k + 1.5))
-    figure = Figure(figsize=(side + 4.6, side + 0.3), layout="constrained")
+    figure = Figure(figsize=(side + 4.6, side + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     matrix, bars = figure.subplots(1, 2, width_ratios=(side, 3.2))
-    drawn = matrix.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    drawn = matrix.imshow(
+        share.numpy(), cmap="Blues", vmin=0, vmax=highest, interpolation="nearest"
+    )
     matrix.set_xlabel("prediction")
     matrix.set_ylabel("truth")
     if k <= NAMED:
@@ -50,12 +53,14 @@ def confusion_picture(
             for column in range(k):
                 matrix.text(
                     column, row, f"{int(confusion[row, column])}", ha="center", va="center", fontsize=7,
-                    color="white" if share[row, column] > 0.5 else "black",
+                    color="white" if share[row, column] > 0.6 * highest else "black",
                 )  # fmt: skip
     figure.colorbar(drawn, ax=matrix, shrink=0.7, pad=0.02, label="share of the row")
     _draw_mistakes(bars, confusion, names, mistakes)
     figure.suptitle(title, fontsize=11)
-    write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
+    write_atomically(
+        path, lambda aside: figure.savefig(aside, format="png", dpi=110, bbox_inches="tight")
+    )
 
 
 def _draw_mistakes(axis: Axes, confusion: Tensor, names: list[str], count: int) -> None:
@@ -79,5 +84,6 @@ def _draw_mistakes(axis: Axes, confusion: Tensor, names: list[str], count: int) 
 
 def _short(name: str) -> str:
     """A class name that fits; ``$`` would begin a formula."""
-    text = name.replace("$", r"\$")
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    half = (LONGEST - 1) // 2
+    text = name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+    return text.replace("$", r"\$")
