@@ -1,6 +1,7 @@
 """Whole fine-tunings: against plain torch and timm, stopped and killed, on two processes, on bad input."""
 
 import inspect
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import timm
 import torch
@@ -299,6 +301,31 @@ def test_data_that_cannot_be_fine_tuned_on(
     assert not Path(given["out"]).exists()
     grey = run(**{**given, "data": str(tmp_path / "packed"), "epochs": 1})  # 1 channel becomes 3
     assert grey.data["train"] == 12
+
+
+def test_labels_beyond_the_list_of_names(given: dict[str, Any], tmp_path: Path) -> None:
+    """A parquet file whose label column names two classes and holds a third number."""
+    for split in ("train", "val"):
+        write_parquet(tmp_path / f"{split}.parquet", [0, 1, 2, 1])
+    with pytest.raises(InputError, match=r"has label 2, but there are 2 classes \(0 to 1\)"):
+        run(**{**given, "data": str(tmp_path)})
+
+
+def write_parquet(path: Path, labels: list[int]) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, format="PNG")
+    pictures = [{"bytes": file.getvalue(), "path": None}] * len(labels)
+    plain = Features(
+        {"image": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("int64")}
+    )
+    data = Dataset.from_dict({"image": pictures, "label": labels}, features=plain)
+    named = Features({"image": ImageColumn(), "label": ClassLabel(names=["a", "b"])})
+    table = data.data.table
+    meta = {b"huggingface": json.dumps({"info": {"features": named.to_dict()}}).encode()}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(meta), path)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -153,10 +153,19 @@ def to_device(
 
 
 def open_data(config: FinetuneConfig) -> tuple[Source, Source]:
-    """Training images (a part of them if asked) and validation images, all labelled."""
+    """Training images (a part of them if asked) and validation images, all labelled.
+
+    Raises InputError for data without labels or with labels beyond the list of classes.
+    """
     train, val = open_labelled(config.data)
+    labels = label_list(train, config.data)
+    names = train.classes
+    if names is not None and max(labels) >= len(names):
+        raise InputError(
+            f"{config.data}: {train.name(labels.index(max(labels)))} has label {max(labels)}, but there are "
+            f"{len(names)} classes (0 to {len(names) - 1}); mend the labels or the names"
+        )
     if config.few_shot is not None:
-        labels = label_list(train, config.data)
         train = Subset(train, few_shot_indexes(labels, config.few_shot, config.seed))
     return train, val
 
