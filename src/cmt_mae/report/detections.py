@@ -30,9 +30,11 @@ def detection_picture(
     boxes: list[dict[str, Any]],
     masks: list[dict[str, Any]],
     title: str,
+    channels: int = 3,
 ) -> None:
     """Write a PNG of these images of the split, each twice: ground truth, and detections with scores.
 
+    channels: of the image files; the first three are shown, one is shown as grey.
     boxes, masks: all detections in COCO's result format, in the same order (predict.to_coco). A class has
     the same colour on both sides; heaps (``iscrowd``) are hatched.
     """
@@ -48,7 +50,9 @@ def detection_picture(
         axis.set_axis_off()
     for place, index in enumerate(indexes):
         left, right = axes[place // ACROSS, 2 * (place % ACROSS) :][:2]
-        image = split.image(index)[:3].permute(1, 2, 0).numpy()
+        whole = split.image(index, channels)
+        image = (whole if channels >= 3 else whole[:1].expand(3, -1, -1))[:3]
+        image = image.permute(1, 2, 0).numpy()
         height, width = split.sizes[index]
         truth = split.annotations(index)
         drawn = [(a, mask_of(a["segmentation"], height, width), None) for a in truth]

@@ -332,7 +332,8 @@ class Evaluator:
         title = f"step {step}: box AP {metrics['box/AP']:.1f}, mask AP {metrics['mask/AP']:.1f}"
         path = self.out / "pictures" / f"detections_step_{step:08d}.png"
         shown = range(min(self.config.pictures, len(self.split)))
-        detection_picture(path, self.split, shown, boxes, masks, title)
+        channels = len(self.backbone.mean)
+        detection_picture(path, self.split, shown, boxes, masks, title, channels)
 
 
 def write_text(path: Path, text: str) -> None:

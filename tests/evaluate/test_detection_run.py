@@ -1,0 +1,298 @@
+"""Whole detection runs: stopped and killed, on two processes, learning, and on bad input."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from detection_program import SMALL, run
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from cmt_mae.backbones import save_backbone
+from cmt_mae.data.coco import open_coco
+from cmt_mae.data.scenes import write_coco
+from cmt_mae.errors import InputError, Stopped
+from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
+from cmt_mae.evaluate.detection.detector import build_detector
+from cmt_mae.evaluate.detection.protocols import resolve
+from cmt_mae.evaluate.detection.task import Evaluator, make_job, open_backbone, to_device
+from cmt_mae.evaluate.result import Result
+from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.training.processes import make_accelerator
+
+PROGRAM = Path(__file__).with_name("detection_program.py")
+TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("scenes") / "coco"
+    write_coco(root, 12, 5, 48, seed=7)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def deep_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four blocks, so that there are four taps."""
+    torch.manual_seed(1)
+    kwargs = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    path = tmp_path_factory.mktemp("vit") / "deep.safetensors"
+    save_backbone(
+        path, model, architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.25, 0.3), img_size=32, licence="none", source="a test",
+    )  # fmt: skip
+    return str(path)
+
+
+@pytest.fixture
+def given(deep_vit: str, scenes: str, tmp_path: Path) -> dict[str, Any]:
+    """12 training pictures in batches of 4: 3 steps an epoch, 6 in all."""
+    return {"backbone": deep_vit, "data": scenes, "out": str(tmp_path / "run")}
+
+
+def program(processes: int = 1, **given: Any) -> "subprocess.CompletedProcess[str]":
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), json.dumps(given)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280,
+    )  # fmt: skip
+
+
+def rows(folder: str) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read]
+
+
+def saved(folder: str) -> Result:
+    (file,) = (Path(folder) / "results").glob("*.json")
+    return Result.load(file)
+
+
+def last_checkpoint(folder: str) -> dict[str, Any]:
+    return load_checkpoint(list_checkpoints(Path(folder) / "checkpoints")[-1])
+
+
+def equal(one: float, two: float) -> bool:
+    return one == two or (math.isnan(one) and math.isnan(two))
+
+
+def test_stopped_and_killed_runs_end_as_the_unbroken_one(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    more = {"micro_batch": 2, "checkpoint_every": 0.34, "eval_every": 1.0}
+    run(**{**given, **more, "out": whole})
+    # SIGTERM during step 2: the step is ended and a checkpoint written
+    stopped = program(**{**given, **more, "out": broken}, kill_at=[int(signal.SIGTERM), 3])
+    assert "Stopped: stopped at step 2 of 6" in stopped.stderr, stopped.stderr[-2000:]
+    # then kill -9 in the middle of a step after it
+    killed = program(**{**given, **more, "out": broken}, kill_at=[int(signal.SIGKILL), 6])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    result = run(**{**given, **more, "out": broken})
+    first, second = last_checkpoint(whole), last_checkpoint(broken)
+    assert first["model"].keys() == second["model"].keys()
+    different = [k for k, v in first["model"].items() if not torch.equal(v, second["model"][k])]
+    assert different == []
+    assert str(rows(whole)) == str(rows(broken))
+    for name in ("bbox", "segm"):
+        one, two = (Path(f) / "predictions" / f"{name}.json" for f in (whole, broken))
+        assert one.read_bytes() == two.read_bytes()
+    assert str(saved(whole).metrics) == str(saved(broken).metrics) == str(result.metrics)
+
+
+def test_two_processes_train_and_evaluate_every_image_once(given: dict[str, Any]) -> None:
+    """With BatchNorm and GIoU. Their numbers are those of one process on the same weights."""
+    given |= {"norm": "bn", "box_head": "4conv1fc", "box_loss": "giou", "epochs": 1}
+    done = program(2, **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = saved(given["out"])
+    assert two.hardware["processes"] == 2
+    assert two.details["images"] == 5
+    assert two.details["detections"] > 0
+    config = CocoConfig(**{**SMALL, **given})
+    backbone, protocol, _ = open_backbone(config)
+    detector = build_detector(backbone, 10, protocol)
+    detector.load_state_dict(last_checkpoint(given["out"])["model"])
+    alone = Path(given["out"]) / "alone"
+    accelerator = make_accelerator("cpu", "fp32")
+    val = open_coco(given["data"], "val")
+    evaluator = Evaluator(detector.eval(), val, protocol, backbone, accelerator, alone, config)
+    with torch.no_grad():
+        one = evaluator(3)
+    assert all(equal(one.metrics[k], v) for k, v in two.metrics.items())
+    for name in ("bbox", "segm"):
+        file = f"predictions/{name}.json"
+        assert (alone / file).read_bytes() == (Path(given["out"]) / file).read_bytes()
+
+
+def test_stored_detections_give_pycocotools_the_same_numbers(given: dict[str, Any]) -> None:
+    result = run(**given, eval_split="train", save_memory=True)
+    truth = Path(given["data"]) / "annotations" / "instances_train2017.json"
+    known = {c["id"] for c in json.loads(truth.read_text())["categories"]}
+    for kind, name in (("box", "bbox"), ("mask", "segm")):
+        file = Path(given["out"]) / "predictions" / f"{name}.json"
+        found = json.loads(file.read_text())
+        assert found
+        assert {d["category_id"] for d in found} <= known
+        with contextlib.redirect_stdout(io.StringIO()):
+            annotated = COCO(str(truth))
+            evaluation = COCOeval(annotated, annotated.loadRes(str(file)), name)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        for key, value in zip(
+            ("AP", "AP50", "AP75", "APs", "APm", "APl"), evaluation.stats, strict=False
+        ):
+            expected = math.nan if value == -1 else 100 * value
+            assert result.metrics[f"{kind}/{key}"] == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert result.protocol["name"] == "quick-changed-on-train"
+    assert result.protocol["score_threshold"] == 0.01
+    assert result.headline == result.metrics["box/AP"]
+    assert result.data["val"] == 12
+    assert {"faster-coco-eval", "torchvision"} <= result.versions.keys()
+    assert saved(given["out"]).identity() == result.identity()
+    assert len(result.details["classes"]) == 10
+
+
+def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
+    """The preset on the package's own backbone, end to end, with pictures."""
+    write_coco(tmp_path / "coco", 16, 4, 64, seed=3)
+    result = evaluate_coco(
+        CocoConfig(
+            backbone="embedded", data=str(tmp_path / "coco"), out=str(tmp_path / "run"), preset="quick",
+            eval_split="train", epochs=14, drops=(12.0,), short_sides=(64,), test_short=64, lr=5e-4,
+            workers=0, progress=False, device="cpu", pictures=4, log_every=4,
+        )
+    )  # fmt: skip
+    losses = [row["loss"] for row in rows(str(tmp_path / "run")) if "loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+    assert result.metrics["box/AP50"] > 5
+    assert result.metrics["mask/AP50"] > 2
+    (picture,) = (tmp_path / "run" / "pictures").glob("detections_step_*.png")
+    with Image.open(picture) as image:
+        assert min(image.size) > 300
+        assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_schedule_and_normalisation(given: dict[str, Any]) -> None:
+    config = CocoConfig(
+        **{**SMALL, **given, "preset": "1x", "epochs": None, "warmup_steps": 10, "batch_size": 4}
+    )
+    backbone, protocol, _ = open_backbone(config)
+    train = open_coco(config.data, "train")
+    detector = build_detector(backbone, 10, protocol)
+    chosen = np.arange(12)
+    job = make_job(
+        config, protocol, detector, backbone, train, chosen, make_accelerator("cpu", "fp32"), lambda _: None,
+    )  # fmt: skip
+    assert (job.steps_per_epoch, job.total_steps) == (3, 36)
+    expected = {0: 2e-7, 5: 2e-4 * 0.5005, 10: 2e-4, 23: 2e-4, 24: 2e-5, 32: 2e-5, 33: 2e-6}
+    for step, rate in expected.items():
+        assert job.lr_at(step) == pytest.approx(rate)
+    batches = job.batches(0)
+    examples = next(batches)
+    batches.close()
+    batch = to_device(examples, backbone, torch.device("cpu"))
+    for image, example in zip(batch.images, examples, strict=True):
+        for channel, (mean, std) in enumerate(zip(backbone.mean, backbone.std, strict=True)):
+            theirs = (example.image[channel] / 255 - mean) / std
+            torch.testing.assert_close(image[channel], theirs)
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+
+def refused(given: dict[str, Any], text: str, **more: Any) -> None:
+    out = Path(given["out"])
+    before = sorted(out.rglob("*")) if out.exists() else None
+    with pytest.raises(InputError, match=text) as caught:
+        run(**{**given, **more})
+    assert "\n" not in str(caught.value)
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before, "nothing is left or lost"
+
+
+def test_bad_settings_and_data_are_found_before_training(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    refused(given, "no annotation file", data=str(tmp_path))
+    refused(given, "is no folder", data=str(tmp_path / "nowhere"))
+    refused(given, "12 training images are fewer than a batch of 16", batch_size=16)
+    refused(given, "cannot be split into 1 process", micro_batch=3)
+    refused(given, "preset '3x' is unknown", preset="3x")
+    refused(given, "do not fit into lsj_size 32", augment="lsj", lsj_size=32)
+    refused(given, "no backbone", backbone="")
+    with pytest.raises(InputError, match="give --out FOLDER"):
+        run(**{**given, "out": None})
+    assert not Path(given["out"]).exists()
+
+
+def test_data_without_any_box(given: dict[str, Any], tmp_path: Path) -> None:
+    write_coco(tmp_path / "coco", 4, 2, 48)
+    file = tmp_path / "coco" / "annotations" / "instances_train2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    refused(given, "no training image has a box", data=str(tmp_path / "coco"))
+
+
+def test_images_without_boxes_are_left_out_or_trained_on(given: dict[str, Any]) -> None:
+    """Of twelve scenes the fourth is empty: published protocols leave it out, quick takes it."""
+    result = run(**given, epochs=1, empty_images=False, batch_size=11)
+    assert (result.data["train"], result.data["train_without_boxes"]) == (11, 1)
+    assert result.details["images"] == 5
+
+
+def test_beit_needs_a_fixed_size(given: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    kwargs = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    model = timm.create_model("beit_base_patch16_224", num_classes=0, **kwargs)
+    path = tmp_path / "beit.safetensors"
+    save_backbone(
+        path, model, architecture="beit_base_patch16_224", kwargs=kwargs, mean=(0.5,) * 3, std=(0.5,) * 3,
+        img_size=32, licence="none", source="a test",
+    )  # fmt: skip
+    given |= {"backbone": str(path), "epochs": 1}
+    refused(given, "a BEiT, whose relative positions need one input size: add --augment lsj")
+    result = run(**given, augment="lsj", lsj_size=64)
+    assert math.isfinite(result.metrics["box/AP"])
+
+
+def test_a_run_is_continued_only_with_its_own_settings_and_data(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        run(**given, kill_at=(int(signal.SIGTERM), 1))
+    refused(given, r"other settings \(lr: None -> 0\.01\)", lr=0.01)
+    other = tmp_path / "other"
+    write_coco(other, 12, 5, 48, seed=8)
+    with pytest.raises(InputError, match="was started with another data"):
+        run(**{**given, "data": str(other)})
+    result = run(**given)
+    assert math.isfinite(result.metrics["box/AP"])
+
+
+def test_resolve_is_what_the_command_line_hands_over() -> None:
+    """Types of the settings as jsonargparse reads them."""
+    from cmt_mae.cli import parse
+
+    words = (
+        "--backbone x --data y --drops=[5,7] --taps=[0,1,2,3] --lr 1e-3 --norm ln --crop_shorts=[]"
+    )
+    config = parse("cmt-mae evaluate coco", CocoConfig, words.split(), {})
+    protocol, changed = resolve(config, 12)
+    assert changed == ["crop_shorts", "drops", "lr", "norm", "taps"]
+    assert (protocol.drops, protocol.crop_shorts, protocol.lr) == ((5, 7), (), 1e-3)
+    with pytest.raises(InputError, match=re.escape("norm")):
+        parse("cmt-mae evaluate coco", CocoConfig, ["--norm", "gn"], {})
