@@ -274,7 +274,7 @@ def test_it_learns_one_batch_by_heart() -> None:
     blocks[:, 12:20], blocks[:, :, 12:20] = -1, -1  # borders between them are blurred
     batch["labels"] = blocks
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(50):
+    for _ in range(70):
         optimizer.zero_grad()
         sum(model(batch).values()).backward()  # type: ignore[union-attr]
         optimizer.step()
