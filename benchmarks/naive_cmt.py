@@ -7,7 +7,7 @@ once a step, and attention stays fused where no map is needed.
 """
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,11 @@ class NaiveCMT(nn.Module):
         projection: (E, D) behind the teacher's final norm, or None. decoder: width, depth, heads.
         """
         super().__init__()
-        self.encoder, self.teacher, self.projection = student, teacher, projection
-        self.momentum: VisionTransformer | None = None
+        # Any: timm does not declare the types of its parts
+        self.encoder: Any = student
+        self.teacher: Any = teacher
+        self.momentum: Any = None
+        self.projection = projection
         self.alpha, self.mask_ratio, self.materialise = alpha, mask_ratio, materialise
         self.teacher.requires_grad_(False).eval()
         self.maps: dict[str, Tensor] = {}
@@ -76,7 +79,7 @@ class NaiveCMT(nn.Module):
         self.momentum = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.watch("momentum", self.momentum)
 
-    def watch(self, name: str, model: VisionTransformer) -> None:
+    def watch(self, name: str, model: Any) -> None:
         """Keep the attention map (B, heads, N, N) of the last block at every forward pass."""
         blocks = model.blocks if self.materialise == "all" else model.blocks[-1:]
         for block in blocks:

@@ -54,7 +54,10 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=None, help="folder for speed.json and speed.md")
     given = parser.parse_args(words)
     parts, sizes = given.parts.split(","), tuple(given.sizes.split(","))
-    for name, choices in (*[(p, PARTS) for p in parts], *[(s, SIZES) for s in sizes]):
+    known: dict[str, list[str]] = {"parts": list(PARTS), "sizes": list(SIZES)}
+    for name, choices in [(p, known["parts"]) for p in parts] + [
+        (s, known["sizes"]) for s in sizes
+    ]:
         if name not in choices:
             parser.error(f"'{name}' is unknown: use {', '.join(choices)}")
     if given.rounds < 7:
