@@ -19,6 +19,8 @@ KINDS = {
         {"class_token": False, "global_pool": "avg", "fc_norm": False},
     ),
     "registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
+    "beit": ("beit_base_patch16_224", {}),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
     "patch14": ("vit_tiny_patch16_224", {"patch_size": 14, "img_size": (28, 28)}),
 }
 

@@ -20,7 +20,14 @@ from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
 
 
 def config(backbone, data, **more):
-    settings = {"size": 64, "side_rule": "patch", "radius": 3, "device": "cpu", "progress": False}
+    settings = {
+        "size": 64,
+        "side_rule": "patch",
+        "radius": 3,
+        "device": "cpu",
+        "pictures": 0,
+        "progress": False,
+    }
     return DavisConfig(str(backbone), str(data), **(settings | more))
 
 
@@ -64,7 +71,7 @@ def test_end_to_end(plain_vit, davis, tmp_path):
 
 
 def test_masks_are_indexed_pngs(plain_vit, davis, tmp_path):
-    evaluate_davis(config(plain_vit, davis, out=str(tmp_path / "o"), pictures=0))
+    evaluate_davis(config(plain_vit, davis, out=str(tmp_path / "o")))
     folder = masks_folder(tmp_path / "o")
     assert sorted(p.name for p in (folder / "one").iterdir()) == [f"{n:05d}.png" for n in range(5)]
     truth = Image.open(davis / "Annotations/480p/one/00000.png")
@@ -193,24 +200,24 @@ def test_finished_sequences_are_not_repeated(plain_vit, davis, tmp_path, monkeyp
 def test_what_no_longer_fits_is_repeated(plain_vit, make_kind, davis, tmp_path, monkeypatch):
     """Another setting, other weights, other data, a lost mask or a damaged score: that is run again."""
     out = str(tmp_path / "o")
-    evaluate_davis(config(plain_vit, davis, out=out, pictures=0))
+    evaluate_davis(config(plain_vit, davis, out=out))
     runs = count_followed(monkeypatch)
-    evaluate_davis(config(plain_vit, davis, out=out, pictures=0))
+    evaluate_davis(config(plain_vit, davis, out=out))
     assert not runs
     (masks_folder(out) / "one/00003.png").unlink()
-    evaluate_davis(config(plain_vit, davis, out=out, pictures=0))
+    evaluate_davis(config(plain_vit, davis, out=out))
     assert len(runs) == 1
     (masks_folder(out).parent / "scores/two.json").write_text("{")
-    evaluate_davis(config(plain_vit, davis, out=out, pictures=0))
+    evaluate_davis(config(plain_vit, davis, out=out))
     assert len(runs) == 2
     frame = davis / "JPEGImages/480p/one/00001.jpg"
     frame.write_bytes(frame.read_bytes() + b"\0")
-    evaluate_davis(config(plain_vit, davis, out=out, pictures=0))
+    evaluate_davis(config(plain_vit, davis, out=out))
     assert len(runs) == 3
-    evaluate_davis(config(plain_vit, davis, out=out, pictures=0, topk=4))
+    evaluate_davis(config(plain_vit, davis, out=out, topk=4))
     assert len(runs) == 5
     other = make_kind(tmp_path / "other.safetensors", seed=1)
-    evaluate_davis(config(other, davis, out=out, pictures=0))
+    evaluate_davis(config(other, davis, out=out))
     assert len(runs) == 7
     assert len(list(Path(out, "davis").iterdir())) == 3
 

@@ -14,6 +14,7 @@ from cmt_mae.evaluate.video.features import TYPO_STD, make_extractor, patch_of, 
 from cmt_mae.evaluate.video.protocol import CROPMAE, DINO, PRESETS, VIDEOWALK, choose, input_size
 
 CPU = torch.device("cpu")
+KINDS = ("plain", "no_class_token", "registers", "beit", "dinov3", "patch14")
 
 
 @settings(max_examples=150, deadline=None)
@@ -113,7 +114,7 @@ def frames(count, size, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["plain", "no_class_token", "registers", "patch14"])
+@pytest.mark.parametrize("kind", [*KINDS])
 def test_every_kind_of_backbone(make_kind, tmp_path, kind):
     """Prefix tokens are dropped, none is taken for a patch: moving one patch moves that feature most."""
     file = make_kind(tmp_path / "k.safetensors", kind)

@@ -78,7 +78,7 @@ class DavisConfig:
     first_mask: FirstMask | None = None
     """First mask to the grid: nearest (dino) or linear (videowalk)."""
     objects: Objects | None = None
-    """true: all objects of the first mask; seen: up to the highest id left at grid size (DINO's script)."""
+    """all objects of the first mask (default), or seen: up to the highest id left at grid size (DINO's script)."""
     context: int | None = None
     """Preceding frames looked at besides the first (dino: 7)."""
     padded: bool | None = None
@@ -178,14 +178,12 @@ def evaluate_davis(config: DavisConfig, progress: Progress | None = None) -> Res
             "metrics": summarise(outcomes[1]),
         }
     if where.rank == 0:
-        if drawn:
-            named = [(label(r[0], r[1]), r[2]) for r in rivals]
-            shelves = [make_shelf(keep, native, protocol, True) for _, native in named]
-            rows = [
-                (title, s) for (title, _), s in zip(named, shelves, strict=True) if s is not None
-            ]
-            draw_strips(drawn, rows, outcomes, config.columns)
         save_where(result, config.out, config.backbone)
+        if drawn:
+            shelves = [make_shelf(keep, rival[2], protocol, True) for rival in rivals]
+            titles = [label(rival[0], rival[1]) for rival in rivals]
+            rows = [(t, s) for t, s in zip(titles, shelves, strict=True) if s is not None]
+            draw_strips(drawn, rows, outcomes, config.columns)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ Row = tuple[str, list[NDArray[np.uint8] | None]]
 """Its name, and a mask uint8 (H, W) for each frame; None shows the frame alone."""
 COVER = 0.55
 """How much of an object's colour lies over the frame."""
+BRIGHT = 1.8
+"""The palette's first colours are dark; over a frame they are shown so many times brighter."""
 WIDTH = 1.9
 """Of a picture, in inches."""
 
@@ -54,9 +57,13 @@ def draw_strips(
 
 
 def short(name: str) -> str:
-    """A backbone's name that fits beside a row: without folders and suffix, over at most two lines."""
-    text = Path(name).name.removesuffix(".safetensors")
-    return text if len(text) <= 18 else f"{text[:18]}\n{text[18:34]}"
+    """A backbone's name that fits beside a row: no folder or suffix, lines of 18, three at most."""
+    lines = [""]
+    for part in re.split(r"(?<=[_.-])", Path(name).name.removesuffix(".safetensors")):
+        if lines[-1] and len(lines[-1]) + len(part) > 18:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line[:24] for line in lines[:3])
 
 
 def draw_strip(
@@ -85,7 +92,7 @@ def draw_strip(
 
 def painted(frame: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The frame with each object in its palette colour and a white outline."""
-    colours = np.asarray(palette(), dtype=np.float64).reshape(-1, 3)
+    colours = (BRIGHT * np.asarray(palette(), dtype=np.float64)).clip(0, 255).reshape(-1, 3)
     cover = COVER * (mask > 0)[:, :, None]
     picture = frame * (1 - cover) + colours[mask] * cover
     edge = np.zeros(mask.shape, dtype=bool)

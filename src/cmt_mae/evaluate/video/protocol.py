@@ -10,7 +10,7 @@ from cmt_mae.errors import InputError
 
 SideRule = Literal["floor64", "patch"]
 Positions = Literal["size", "scale_factor"]
-Objects = Literal["true", "seen"]
+Objects = Literal["all", "seen"]
 FirstMask = Literal["nearest", "linear"]
 Window = Literal["square", "disc"]
 SoftmaxOver = Literal["kept", "neighbourhood"]
@@ -36,8 +36,8 @@ class VideoProtocol:
     """Table of positions resized to the grid's size, or by the factor (grid + .1) / old grid (DINO)."""
     first_mask: FirstMask = "nearest"
     """First mask to the grid: nearest (DINO), or one-hot maps by bilinear resizing (videowalk)."""
-    objects: Objects = "true"
-    """Classes: all objects of the first mask, or up to the highest id seen in it at grid size (DINO)."""
+    objects: Objects = "all"
+    """Classes: all = the objects of the first mask; seen = up to the highest id left at grid size (DINO)."""
     context: int = 7
     """Number of preceding frames that are looked at, besides the first frame."""
     padded: bool = False
