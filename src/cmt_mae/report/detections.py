@@ -51,8 +51,8 @@ def detection_picture(
     for place, index in enumerate(indexes):
         left, right = axes[place // ACROSS, 2 * (place % ACROSS) :][:2]
         whole = split.image(index, channels)
-        image = (whole if channels >= 3 else whole[:1].expand(3, -1, -1))[:3]
-        image = image.permute(1, 2, 0).numpy()
+        shown = (whole if channels >= 3 else whole[:1].expand(3, -1, -1))[:3]
+        image = shown.permute(1, 2, 0).numpy()
         height, width = split.sizes[index]
         truth = split.annotations(index)
         drawn = [(a, mask_of(a["segmentation"], height, width), None) for a in truth]
