@@ -115,7 +115,14 @@ def test_every_number_can_be_set_and_is_in_the_protocol() -> None:
     assert changed == ["lr", "taps"]
     assert protocol.taps == (0, 1, 2, 3)
     told = describe(config, protocol, changed, "fp32")
-    assert names <= told.keys()
+    simple, _ = resolve(CocoConfig(preset="vitdet"), 12)
+    other = describe(CocoConfig(preset="vitdet"), simple, [], "fp32")
+    assert names <= told.keys() | other.keys()
+    assert {"lsj_size", "window"}.isdisjoint(told), "what is not used is not told"
+    assert {"taps", "short_sides"}.isdisjoint(other)
+    assert other["global_blocks"] == (2, 5, 8, 11)
+    assert resolve(config, 12)[0].taps == (3, 5, 7, 11)
+    assert resolve(config, 24)[0].taps == (7, 11, 15, 23)
     assert (told["name"], told["lr"], told["headline"]) == ("1x-changed", 3e-4, "box/AP")
     plain = describe(CocoConfig(eval_split="train"), PRESETS["1x"], [], "bf16")
     assert (plain["name"], plain["precision"]) == ("1x-on-train", "bf16")

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from cmt_mae.errors import InputError
+from cmt_mae.evaluate.detection.vitdet import default_global_blocks
+from cmt_mae.evaluate.pyramid import default_taps
 from cmt_mae.training.settings import TaskSettings
 
 Preset = Literal["1x", "1x-ibot", "1x-cae", "vitdet", "quick"]
@@ -202,6 +204,10 @@ def resolve(config: CocoConfig, depth: int) -> tuple[Protocol, list[str]]:
     changed = sorted(k for k, v in given.items() if v != getattr(protocol, k))
     protocol = replace(protocol, **given)
     check(protocol)
+    if protocol.neck == "taps" and not protocol.taps:
+        protocol = replace(protocol, taps=default_taps(depth))
+    if protocol.neck == "simple" and not protocol.global_blocks:
+        protocol = replace(protocol, global_blocks=default_global_blocks(depth))
     if config.eval_split not in ("val", "train"):
         raise InputError(f"eval_split '{config.eval_split}' is unknown: use val or train")
     return protocol, changed
@@ -250,18 +256,28 @@ def check(protocol: Protocol) -> None:
         raise InputError("lsj_scale and crop_range are (smallest, largest), above 0")
 
 
+# Settings that only one choice looks at: left out of the description of the other.
+ONLY = {
+    ("neck", "taps"): ("taps",),
+    ("neck", "simple"): ("window", "global_blocks", "relative_positions"),
+    ("augment", "multiscale"): ("short_sides", "longest", "crop_shorts", "crop_range"),
+    ("augment", "lsj"): ("lsj_size", "lsj_scale"),
+}
+
+
 def describe(
     config: CocoConfig, protocol: Protocol, changed: list[str], precision: str
 ) -> dict[str, Any]:
     """``Result.protocol``: every setting that moves the number. precision: fp32 or bf16."""
     on_train = config.eval_split == "train"
+    unused = {n for (k, v), names in ONLY.items() if getattr(protocol, k) != v for n in names}
     return {
         "name": config.preset + ("-changed" if changed else "") + ("-on-train" if on_train else ""),
         "headline": "box/AP",
         "detector": "Mask R-CNN, torchvision's RPN and RoI heads",
         "eval_split": config.eval_split,
         "changed": changed,
-        **asdict(protocol),
+        **{k: v for k, v in asdict(protocol).items() if k not in unused},
         **COMMON,
         "precision": precision,
         "differs": DIFFERS.get(config.preset, []),
