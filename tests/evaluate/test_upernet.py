@@ -7,6 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import ResNetConfig, UperNetConfig
+from transformers.models.upernet import modeling_upernet
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.backbones.backbone import HALF
@@ -103,6 +105,43 @@ def test_the_whole_head_written_out() -> None:
     fused = conv_bn_relu(state, "bottleneck", torch.cat(full, 1))
     wanted = F.conv2d(fused, state["classify.conv.weight"], state["classify.conv.bias"])
     torch.testing.assert_close(module(features), wanted, atol=1e-5, rtol=1e-5)
+
+
+def load_from_huggingface(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
+    """names: beginnings of theirs -> ours."""
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in {".conv.": ".0.", ".batch_norm.": ".1.", **names}.items():
+            key = key.replace(old, new, 1)
+        state[key] = value
+    ours.load_state_dict(state)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_heads_are_those_of_transformers(training: bool) -> None:
+    """UperNetHead and UperNetFCNHead of Hugging Face, with their weights; batch statistics too."""
+    config = UperNetConfig(
+        hidden_size=8, num_labels=5, auxiliary_channels=16, auxiliary_num_convs=1,
+        pool_scales=[1, 2, 3, 6], backbone_config=ResNetConfig(),
+    )  # fmt: skip
+    theirs = shaken(modeling_upernet.UperNetHead(config, [6] * 4)).train(training)
+    config.auxiliary_in_channels = 6
+    beside = shaken(modeling_upernet.UperNetFCNHead(config, [6] * 4)).train(training)
+    ours, auxiliary = UPerHead(6, 5, 8, dropout=0.0), FCNHead(6, 5, 16, 0.0)
+    pools = {f"psp_modules.{i}.1.": f"pooling.branches.{i}." for i in range(4)}
+    names = pools | {"fpn_bottleneck": "smoothing", "bottleneck": "pooling.bottleneck"}
+    names |= {"smoothing": "bottleneck", "lateral_convs": "laterals", "fpn_convs": "smooth"}
+    load_from_huggingface(ours, theirs, names | {"classifier.": "classify.conv."})
+    load_from_huggingface(auxiliary, beside, {"convs.0.": "0.", "classifier.": "1.conv."})
+    features = maps(6)
+    wanted, wanted_beside = theirs(features), beside(features)
+    torch.testing.assert_close(ours.train(training)(features), wanted, atol=1e-5, rtol=1e-5)
+    found = auxiliary.train(training)(features[2])
+    torch.testing.assert_close(found, wanted_beside, atol=1e-5, rtol=1e-5)
+    if training:
+        theirs_after = theirs.state_dict()["fpn_bottleneck.batch_norm.running_var"]
+        torch.testing.assert_close(ours.state_dict()["bottleneck.1.running_var"], theirs_after)
 
 
 @torch.no_grad()
