@@ -200,7 +200,7 @@ def test_quick_learns_the_generated_scenes(tmp_path: Path) -> None:
     assert again.licence == load_backbone("embedded").licence
 
 
-def test_few_shot_is_told_and_fingerprinted(given: dict[str, Any], tmp_path: Path) -> None:
+def test_few_shot_is_told(given: dict[str, Any], tmp_path: Path) -> None:
     found = {}
     for text in ("4", "50%", None):
         out = str(tmp_path / f"run{text}")
@@ -215,17 +215,29 @@ def test_few_shot_is_told_and_fingerprinted(given: dict[str, Any], tmp_path: Pat
             }
         )
     assert found["4"].protocol["few_shot"]["images"] == found["4"].data["train"] == 12
-    assert found["50%"].protocol["few_shot"] | {"identity": ""} == {
-        "part": "50%", "images": 12, "identity": "",
+    assert found["50%"].protocol["few_shot"] == {
+        "part": "50%", "images": 12, "drawn": "by the seed",
     }  # fmt: skip
-    assert (
-        found["4"].protocol["few_shot"]["identity"] == found["50%"].protocol["few_shot"]["identity"]
-    )
+    drawn = {text: result.details["few_shot_images"] for text, result in found.items()}
+    assert drawn["4"] == drawn["50%"]
+    assert drawn["4"] is not None
+    assert drawn[None] is None
     assert found["4"].data["classes"] == 3
     assert found[None].protocol["few_shot"] is None
-    prints = {text: result.data["fingerprint"] for text, result in found.items()}
-    assert prints["4"] != prints[None]
+    assert found["4"].identity() != found[None].identity()
     assert found["4"].identity() != found["50%"].identity()  # the protocols' texts differ
+
+
+def test_seeds_of_a_few_shot_run_can_be_averaged(given: dict[str, Any], tmp_path: Path) -> None:
+    """Other images, the same protocol and data: one mark in ``compare``, with mean and spread."""
+    more = {"few_shot": "4", "epochs": 1, "frozen_layers": "all", "batch_size": 2}
+    first, second = (
+        run(**{**given, **more, "seed": seed, "out": str(tmp_path / f"seed{seed}")})
+        for seed in (0, 1)
+    )
+    assert first.details["few_shot_images"] != second.details["few_shot_images"]
+    assert first.protocol == second.protocol
+    assert first.data == second.data
 
 
 def test_grey_images_are_taken_by_a_colour_backbone(given: dict[str, Any], tmp_path: Path) -> None:

@@ -198,7 +198,9 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     if accelerator.is_main_process:
         for line in said:
             print(f"finetune, preset {config.preset}: {line}", file=sys.stderr)
-    data = describe_data(config.data, train, val)
+    # the part of a few-shot run goes by its seed: results of several seeds are of the same data
+    part = train if isinstance(train, Subset) else None
+    data = describe_data(config.data, part.source if part else train, val) | {"train": len(train)}
     name = f"{config.backbone} ({config.key})" if config.key else config.backbone
     facts = {
         "task": "finetune",
@@ -225,6 +227,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
             details={
                 **last.details,
                 "steps": job.total_steps,
+                "few_shot_images": part.identity() if part else None,
                 "evaluations": [
                     {"epoch": row["step"] / job.steps_per_epoch, "top1": row["val_top1"]}
                     for row in history
@@ -390,8 +393,7 @@ def describe(
     """``Result.protocol``: every setting that moves the number."""
     few = None
     if config.few_shot is not None:
-        assert isinstance(train, Subset)
-        few = {"part": config.few_shot, "images": len(train), "identity": train.identity()}
+        few = {"part": config.few_shot, "images": len(train), "drawn": "by the seed"}
     return {
         "name": config.preset,
         "headline": "top1",
