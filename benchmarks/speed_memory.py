@@ -39,6 +39,8 @@ def compare_memory(options: Options) -> Iterator[dict[str, Any]]:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
         rows[name] = json.loads(done.stdout.splitlines()[-1])
+        above = rows[name]["above_start_gb"]
+        print(f"memory/{size:21} {name:28} {above:10.4g} GB", file=sys.stderr, flush=True)
     mae, two = rows["mae"]["above_start_gb"], rows["two"]["above_start_gb"]
     allowed = 1.25 * mae + rows["two"]["frozen_gb"]
     yield {
