@@ -1,0 +1,456 @@
+"""Whole segmentations: protocols, learning, exact resume, two processes, bad input."""
+
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from segmentation_program import run
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.data.ade20k import read_image, read_mask
+from cmt_mae.data.scenes import write_ade20k
+from cmt_mae.data.segmentation_crops import resize_image
+from cmt_mae.errors import InputError, Stopped
+from cmt_mae.evaluate.features import normalise
+from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_job, open_ade20k
+from cmt_mae.evaluate.segmentation_protocols import Recipe, published, resolve
+from cmt_mae.evaluate.upernet import Segmenter
+from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cmt_mae.training.processes import make_accelerator
+from cmt_mae.training.run_dir import RunDir
+
+PROGRAM = Path(__file__).with_name("segmentation_program.py")
+TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
+VIT = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+
+
+def write_vit(path: Path, **changes: Any) -> str:
+    """A random ViT as a file of ours."""
+    torch.manual_seed(0)
+    kwargs = VIT | changes
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    save_backbone(
+        path, model, architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.25, 0.3), img_size=kwargs["img_size"], licence="Apache-2.0", source="a test",
+    )  # fmt: skip
+    return str(path)
+
+
+def write_data(root: Path, n: int = 9) -> str:
+    """Boxes of three colours on each other; sizes differ, some images are grey, some masks have a palette."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(40, 250, (3, 3))
+    for split, count in (("training", n), ("validation", 5)):
+        for part in ("images", "annotations"):
+            (root / part / split).mkdir(parents=True)
+        for i in range(count):
+            height, width = 30 + 4 * (i % 3), 44 - 7 * (i % 2)
+            mask = np.ones((height, width), dtype=np.uint8)
+            mask[i % 5 + 4 : i % 5 + 24, 5:25], mask[:, 30:] = 2, 3
+            mask[:3], mask[-2:] = 0, 255
+            pixels = colours[np.clip(mask.astype(int), 1, 3) - 1] + rng.normal(
+                0, 9, (*mask.shape, 3)
+            )
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            if i == 3:
+                image = image.convert("L")
+            image.save(root / "images" / split / f"{i:02}.png")
+            labels = Image.fromarray(mask, "P" if i == 2 else None)
+            if i == 2:
+                labels.putpalette([9, 9, 9, 200, 0, 0])
+            labels.save(root / "annotations" / split / f"{i:02}.png")
+    (root / "objectInfo.txt").write_text("Name\nground\nbox\nwall\nnever there\n")
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """9 training images, batches of 4: two steps an epoch."""
+    root = tmp_path_factory.mktemp("segmentation")
+    return {
+        "backbone": write_vit(root / "vit.safetensors"), "data": write_data(root / "data"),
+        "preset": "quick", "batch_size": 4, "iterations": 6, "crop_size": 32, "channels": 8,
+        "log_every": 1, "eval_every": 1.0, "pictures": 2,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(out=str(out), **small)
+    return out
+
+
+def saved(folder: Path) -> Result:
+    (file,) = (folder / "results").glob("*.json")
+    return Result.load(file)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+
+
+def program(processes: int = 1, **given: Any) -> "subprocess.CompletedProcess[str]":
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), json.dumps(given)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+    )  # fmt: skip
+
+
+# --- protocols ----------------------------------------------------------------------------------
+
+
+def test_the_three_published_recipes() -> None:
+    """Specification 8, number by number."""
+    paper = Recipe(
+        lr=3e-5, layer_decay=0.9, iterations=160_000, batch_size=16, warmup=1500, warmup_ratio=1e-6, power=1,
+        weight_decay=0.05, drop_path=0.1, crop_size=512, stride=341, shorter_side=512, longer_side=2048,
+        smallest_ratio=0.5, largest_ratio=2, cat_max_ratio=0.75, channels=768, dropout=0.1,
+        auxiliary_weight=0.4, relative_bias=False, layer_scale=0,
+    )  # fmt: skip
+    assert published("paper") == published("paper_ft") == paper
+    mae = published("mae")
+    changed = {k for k in vars(paper) if getattr(paper, k) != getattr(mae, k)}
+    assert changed == {"lr", "layer_decay", "relative_bias", "layer_scale"}
+    assert (mae.lr, mae.layer_decay, mae.relative_bias, mae.layer_scale) == (1e-4, 0.65, True, 1.0)
+
+
+def test_sides_follow_the_crop_and_the_warm_up_the_iterations() -> None:
+    config = Ade20kConfig(preset="paper", crop_size=640, iterations=16_000)
+    recipe = resolve(config, 20_000)
+    assert (recipe.stride, recipe.shorter_side, recipe.longer_side) == (426, 640, 2560)
+    assert recipe.warmup == 150
+    config = Ade20kConfig(preset="paper", crop_size=640, stride=320, shorter_side=512, warmup=7)
+    recipe = resolve(config, 20_000)
+    assert (recipe.stride, recipe.shorter_side, recipe.longer_side) == (320, 512, 2048)
+    assert recipe.warmup == 7
+    assert resolve(Ade20kConfig(preset="paper", crop_size=512), 20_000) == published("paper")
+    assert resolve(Ade20kConfig(preset="quick"), 5).batch_size == 5
+
+
+def make(given: dict[str, Any], out: str) -> tuple[Any, Any]:
+    """The job of these settings without training it, and its backbone at the window's size."""
+    config = Ade20kConfig(**{"workers": 0, "device": "cpu", **given}, out=out)
+    data = open_ade20k(config.data, config.classes)
+    recipe = resolve(config, len(data.train))
+    backbone, _ = at_window(config, load_backbone(config.backbone), recipe.crop_size)
+    accelerator = make_accelerator("cpu", "fp32")
+    nowhere = RunDir(out, {}, (), False)
+    return make_job(config, recipe, backbone, data, accelerator, nowhere), backbone
+
+
+def test_learning_rates_of_the_paper(small: dict[str, Any], tmp_path: Path) -> None:
+    given = {k: small[k] for k in ("backbone", "data", "crop_size", "batch_size", "channels")}
+    job, _ = make(given, str(tmp_path / "r"))
+    assert job.total_steps == 160_000
+    assert job.steps_per_epoch == 2
+    assert job.lr_at(0) == pytest.approx(3e-11)
+    # mmcv: the poly rate times 1 - (1 - step / 1500) (1 - 1e-6)
+    assert job.lr_at(750) == pytest.approx(3e-5 * (1 - 750 / 160_000) * 0.5, rel=1e-5)
+    assert job.lr_at(1500) == pytest.approx(3e-5 * (1 - 1500 / 160_000))
+    assert job.lr_at(80_000) == pytest.approx(1.5e-5)
+    assert job.lr_at(160_000) == 0
+    scales = {g["lr_scale"] for g in job.optimizer.param_groups}
+    assert min(scales) == pytest.approx(0.9**5)
+    assert max(scales) == 1.0
+
+
+def test_the_fine_tuned_start_is_told_by_the_protocol(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    given = small | {"iterations": 1, "pictures": 0}
+    results = {}
+    for preset in ("paper", "paper_ft", "mae"):
+        results[preset] = run(out=str(tmp_path / preset), **given | {"preset": preset})
+    one, two, three = (results[p].protocol for p in ("paper", "paper_ft", "mae"))
+    assert {k for k in one if one[k] != two[k]} == {"name", "weights"}
+    assert "fine-tuned on ImageNet-1K" in two["weights"]
+    assert results["paper"].identity() != results["paper_ft"].identity()
+    assert three["relative_bias"] is True
+    kept = state(tmp_path / "mae")["model"]
+    assert kept["backbone.biases.3.table"].shape == (7 * 7 + 3, 2)  # 32 / 8 = 4 patches a side
+    assert "cls_token and pos_embed do" in one["optimizer"]
+
+
+# --- training and numbers -----------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_torchmetrics_on_a_plain_loop(
+    undisturbed: Path, small: dict[str, Any], tmp_path: Path
+) -> None:
+    """The trained weights, every image and window by hand, mmseg's order of resizing."""
+    job, backbone = make(small, str(tmp_path / "r"))
+    model: Segmenter = job.model
+    model.load_state_dict(state(undisturbed)["model"])
+    model.eval()
+    data = open_ade20k(small["data"])
+    iou = MulticlassJaccardIndex(4, average="none", ignore_index=-1)
+    accuracy = MulticlassAccuracy(4, average="none", ignore_index=-1)
+    right = MulticlassAccuracy(4, average="micro", ignore_index=-1)
+    for path, mask_path in zip(data.val.images, data.val.masks, strict=True):
+        image, mask = read_image(path, 3), torch.from_numpy(read_mask(mask_path, 4))
+        factor = min(128 / max(image.shape[:2]), 32 / min(image.shape[:2]))
+        h, w = (int(side * factor + 0.5) for side in image.shape[:2])
+        x = normalise(
+            torch.from_numpy(resize_image(image, (h, w))).permute(2, 0, 1)[None], backbone
+        )
+        total, seen = torch.zeros(1, 4, h, w), torch.zeros(h, w)
+        for left in {0, max(0, min(21, w - 32)), max(0, w - 32)}:  # 32 rows: one row of windows
+            with torch.no_grad():
+                total[..., left : left + 32] += model.logits(x[..., left : left + 32])
+            seen[:, left : left + 32] += 1
+        full = F.interpolate(total / seen, size=mask.shape, mode="bilinear", align_corners=False)
+        prediction = full.softmax(1).argmax(1)
+        for metric in (iou, accuracy, right):
+            metric.update(prediction, mask[None].long())
+    found = saved(undisturbed)
+    assert found.metrics["aAcc"] == pytest.approx(100 * right.compute().item(), abs=1e-4)
+    assert found.metrics["mAcc"] == pytest.approx(
+        100 * accuracy.compute()[:3].mean().item(), abs=1e-4
+    )
+    classes = found.details["classes"]
+    said = [k for k in range(4) if classes[k]["iou"] is not None]
+    assert said[:3] == [0, 1, 2]
+    assert found.metrics["mIoU"] == pytest.approx(100 * iou.compute()[said].mean().item(), abs=1e-4)
+    masks = np.concatenate([read_mask(m, 4).ravel() for m in data.val.masks])
+    assert [c["pixels"] for c in classes] == np.bincount(masks[masks >= 0], minlength=4).tolist()
+
+
+def test_what_a_result_says(undisturbed: Path, small: dict[str, Any]) -> None:
+    found = saved(undisturbed)
+    assert (found.task, found.protocol["name"], found.protocol["headline"]) == (
+        "ade20k",
+        "quick",
+        "mIoU",
+    )
+    assert found.backbone["digest"] == load_backbone(small["backbone"]).digest
+    assert (found.data["train"], found.data["val"], found.data["classes"]) == (9, 5, 4)
+    assert found.protocol["window"] == [32, 32]
+    assert any("iterations 6 instead of" in line for line in found.protocol["differs"])
+    assert [r["step"] for r in rows(undisturbed) if "val_mIoU" in r] == [2, 4, 6]
+    with Image.open(undisturbed / "pictures" / "step_00000006.png") as picture:
+        assert picture.width > 1000
+
+
+def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
+    write_ade20k(tmp_path / "data", 16, 4, size=64)
+    result = run(
+        backbone="embedded", data=str(tmp_path / "data"), out=str(tmp_path / "run"), preset="quick",
+        crop_size=64, iterations=30, batch_size=4, channels=32, pictures=1,
+    )  # fmt: skip
+    losses = [r["loss_segmentation"] for r in rows(tmp_path / "run") if "lr" in r]
+    assert losses[-1] < 0.9 * losses[0]
+    classes = result.details["classes"]
+    largest = max(c["pixels"] for c in classes) / sum(c["pixels"] for c in classes)
+    always = 100 * largest / len([c for c in classes if c["pixels"]])  # one answer everywhere
+    assert result.metrics["mIoU"] > 1.2 * always
+    assert len(classes) == 13
+
+
+def test_patches_that_do_not_divide_the_crop_are_padded(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    seven = write_vit(tmp_path / "seven.safetensors", patch_size=7, img_size=(28, 28))
+    result = run(out=str(tmp_path / "r"), **small | {"backbone": seven, "iterations": 2})
+    assert result.protocol["window"] == [35, 35]
+    assert "crops and windows padded from 32 to 35: whole patches" in result.protocol["differs"]
+
+
+# --- stopping, processes ------------------------------------------------------------------------
+
+
+def assert_same_end(one: Path, two: Path) -> None:
+    first, second = state(one), state(two)
+    assert first["model"].keys() == second["model"].keys()
+    assert all(torch.equal(v, second["model"][k]) for k, v in first["model"].items())
+    assert rows(one) == rows(two)
+    a, b = saved(one), saved(two)
+    assert (a.metrics, a.details, a.protocol) == (b.metrics, b.details, b.protocol)
+
+
+def test_a_signal_stops_it_and_the_next_start_ends_the_same(
+    undisturbed: Path, small: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+        run(out=str(tmp_path / "r"), kill_at=(signal.SIGTERM, 3), **small)
+    run(out=str(tmp_path / "r"), **small)
+    assert_same_end(tmp_path / "r", undisturbed)
+
+
+def test_a_kill_loses_nothing(undisturbed: Path, small: dict[str, Any], tmp_path: Path) -> None:
+    killed = program(out=str(tmp_path / "r"), kill_at=(signal.SIGKILL, 4), **small)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run(out=str(tmp_path / "r"), **small)
+    assert_same_end(tmp_path / "r", undisturbed)
+
+
+def test_two_processes_evaluate_as_one(
+    undisturbed: Path, small: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same weights measured again by two processes: 5 images, so their shares differ."""
+    shutil.copytree(undisturbed, tmp_path / "r")
+    for file in (tmp_path / "r" / "results").iterdir():
+        file.unlink()
+    content = state(undisturbed) | {"evaluated_at": 4, "last": None}
+    save_checkpoint(tmp_path / "r" / "checkpoints", 6, content)
+    done = program(processes=2, out=str(tmp_path / "r"), **small)
+    assert done.returncode == 0, done.stderr
+    one, two = saved(undisturbed), saved(tmp_path / "r")
+    assert two.hardware["processes"] == 2
+    assert two.metrics == one.metrics
+    assert two.details == one.details
+
+
+def test_two_processes_train(small: dict[str, Any], tmp_path: Path) -> None:
+    done = program(
+        processes=2, out=str(tmp_path / "r"), **small | {"preset": "mae", "iterations": 2}
+    )
+    assert done.returncode == 0, done.stderr
+    found = saved(tmp_path / "r")
+    assert found.protocol["batch_norm_images"] == 2  # gloo: every process by itself
+    assert 0 <= found.metrics["mIoU"] <= 100
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def spoiled(data: str, to: Path, what: str) -> str:
+    shutil.copytree(data, to)
+    masks = to / "annotations" / "training"
+    if what == "missing mask":
+        (masks / "04.png").unlink()
+    elif what == "label":
+        mask = np.array(Image.open(masks / "04.png"))
+        mask[10, 10] = 77
+        Image.fromarray(mask).save(masks / "04.png")
+    elif what == "size":
+        Image.fromarray(np.ones((7, 7), dtype=np.uint8)).save(masks / "04.png")
+    elif what == "unlabelled":
+        for path in (to / "annotations" / "validation").iterdir():
+            mask = np.array(Image.open(path))
+            Image.fromarray(np.where(mask > 100, mask, 0).astype(np.uint8)).save(path)
+    elif what == "no list":
+        (to / "objectInfo.txt").unlink()
+    return str(to)
+
+
+@pytest.mark.parametrize(
+    ("what", "wanted"),
+    [
+        ("missing mask", r"04\.png: its mask .* is missing"),
+        ("label", "label 77 is out of range, the list has 4 classes"),
+        ("size", "the mask has 7 x 7 pixels"),
+        ("unlabelled", "no labelled pixel in the validation masks"),
+        ("no list", "no class list"),
+    ],
+)
+def test_bad_data_is_told_before_the_training(
+    small: dict[str, Any], tmp_path: Path, what: str, wanted: str
+) -> None:
+    data = spoiled(small["data"], tmp_path / "data", what)
+    with pytest.raises(InputError, match=wanted) as caught:
+        run(out=str(tmp_path / "r"), **small | {"data": data})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"preset": "best"}, "unknown preset 'best'; use paper, paper_ft, mae or quick"),
+        ({"backbone": ""}, "no backbone"),
+        ({"data": "/nowhere"}, "no such folder"),
+        ({"batch_size": 10}, "a batch of 10 and 9 training images"),
+        ({"batch_size": 1}, "batch norm needs 2 or more images"),
+        ({"micro_batch": 1}, "batch norm needs 2 or more images"),
+        ({"micro_batch": 3}, "cannot be split"),
+        ({"iterations": 0}, "iterations is 0; it must be above 0"),
+        ({"warmup": 6}, "leaves none of 6 to train"),
+        ({"stride": 33}, "leave gaps"),
+        ({"layer_decay": 1.5}, "it is 1 at most"),
+        ({"drop_path": 1.0}, "it must be below 1"),
+        ({"longer_side": 20}, "may not be below"),
+        ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
+        ({"classes": "2"}, "label 3 is out of range"),
+    ],
+)
+def test_impossible_settings_are_told_in_one_line(
+    small: dict[str, Any], tmp_path: Path, changes: dict[str, Any], wanted: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(wanted)) as caught:
+        run(out=str(tmp_path / "r"), **small | changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
+
+
+def test_backbones_that_do_not_fit(small: dict[str, Any], tmp_path: Path) -> None:
+    flat = write_vit(tmp_path / "flat.safetensors", depth=3)
+    with pytest.raises(InputError, match="3 blocks has no four maps"):
+        run(out=str(tmp_path / "r"), **small | {"backbone": flat})
+    oblong = write_vit(tmp_path / "oblong.safetensors", patch_size=(8, 4))
+    with pytest.raises(InputError, match="patches of 8x4; UPerNet's pyramid needs square ones"):
+        run(out=str(tmp_path / "r"), **small | {"backbone": oblong})
+
+
+def test_a_backbone_without_class_token(small: dict[str, Any], tmp_path: Path) -> None:
+    bare = write_vit(tmp_path / "bare.safetensors", class_token=False, global_pool="avg")
+    result = run(
+        out=str(tmp_path / "r"), **small | {"backbone": bare, "preset": "mae", "iterations": 2}
+    )
+    assert 0 <= result.metrics["mIoU"] <= 100
+
+
+def test_a_continued_run_with_other_settings_is_refused(
+    undisturbed: Path, small: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "r")
+    with pytest.raises(InputError, match=r"lr: .* -> 0\.5"):
+        run(out=str(tmp_path / "r"), **small | {"lr": 0.5})
+    run(out=str(tmp_path / "r"), **small | {"save_memory": True})  # moves no number
+
+
+def test_recomputed_blocks_change_nothing(
+    undisturbed: Path, small: dict[str, Any], tmp_path: Path
+) -> None:
+    run(out=str(tmp_path / "r"), **small | {"save_memory": True})
+    assert_same_end(tmp_path / "r", undisturbed)
+
+
+def test_help_has_a_text_for_every_setting() -> None:
+    source = inspect.getsource(Ade20kConfig)
+    for name in Ade20kConfig.__annotations__:
+        assert re.search(rf'\n    {name}: .*\n    """', source), name
+
+
+def test_the_command_line(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cmt_mae.cli import main
+
+    words = [f"--{k}={v}" for k, v in (small | {"iterations": 2, "pictures": 0}).items()]
+    more = [f"--out={tmp_path / 'r'}", "--device=cpu", "--workers=0", "--progress=false", "--json"]
+    assert main(["evaluate", "ade20k", *words, *more]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["task"] == "ade20k"
+    assert main(["evaluate", "ade20k", *words, "--crop_size=x", *more]) == 2
