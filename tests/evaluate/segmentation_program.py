@@ -1,6 +1,7 @@
-"""Segmentation as a program that can be killed, or started by torchrun: segmentation_program.py JSON.
+"""Segmentation as a program that can be killed, or started by torchrun: segmentation_program.py JSON ...
 
-The settings of Ade20kConfig, and ``kill_at``: [signal, n] is sent by the n-th micro-batch that is loaded.
+One run after another, each with the settings of Ade20kConfig, and ``kill_at``: [signal, n] is sent by the n-th
+micro-batch that is loaded.
 """
 
 import json
@@ -38,4 +39,5 @@ def run(kill_at: tuple[int, int] | None = None, **given: Any) -> Result:
 
 
 if __name__ == "__main__":
-    run(**json.loads(sys.argv[1]))
+    for words in sys.argv[1:]:
+        run(**json.loads(words))

@@ -110,10 +110,10 @@ def state(folder: Path) -> dict[str, Any]:
     return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
-def program(processes: int = 1, **given: Any) -> "subprocess.CompletedProcess[str]":
+def program(*runs: dict[str, Any], processes: int = 1) -> "subprocess.CompletedProcess[str]":
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), json.dumps(given)],
+        [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), *map(json.dumps, runs)],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
     )  # fmt: skip
 
@@ -299,35 +299,28 @@ def test_a_signal_stops_it_and_the_next_start_ends_the_same(
 
 
 def test_a_kill_loses_nothing(undisturbed: Path, small: dict[str, Any], tmp_path: Path) -> None:
-    killed = program(out=str(tmp_path / "r"), kill_at=(signal.SIGKILL, 4), **small)
+    killed = program({"out": str(tmp_path / "r"), "kill_at": (signal.SIGKILL, 4), **small})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run(out=str(tmp_path / "r"), **small)
     assert_same_end(tmp_path / "r", undisturbed)
 
 
-def test_two_processes_evaluate_as_one(
-    undisturbed: Path, small: dict[str, Any], tmp_path: Path
-) -> None:
-    """The same weights measured again by two processes: 5 images, so their shares differ."""
-    shutil.copytree(undisturbed, tmp_path / "r")
-    for file in (tmp_path / "r" / "results").iterdir():
+def test_two_processes(undisturbed: Path, small: dict[str, Any], tmp_path: Path) -> None:
+    """Weights that one process trained and measured are measured again: 5 images, so their shares differ.
+    And two processes train."""
+    shutil.copytree(undisturbed, tmp_path / "again")
+    for file in (tmp_path / "again" / "results").iterdir():
         file.unlink()
     content = state(undisturbed) | {"evaluated_at": 4, "last": None}
-    save_checkpoint(tmp_path / "r" / "checkpoints", 6, content)
-    done = program(processes=2, out=str(tmp_path / "r"), **small)
+    save_checkpoint(tmp_path / "again" / "checkpoints", 6, content)
+    trained = small | {"preset": "mae", "iterations": 2, "out": str(tmp_path / "trained")}
+    done = program(small | {"out": str(tmp_path / "again")}, trained, processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = saved(undisturbed), saved(tmp_path / "r")
+    one, two = saved(undisturbed), saved(tmp_path / "again")
     assert two.hardware["processes"] == 2
     assert two.metrics == one.metrics
     assert two.details == one.details
-
-
-def test_two_processes_train(small: dict[str, Any], tmp_path: Path) -> None:
-    done = program(
-        processes=2, out=str(tmp_path / "r"), **small | {"preset": "mae", "iterations": 2}
-    )
-    assert done.returncode == 0, done.stderr
-    found = saved(tmp_path / "r")
+    found = saved(tmp_path / "trained")
     assert found.protocol["batch_norm_images"] == 2  # gloo: every process by itself
     assert 0 <= found.metrics["mIoU"] <= 100
 
