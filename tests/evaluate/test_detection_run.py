@@ -170,12 +170,13 @@ def test_stored_detections_give_pycocotools_the_same_numbers(given: dict[str, An
 
 def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
     """The preset on the package's own backbone, end to end, with pictures."""
-    write_coco(tmp_path / "coco", 16, 4, 64, seed=3)
+    write_coco(tmp_path / "coco", 12, 4, 64, seed=3)
     result = evaluate_coco(
         CocoConfig(
             backbone="embedded", data=str(tmp_path / "coco"), out=str(tmp_path / "run"), preset="quick",
-            eval_split="train", epochs=14, drops=(12.0,), short_sides=(64,), test_short=64, lr=5e-4,
-            workers=0, progress=False, device="cpu", pictures=4, log_every=4,
+            eval_split="train", epochs=14, drops=(12.0,), short_sides=(64,), longest=80,
+            test_short=64, test_longest=80, lr=5e-4, workers=0, progress=False, device="cpu", pictures=4,
+            log_every=4,
         )
     )  # fmt: skip
     losses = [row["loss"] for row in rows(str(tmp_path / "run")) if "loss" in row]
