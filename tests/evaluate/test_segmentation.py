@@ -257,10 +257,10 @@ def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
     write_ade20k(tmp_path / "data", 16, 4, size=64)
     result = run(
         backbone="embedded", data=str(tmp_path / "data"), out=str(tmp_path / "run"), preset="quick",
-        crop_size=64, iterations=30, batch_size=4, channels=32, pictures=1,
+        crop_size=64, iterations=40, channels=32, log_every=5, pictures=1,
     )  # fmt: skip
     losses = [r["loss_segmentation"] for r in rows(tmp_path / "run") if "lr" in r]
-    assert losses[-1] < 0.9 * losses[0]
+    assert np.mean(losses[4:]) < 0.9 * np.mean(losses[:2])
     classes = result.details["classes"]
     largest = max(c["pixels"] for c in classes) / sum(c["pixels"] for c in classes)
     always = 100 * largest / len([c for c in classes if c["pixels"]])  # one answer everywhere
