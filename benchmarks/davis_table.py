@@ -34,7 +34,7 @@ def table(folder: Path) -> None:
             if k not in plain and result.protocol[k] != v
         }
         sequences = result.details["sequences"]
-        kept = ("name", "input", "grid", "J_mean", "F_mean", "J&F", "seconds")
+        kept = ("name", "input", "grid", "J_mean", "F_mean", "J&F")
         rows.append(
             {
                 "backbone": Path(result.backbone["name"]).name,
