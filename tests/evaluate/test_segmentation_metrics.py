@@ -19,6 +19,7 @@ from torchmetrics.classification import (
 
 from cmt_mae.evaluate.miou import confusion_matrix, scores
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits, window_starts
+from cmt_mae.report.segmentations import class_colours
 
 
 @given(st.integers(2, 9), st.integers(1, 400), st.integers(0, 999), st.integers(1, 9))
@@ -155,3 +156,11 @@ def test_argmax_of_resized_logits_a_few_classes_at_a_time(
     assert torch.equal(value, whole.max(0).values)
     lower = torch.arange(classes)[:, None, None] < found
     assert not ((whole == value) & lower).any()  # ties: the lower class
+
+
+def test_classes_have_colours_that_can_be_told_apart() -> None:
+    colours = class_colours(150)
+    assert np.array_equal(colours[:11], class_colours(11))
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 9 * np.eye(150)
+    assert apart.min() > 0.1
+    assert apart[:20, :20].min() > 0.35

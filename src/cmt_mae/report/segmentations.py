@@ -1,6 +1,5 @@
 """Pictures of a segmentation: image, truth and prediction side by side, with a legend."""
 
-import colorsys
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,20 @@ UNLABELLED = (0.93, 0.93, 0.93)
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """(classes, 3) colours in 0..1, the same for the same class always; neighbours differ strongly.
+    """(classes, 3) colours in 0..1, the same for the same class always.
 
-    Hues by the golden ratio, saturation and brightness in three steps.
+    One after another the colour of a grid that lies farthest from all before, from the unlabelled grey and from
+    black; 1000 different ones.
     """
-    tones = ((0.75, 0.9), (0.55, 0.6), (0.9, 0.75))
-    rows = [
-        colorsys.hsv_to_rgb((0.07 + k * 0.618034) % 1, *tones[k % len(tones)])
-        for k in range(classes)
-    ]
+    grid = np.stack(np.meshgrid(*[np.linspace(0.05, 0.95, 10)] * 3), axis=-1).reshape(-1, 3)
+    nearest = np.minimum(
+        np.linalg.norm(grid - np.array(UNLABELLED), axis=1), np.linalg.norm(grid, axis=1)
+    )
+    rows = []
+    for _ in range(classes):
+        colour = grid[nearest.argmax()]
+        rows.append(colour)
+        nearest = np.minimum(nearest, np.linalg.norm(grid - colour, axis=1))
     return np.array(rows)
 
 
