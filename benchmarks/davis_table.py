@@ -132,9 +132,10 @@ def speed_lines(content: dict[str, Any]) -> list[str]:
             f"{content['speed']['hardware']['cores']} cores; load of the machine before each row: {load}.",
             "",
             "The aim of 5 times is met at DeiT-Tiny's width and missed at ViT-B's 768: there the products of "
-            "features weigh most, and the strips that hold the neighbourhoods still make 52 % of all pairs (28 % "
-            "lie within radius 12; smaller tiles made fewer but slower products). Random ViT-B features are almost alike, so rounding changes which neighbours are kept; "
-            "no pixel is decided otherwise.",
+            "features weigh most, and the strips that hold the neighbourhoods still make 52 % of all pairs "
+            "(28 % lie within radius 12; smaller tiles made fewer but slower products). Random ViT-B "
+            "features are almost alike, so rounding changes which neighbours are kept; no pixel is decided "
+            "otherwise.",
         ]
     for row in content.get("memory", {}).get("rows", []):
         lines += [
