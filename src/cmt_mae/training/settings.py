@@ -1,5 +1,6 @@
 """Settings that every training evaluation has: fine-tuning, detection, segmentation."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,8 @@ class TaskSettings:
         if (Path(self.backbone) / "config.yaml").is_file():
             suffix = f"-{self.key}" if self.key else ""
             return Path(self.backbone) / "evaluations" / f"{task}-{protocol}{suffix}"
+        if os.sep in self.backbone and not Path(self.backbone).expanduser().exists():
+            raise InputError(f"{self.backbone}: no such run directory or file; check --backbone")
         raise InputError(
             f"{self.backbone} is no run directory, so there is no place for this training: give --out FOLDER"
         )
