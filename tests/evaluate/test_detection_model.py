@@ -358,7 +358,7 @@ def test_unusual_backbones(tmp_path: Path, architecture: str, more: dict[str, An
         detector = build_detector(unusual, 2, replace(QUICK, neck=neck, window=3)).train()
         losses = detector(batch())
         torch.stack(list(losses.values())).sum().backward()
-        assert all(math.isfinite(float(v)) for v in losses.values())
+        assert all(math.isfinite(float(v.detach())) for v in losses.values())
         detector.eval()
         with torch.no_grad():
             (found,) = detector(Batch([torch.randn(3, 37, 53)]))
