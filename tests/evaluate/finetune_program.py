@@ -6,6 +6,7 @@ The settings of FinetuneConfig, and ``kill_at``: [signal, n] is sent by the n-th
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from cmt_mae.evaluate import finetune
 from cmt_mae.evaluate.finetune import FinetuneConfig, evaluate_finetune
 from cmt_mae.evaluate.result import Result
+from cmt_mae.training.run_dir import RunDir
 
 torch.set_num_threads(1)
 
@@ -28,11 +30,18 @@ def run(kill_at: tuple[int, int] | None = None, **given: Any) -> Result:
             os.kill(os.getpid(), kill_at[0])
         return collate(rows)
 
-    finetune.collate = counted
+    def look_late(out: str, *how: Any, **named: Any) -> RunDir:
+        """The other processes look later: the first one must not have written to the folder before."""
+        before = os.path.exists(out) and sorted(os.listdir(out))
+        time.sleep(float(os.environ.get("RANK", 0)))
+        assert (os.path.exists(out) and sorted(os.listdir(out))) == before
+        return RunDir(out, *how, **named)
+
+    finetune.collate, finetune.RunDir = counted, look_late
     try:
         return evaluate_finetune(FinetuneConfig(**{"workers": 0, "progress": False, **given}))
     finally:
-        finetune.collate = collate
+        finetune.collate, finetune.RunDir = collate, RunDir
 
 
 if __name__ == "__main__":

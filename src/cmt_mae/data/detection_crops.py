@@ -66,7 +66,8 @@ def resize(example: Example, size: Size) -> Example:
     return replace(
         example,
         image=resize_image(example.image, size),
-        boxes=example.boxes * factors,
+        # w * (new_w / w) may round to a little more than new_w
+        boxes=(example.boxes * factors).minimum(torch.tensor([new_w, new_h, new_w, new_h])),
         masks=masks,
     )
 

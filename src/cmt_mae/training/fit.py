@@ -129,6 +129,7 @@ class _Fit:
 
     def run_to_the_end(self) -> Evaluation:
         job, settings = self.job, self.settings
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked at the folder
         self.run.claim()
         self.resume()
         main = self.accelerator.is_main_process
