@@ -16,8 +16,8 @@ from cmt_mae.backbones import Backbone
 from cmt_mae.benchmark.build import frozen_backbone, make_stepper, synthetic_batches
 from cmt_mae.benchmark.flops import OURS as OUR_CUTS
 from cmt_mae.benchmark.flops import PLAIN, step_macs, step_of
-from cmt_mae.cli import parse
 from cmt_mae.method.vit import sincos_table
+from cmt_mae.parsing import parse
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import Stepper

@@ -1,9 +1,10 @@
 """The command line: wiring only. Options, types and help come from the settings dataclasses."""
 
-import difflib
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
@@ -11,6 +12,8 @@ from importlib import import_module
 from typing import Any
 
 from cmt_mae.errors import InputError, Stopped
+from cmt_mae.parsing import expand, hint, parse, take, take_flag, with_positional
+from cmt_mae.text import one_line, printable
 
 # command -> module and names of its settings and of its function; imported only when asked for
 COMMANDS = {
@@ -50,13 +53,18 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   recipes [NAME]   list recipes, or show one
   demo             a small two-stage run on generated scenes (or --data D), compared with MAE
 
---debug shows the traceback of an error. Exit status: 0 done, 2 bad input, 75 stopped with a checkpoint."""
+--debug (or CMT_MAE_DEBUG=1) shows the traceback of an error. Exit status: 0 done, 2 bad input, 75 stopped with a
+checkpoint, 130 interrupted, 1 a fault of cmt-mae itself."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status 0, 2 (bad input), 75 (stopped, checkpoint written) or 1."""
+    """Run one command; returns the exit status 0, 2 (bad input), 75 (stopped, checkpoint written), 130 or 1.
+
+    However a command ends, it says so in one line on stderr. 1 is a fault of ours: an error that no
+    part of the package foresaw.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments or os.environ.get("CMT_MAE_DEBUG", "0") not in ("", "0")
     arguments = [a for a in arguments if a != "--debug"]
     try:
         dispatch(arguments)
@@ -69,15 +77,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return fail("interrupted", 130, debug)
+    except OSError as error:  # a file or folder that no part of the package expected to fail
+        name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return fail(
+            f"{name}{error.strerror or error}; check the path and its permissions", 2, debug
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            mend = "take a smaller batch (--runtime.micro_batch in pretrain) or network"
+            return fail(f"out of memory ({one_line(error, 120)}): {mend}", 2, debug)
+        kind = type(error).__name__
+        return fail(
+            f"a fault of cmt-mae, {kind}: {one_line(error)}; --debug shows where: please report it",
+            1,
+            debug,
+        )
     return 0
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python's, torch's or the GPU's memory is used up."""
+    names = (type(error).__name__, str(error))
+    return isinstance(error, MemoryError) or any(
+        sign in name
+        for name in names
+        for sign in ("OutOfMemoryError", "not enough memory", "out of memory")
+    )
 
 
 def fail(message: str, status: int, debug: bool) -> int:
     """One line on stderr."""
+    wait_for_rank_zero()
     if debug:
         traceback.print_exc()
-    print("cmt-mae: " + " ".join(message.split()), file=sys.stderr)
+    print("cmt-mae: " + printable(" ".join(message.split())), file=sys.stderr)
     return status
+
+
+def wait_for_rank_zero(seconds: float = 4.0) -> None:
+    """Under torchrun: time for rank 0 to say what every rank would say.
+
+    When rank 0 has failed too, torchrun ends this process meanwhile, and the line is printed once.
+    A rank that fails alone is still here afterwards and speaks for itself.
+    """
+    if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(seconds)
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -98,7 +143,7 @@ def dispatch(arguments: list[str]) -> None:
         run_command(command, rest)
     else:
         raise InputError(
-            f"command '{command}' is unknown{hint(command, [*COMMANDS, 'evaluate', 'recipes'])}"
+            f"command '{one_line(command, 60)}' is unknown{hint(command, [*COMMANDS, 'evaluate', 'recipes'])}"
         )
 
 
@@ -131,7 +176,10 @@ def run_evaluation(words: list[str]) -> None:
             print(USAGE)
             return
         task = words[0] if words else ""
-        raise InputError(f"evaluate '{task}' is unknown: use {', '.join(EVALUATIONS)}")
+        near = hint(task, list(EVALUATIONS))
+        raise InputError(
+            f"evaluate '{one_line(task, 60)}' is unknown{near}: use {', '.join(EVALUATIONS)}"
+        )
     settings, function = load(EVALUATIONS[words[0]])
     as_json, rest = take_flag(words[1:], "--json")
     config = parse(f"cmt-mae evaluate {words[0]}", settings, rest, {})
@@ -150,32 +198,39 @@ def run_evaluation(words: list[str]) -> None:
 
 
 def show_result(result: Any) -> None:
-    """The numbers and the protocol behind them, on stderr, so that stdout stays for --json."""
+    """The numbers and the protocol behind them, on stderr, so that stdout stays for --json.
+
+    Text objects: nothing in a name is taken for markup or for a terminal's commands.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    name = result.protocol["name"]
-    table = Table(title=f"{result.task}, protocol {name}, {result.backbone['name']}")
+    def shown(text: str) -> Text:
+        return Text(printable(text))
+
+    protocol = result.protocol
+    title = f"{result.task}, protocol {protocol['name']}, {result.backbone['name']}"
+    table = Table(title=shown(title))
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, value in result.metrics.items():
-        mark = " *" if metric == result.protocol["headline"] else ""
-        table.add_row(metric + mark, f"{value:.2f}")
+        mark = " *" if metric == protocol["headline"] else ""
+        table.add_row(shown(metric + mark), f"{value:.2f}")
     console = Console(stderr=True)
     console.print(table)
     sequences = result.details.get("sequences")
     if result.task == "davis" and sequences:
         console.print(sequence_table(sequences))
-    settings = ", ".join(
-        f"{k} {v}" for k, v in result.protocol.items() if k not in ("name", "headline")
-    )
-    console.print(f"* the number to quote. protocol: {settings}", style="dim")
+    settings = ", ".join(f"{k} {v}" for k, v in protocol.items() if k not in ("name", "headline"))
+    console.print(shown(f"* the number to quote. protocol: {settings}"), style="dim")
     console.print(f"{result.seconds:.1f} s, seed {result.seed}", style="dim")
 
 
 def sequence_table(rows: list[dict[str, Any]]) -> Any:
     """J and F of each video of a DAVIS result."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     table.add_column("sequence")
@@ -183,7 +238,7 @@ def sequence_table(rows: list[dict[str, Any]]) -> Any:
         table.add_column(name, justify="right")
     for row in rows:
         values = [f"{row[name]:.2f}" for name in ("J&F", "J_mean", "F_mean")]
-        table.add_row(row["name"], str(len(row["objects"])), *values)
+        table.add_row(Text(printable(row["name"])), str(len(row["objects"])), *values)
     return table
 
 
@@ -198,117 +253,6 @@ def show_recipes(words: list[str]) -> None:
     width = max(map(len, names))
     for name in names:
         print(f"{name:{width}}  {head_comment(name).splitlines()[0]}")
-
-
-def parse(program: str, settings: type, words: list[str], defaults: dict[str, Any]) -> Any:
-    """Words -> an instance of the settings dataclass; None after --help.
-
-    defaults: nested values of recipes. Raises InputError with one line for unknown keys and bad values.
-    """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
-    parser.add_class_arguments(settings)
-    words = [expand(word, {}) for word in words]
-    known = [action.dest for action in parser._actions]
-    for word in words:
-        name = word[2:].split("=", 1)[0]
-        if word.startswith("--") and name.rstrip("+") not in known:
-            raise InputError(f"option --{name} is unknown{hint(name, known)}; see {program} --help")
-    words = bare_flags(parser, words)
-    if "--help" in words or "-h" in words:
-        parser.print_help()
-        return None
-    try:
-        if defaults:
-            flat = flatten(defaults)
-            for name in flat:
-                if name not in known:
-                    raise InputError(f"setting {name} of the recipe is unknown{hint(name, known)}")
-            # through the parser, not set_defaults, which would not check the values' types
-            words = [f"--{name}={as_word(value)}" for name, value in flat.items()] + words
-        return settings(**vars(parser.instantiate(parser.parse_args(words))))
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise InputError(f"{' '.join(str(error).split())}; see {program} --help") from error
-
-
-def bare_flags(parser: Any, words: list[str]) -> list[str]:
-    """``--paper`` alone means ``--paper=true``, for every setting that is yes or no."""
-    flags = {
-        f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", 0) is bool
-    }
-    following = [*words[1:], "--"][: len(words)]
-    return [
-        f"{word}=true" if word in flags and after.startswith("--") else word
-        for word, after in zip(words, following, strict=True)
-    ]
-
-
-def with_positional(words: list[str], name: str) -> list[str]:
-    """``a b --x 1 --flag`` -> ``--name=["a", "b"] --x 1 --flag``; a bare flag is one word.
-
-    Values of options follow them with a space or an equals sign; --paper takes none.
-    """
-    kept: list[str] = []
-    found: list[str] = []
-    for word in words:
-        waiting = kept and kept[-1].startswith("--") and "=" not in kept[-1]
-        if word.startswith("-"):
-            kept.append(word)
-        elif waiting and kept[-1] != "--paper":
-            kept[-1] = f"{kept[-1]}={word}"
-        else:
-            found.append(word)
-    return [f"--{name}={json.dumps(found)}", *kept] if found else kept
-
-
-def as_word(value: Any) -> str:
-    """A setting as a word of the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def expand(word: str, short: dict[str, str]) -> str:
-    """--batch-size -> --batch_size, and short names to full ones; other words stay."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    name = name.replace("-", "_")
-    return f"--{short.get(name, name)}{equals}{value}"
-
-
-def take(words: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of an option (``--x v`` or ``--x=v``) and the words without it."""
-    for place, word in enumerate(words):
-        if word == option:
-            if place + 1 == len(words):
-                raise InputError(f"{option} needs a value")
-            return words[place + 1], words[:place] + words[place + 2 :]
-        if word.startswith(option + "="):
-            return word.split("=", 1)[1], words[:place] + words[place + 1 :]
-    return None, words
-
-
-def take_flag(words: list[str], flag: str) -> tuple[bool, list[str]]:
-    """Whether the flag is among the words, and the words without it."""
-    return flag in words, [word for word in words if word != flag]
-
-
-def hint(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean x?)`` or nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def load(entry: tuple[str, str, str]) -> tuple[type, Callable[[Any], Any]]:

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cmt_mae import assemble
-from cmt_mae.cli import parse
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.scenes import write_imagefolder
 from cmt_mae.data.sources import open_source, open_split
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
+from cmt_mae.parsing import parse
 from cmt_mae.pretraining import pretrain
 from cmt_mae.recipes import load_recipes, merge
 from cmt_mae.settings import PretrainConfig
@@ -215,7 +215,8 @@ def show(console: Console, content: dict[str, Any], out: Path) -> None:
     pictures = sorted((out / "cmt" / "pictures").glob("*.png"))
     if not pictures:
         raise InputError(f"{out} holds no pictures: delete it and run the demo again")
-    console.print(f"pictures of attention and masks: {pictures[-1]}")
+    console.print(f"pictures of attention and masks: {pictures[-1]}", markup=False)
     console.print(
-        f"backbone: {out / 'cmt' / 'backbone.safetensors'}; everything in {out}, {content['seconds']:.0f} s"
+        f"backbone: {out / 'cmt' / 'backbone.safetensors'}; everything in {out}, {content['seconds']:.0f} s",
+        markup=False,
     )

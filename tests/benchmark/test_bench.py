@@ -11,9 +11,10 @@ from PIL import Image
 
 from cmt_mae.benchmark import BenchConfig, bench, measure
 from cmt_mae.benchmark.build import frozen_backbone, make_stepper, synthetic_batches
-from cmt_mae.cli import main, parse
+from cmt_mae.cli import main
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.errors import InputError
+from cmt_mae.parsing import parse
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig
 

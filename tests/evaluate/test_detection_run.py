@@ -286,7 +286,7 @@ def test_a_run_is_continued_only_with_its_own_settings_and_data(
 
 def test_resolve_is_what_the_command_line_hands_over() -> None:
     """Types of the settings as jsonargparse reads them."""
-    from cmt_mae.cli import parse
+    from cmt_mae.parsing import parse
 
     words = (
         "--backbone x --data y --drops=[5,7] --taps=[0,1,2,3] --lr 1e-3 --norm ln --crop_shorts=[]"

@@ -71,7 +71,7 @@ def make(images: Path, teacher_file: Path, tmp_path: Path) -> Make:
 
 def as_words(config: PretrainConfig) -> list[str]:
     """The command line that gives these settings."""
-    from cmt_mae.cli import as_word, flatten
+    from cmt_mae.parsing import as_word, flatten
     from cmt_mae.training.run_dir import plain
 
     return [f"--{k}={as_word(v)}" for k, v in flatten(plain(config)).items() if v is not None]

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from cmt_mae.cli import expand, main, parse, take, with_positional
+from cmt_mae.cli import main
 from cmt_mae.errors import InputError
+from cmt_mae.parsing import expand, parse, take, with_positional
 from cmt_mae.recipes import head_comment, load_recipes, recipe_names
 from cmt_mae.report.compare import CompareConfig
 from cmt_mae.settings import PretrainConfig

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_mae.cli import parse
 from cmt_mae.method.cmtmae import Guides
 from cmt_mae.method.teacher import Teacher
+from cmt_mae.parsing import parse
 from cmt_mae.pretraining import pretrain
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig

@@ -21,6 +21,7 @@ from cmt_mae.backbones.backbone import Backbone, backbone_digest, learned_state
 from cmt_mae.backbones.infer import pair
 from cmt_mae.backbones.selfcheck import check_features
 from cmt_mae.errors import InputError
+from cmt_mae.text import one_line as shorten
 
 MAX_PIXELS = 8192
 """Largest accepted side of an input image: a bound on what a hostile file can make us allocate."""
@@ -65,8 +66,7 @@ class Weights:
 
 def one_line(error: BaseException | str) -> str:
     """An error's text on one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."
+    return shorten(str(error)) or type(error).__name__
 
 
 def some(names: Iterable[str], limit: int = 6) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from cmt_mae.backbones.container import Container, tensors_of
 from cmt_mae.backbones.infer import pair
 from cmt_mae.backbones.selfcheck import features_of_fixed_picture
 from cmt_mae.errors import InputError
+from cmt_mae.training import files
 
 HEADER = "cmt_mae"
 """Name of our entry in the safetensors header; its value is JSON."""
@@ -27,18 +26,7 @@ HEADER = "cmt_mae"
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename: the file is whole or not there. InputError if it fails."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise InputError(f"{path}: cannot be written: {one_line(error)}") from error
+    files.write_atomically(path, lambda aside: aside.write_bytes(data))
 
 
 def plain_state(
@@ -124,7 +112,7 @@ def read_ours(container: Container) -> Weights:
         std = tuple(float(v) for v in header["std"])
         licence = header.get("licence")
         self_check = [float(v) for v in header.get("self_check", [])]
-        source = " ".join(str(header.get("source") or where).split())
+        source = one_line(header.get("source") or where)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: its header is damaged ({one_line(error)})") from error
     state = tensors_of(container.tree, container.path)
@@ -141,7 +129,7 @@ def read_ours(container: Container) -> Weights:
         mean,
         std,
         source,
-        None if licence is None else str(licence),
+        None if licence is None else one_line(licence),
         proj,
         self_check,
     )

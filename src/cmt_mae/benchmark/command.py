@@ -23,6 +23,7 @@ from cmt_mae.errors import InputError
 from cmt_mae.method.masking import noise_length
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import Stepper
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_json
 from cmt_mae.training.processes import make_accelerator
 from cmt_mae.training.run_dir import environment, plain
@@ -218,4 +219,5 @@ def show(content: dict[str, Any]) -> None:
     peak = content["peak"]
     console.print(f"peak {peak['flops'] / 1e12:.3g} TFLOP/s, {peak['how']}", style="dim")
     if content["teacher"]:
-        console.print(f"teacher: {content['teacher']}; data: {content['data']}", style="dim")
+        about = f"teacher: {content['teacher']}; data: {content['data']}"
+        console.print(printable(about), style="dim", markup=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -100,6 +101,9 @@ def read_list(root: Path) -> list[str]:
         raise InputError(f"{file} cannot be read: {error}") from None
     if not names:
         raise InputError(f"{file} is empty; it needs one sequence a line")
+    for name in names:  # they become names of folders: no ../, no control characters, no markup
+        if not re.fullmatch(r"\w[\w.()+,=@-]*", name):
+            raise InputError(f"{file}: {name[:80]!a} cannot be the name of a sequence; rename it")
     return names
 
 

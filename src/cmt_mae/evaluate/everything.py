@@ -25,6 +25,7 @@ from cmt_mae.errors import InputError, Stopped
 from cmt_mae.evaluate.features import start_processes
 from cmt_mae.evaluate.layouts import Found, Layout, find_data, folder_fingerprint
 from cmt_mae.evaluate.result import Result
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_json
 
 Preset = Literal["quick", "paper"]
@@ -149,7 +150,11 @@ def evaluate_all(config: EvaluateAllConfig) -> list[Result]:
         Stopped: a signal asked for the end; the same command continues.
     """
     where = start_processes(config.device)
-    say = Console(stderr=True, quiet=where.rank != 0, highlight=False, soft_wrap=True).out
+    console = Console(stderr=True, quiet=where.rank != 0, highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.out(printable(text))
+
     wanted = check_tasks(config.tasks)
     out = output_folder(config)
     sets, notes = find_data(
@@ -297,7 +302,8 @@ def known_result(out: Path, key: str) -> Result | None:
     """The result of this key, if an earlier call left it and its file is still the same measurement."""
     try:
         entry = read_ledger(out)[key]
-        result = Result.load(out / entry["result"])
+        # its name alone: a ledger that came with somebody's run may point anywhere
+        result = Result.load(out / "results" / Path(entry["result"]).name)
         return result if result.identity() == entry["identity"] else None
     except (InputError, TypeError, LookupError, AttributeError):
         return None  # never measured, or its file is gone or damaged: measure again

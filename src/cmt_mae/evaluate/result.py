@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cmt_mae.errors import InputError
+from cmt_mae.training.files import write_text
 
 if TYPE_CHECKING:
     from cmt_mae.backbones import Backbone
@@ -92,21 +93,11 @@ class Result:
         Raises:
             InputError: the folder cannot be written.
         """
-        name = re.sub(r"[^a-z0-9]+", "-", str(self.protocol["name"]).lower()).strip("-")
-        path = Path(out) / "results" / f"{self.task}-{name}-{self.identity()}.json"
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("w", encoding="utf-8") as file:
-                json.dump(_plain(asdict(self)), file, allow_nan=False, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except OSError as error:
-            raise InputError(
-                f"the result cannot be written to {path}: {error.strerror}; give another --out"
-            ) from None
+        # plain words only: a task or protocol named ../.. must not lead out of the folder
+        words = (str(self.task), str(self.protocol["name"]))
+        task, name = (re.sub(r"[^a-z0-9]+", "-", w.lower()).strip("-")[:60] for w in words)
+        path = Path(out) / "results" / f"{task}-{name}-{self.identity()}.json"
+        write_text(path, json.dumps(_plain(asdict(self)), allow_nan=False, indent=1) + "\n")
         return path
 
     @classmethod

@@ -1,11 +1,15 @@
 """Recipes: YAML files of settings whose head comment says what they reproduce."""
 
+import os
 from importlib import resources
 from typing import Any
 
-import yaml
-
 from cmt_mae.errors import InputError
+from cmt_mae.parsing import hint, read_settings
+from cmt_mae.text import one_line
+
+MAX_BYTES = 1 << 20
+"""A recipe of more bytes than this is none."""
 
 
 def recipe_names() -> list[str]:
@@ -18,13 +22,20 @@ def recipe_text(name: str) -> str:
     """The file of one recipe, or of a path to a YAML file. Raises InputError for unknown names."""
     if name.endswith((".yaml", ".yml")):
         try:
+            if not os.path.isfile(name) and os.path.exists(name):
+                raise OSError(None, "no regular file")
             with open(name, encoding="utf-8") as file:
-                return file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe {name} cannot be read: {error}") from error
+                text = file.read(MAX_BYTES + 1)
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, a zero byte in the name
+            reason = getattr(error, "strerror", None) or one_line(error, 80)
+            raise InputError(f"recipe {one_line(name)} cannot be read: {reason}") from error
+        if len(text) > MAX_BYTES:
+            raise InputError(f"recipe {one_line(name)} is over 1 MiB: this is no recipe")
+        return text
     if name not in recipe_names():
         raise InputError(
-            f"recipe '{name}' is unknown: use {', '.join(recipe_names())}, or a .yaml file"
+            f"recipe '{one_line(name, 60)}' is unknown{hint(name, recipe_names())}: use "
+            f"{', '.join(recipe_names())}, or a .yaml file"
         )
     return (resources.files("cmt_mae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -43,14 +54,7 @@ def load_recipes(names: str) -> dict[str, Any]:
     """Settings of one recipe or of several joined by commas (``mvp,micro64``): later ones have the last word."""
     merged: dict[str, Any] = {}
     for name in names.split(","):
-        try:
-            content = yaml.safe_load(recipe_text(name.strip()))
-        except yaml.YAMLError as error:
-            raise InputError(
-                f"recipe {name} is no valid YAML: {' '.join(str(error).split())}"
-            ) from error
-        if not isinstance(content, dict):
-            raise InputError(f"recipe {name} holds no settings: write lines such as 'epochs: 100'")
+        content = read_settings(recipe_text(name.strip()), f"recipe {one_line(name)}")
         merge(merged, content)
     return merged
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cmt_mae.errors import InputError
 from cmt_mae.report.paper import SOURCE
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_atomically
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def write(comparison: Comparison, format: str | None, out: str | None) -> None:
         else:
             path = Path(out).expanduser()
             write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-            print(f"written to {path}", file=sys.stderr)
+            print(f"written to {printable(str(path))}", file=sys.stderr)
     for note in comparison.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
 
@@ -275,11 +276,6 @@ def _value(value: Any) -> str:
 def _title(word: str) -> str:
     """The usual name of a task or metric."""
     return printable(TITLES.get(word, word))
-
-
-def printable(text: str) -> str:
-    """One line without control characters, which could move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _escape_one(found: re.Match[str]) -> str:

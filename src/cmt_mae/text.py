@@ -1,0 +1,12 @@
+"""Text from outside - names of files, parts of other people's files - made fit to be shown."""
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which could move a terminal's cursor or change its title."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """All white space as single blanks, nothing that is not printable, cut after ``limit`` characters."""
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= limit else line[:limit] + "..."
