@@ -18,16 +18,30 @@ from cmt_mae.method.masking import noise_length
 from cmt_mae.report.pictures import attention_picture
 from cmt_mae.settings import INDIFFERENT, PretrainConfig
 from cmt_mae.stepping import Plan, Stepper, make_plan
+from cmt_mae.text import printable
+from cmt_mae.training import compiling
 from cmt_mae.training.checkpoint import (
-    list_checkpoints,
+    checkpoint_path,
+    forget_after,
     load_last,
     mark_best,
     rotate,
     save_checkpoint,
 )
-from cmt_mae.training.processes import any_process, make_accelerator, peak_memory
+from cmt_mae.training.collapse import signs
+from cmt_mae.training.files import write_text
+from cmt_mae.training.finiteness import bad_weights, first_part
+from cmt_mae.training.meters import Bad
+from cmt_mae.training.processes import (
+    agree,
+    any_process,
+    make_accelerator,
+    peak_memory,
+    stopping_with_the_others,
+)
 from cmt_mae.training.progress import training_bar
 from cmt_mae.training.run_dir import RunDir, plain
+from cmt_mae.training.sharding import whole
 from cmt_mae.training.signals import StopRequest
 from cmt_mae.training.trackers import Trackers
 from cmt_mae.writing import as_backbone, save_student
@@ -42,13 +56,15 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     and Stopped when a signal asked for the end; both leave a checkpoint to continue from.
     """
     config.check()
-    accelerator = make_accelerator(config.runtime.device, config.precision)
+    runtime = config.runtime
+    accelerator = make_accelerator(runtime.device, config.precision, runtime.deterministic)
     source = open_split(config.data.path, "train")
     plan = make_plan(config, len(source), accelerator.num_processes)
     run = RunDir(config.out, plain(config), INDIFFERENT, writes=accelerator.is_main_process)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked at the folder
     try:
-        return Training(config, accelerator, source, plan, run).run_to_the_end()
+        with stopping_with_the_others(accelerator, run.path):
+            accelerator.wait_for_everyone()  # nobody writes before everybody has looked at the folder
+            return Training(config, accelerator, source, plan, run).run_to_the_end()
     finally:
         run.close()
 
@@ -78,9 +94,11 @@ class Training:
             config, accelerator, plan,
             assemble.build_learner(config, teacher), assemble.build_guides(config, teacher, self.stats),
         )  # fmt: skip
-        self.step, self.best = 0, -1.0
+        self.step, self.best, self.best_step = 0, -1.0, -1
         self.bad: dict[int, tuple[str, str]] = {}
         self.last_row: dict[str, Any] = {}
+        self.placed_before: dict[str, Any] = {}  # placement at the start before this one
+        self.alarms: set[str] = set()  # signs of collapse that have been told
         self.since = time.perf_counter()
 
     def run_to_the_end(self) -> dict[str, Any]:
@@ -89,6 +107,10 @@ class Training:
         config, plan, runtime = self.config, self.plan, self.config.runtime
         self.resume()
         self.announce()
+        if self.stepper.no_compiler:
+            self.say(
+                f"warning: runtime.compile cannot work here, going on without ({self.stepper.no_compiler})"
+            )
         self.stepper.enter_stage(self.step)
         probe = OnlineProbe.open(runtime.probe_data)
         main = self.accelerator.is_main_process
@@ -120,7 +142,7 @@ class Training:
                 if (
                     asked
                     or self.falls_due(runtime.checkpoint_every)
-                    or self.step == plan.total_steps
+                    or self.step in (plan.total_steps, self.best_step)
                 ):
                     self.checkpoint()
                 if asked and self.step < plan.total_steps:
@@ -155,10 +177,6 @@ class Training:
     def log(self, tracking: Trackers) -> dict[str, Any]:
         """One line of metrics. Reading the meters is the only time the host waits for the device."""
         means, nonfinite = self.stepper.meters.read()
-        names = sorted(means)
-        if self.accelerator.num_processes > 1:
-            vector = torch.tensor([means[n] for n in names], device=self.accelerator.device)
-            means = dict(zip(names, self.accelerator.reduce(vector, "mean").tolist(), strict=True))
         every = self.config.runtime.log_every
         steps = self.step % every or every
         elapsed = time.perf_counter() - self.since
@@ -167,8 +185,9 @@ class Training:
             "epoch": round(self.step / self.plan.steps_per_epoch, 4),
             "stage": 1 if self.step <= self.plan.switch_step else 2,
             "lr": self.stepper.optimizer.param_groups[0]["lr"],
-            **{name: means[name] for name in names},
+            **{name: means[name] for name in sorted(means)},
             "skipped_steps": round(means["skipped_steps"] * steps),
+            "collapse_signs": len(signs(means)),
             "images_per_second": round(steps * self.config.batch_size / elapsed, 1),
             "data_wait_share": round(min(1.0, self.stepper.waited / elapsed), 4),
             "peak_memory_gb": round(peak_memory(self.accelerator.device), 3),
@@ -176,36 +195,65 @@ class Training:
         self.since, self.stepper.waited = time.perf_counter(), 0.0
         tracking.write(row)
         self.last_row = row
-        self.check_numbers(nonfinite)
+        self.check_collapse(row)
+        self.check_numbers(nonfinite, row["skipped_steps"])
         self.check_images()
         return row
 
-    def check_numbers(self, nonfinite: dict[str, int]) -> None:
-        """Warn of skipped steps; raise InputError where they do not end."""
-        if nonfinite:
-            parts = ", ".join(f"{name} ({count})" for name, count in nonfinite.items())
+    def check_collapse(self, row: dict[str, Any]) -> None:
+        """Warn where features or attention say nothing about the images any more, once until it is over."""
+        now = {sign.split()[0]: sign for sign in signs(row)}
+        new = [sign for name, sign in now.items() if name not in self.alarms]
+        if new:
             self.say(
-                f"warning: not finite in the steps before {self.step}, which were skipped: {parts}"
+                f"warning: signs of collapse at step {self.step}: {', '.join(new)}: lower optim.blr, or look at "
+                "the images and the teacher"
             )
+        self.alarms = set(now)
+
+    def check_numbers(self, nonfinite: dict[str, Bad], skipped: int) -> None:
+        """Name what was not finite and where it began; raise InputError where it does not end."""
         row = int(self.stepper.nonfinite_row.item())
+        culprit = self.culprit(nonfinite) if nonfinite else "gradient"
+        if nonfinite:
+            numbers = ", ".join(f"{name} ({bad.count})" for name, bad in nonfinite.items())
+            self.say(
+                f"warning: {skipped} step(s) up to step {self.step} skipped, not finite: first {culprit}; all: "
+                f"{numbers}"
+            )
         if row >= self.config.runtime.max_nonfinite:
             raise InputError(
                 f"{row} steps in a row up to step {self.step} had a loss or gradient that is not finite (first: "
-                f"{next(iter(nonfinite), 'gradient_norm')}); the last checkpoint in {self.run.path} is good: "
-                "lower optim.blr or set optim.clip"
+                f"{culprit}); the last checkpoint in {self.run.path} is good: lower optim.blr or set optim.clip"
             )
+
+    def culprit(self, nonfinite: dict[str, Bad]) -> str:
+        """The first part of the first such step that was not finite, with the parameter where there is one."""
+        step, part, number = first_part(nonfinite)
+        gradient = self.stepper.bad_gradient_name()
+        weights = self.bad_weights()
+        of = f" of {gradient}" if part == "gradient" and gradient else ""
+        held = f", weight {weights[0]} ({len(weights)} in all)" if weights else ""
+        return f"{part}{of} at step {step} ({number}{held})"
+
+    def bad_weights(self) -> list[str]:
+        """Weights that hold nan or inf, in any process; called by all of them."""
+        guides, learner = self.stepper.guides, self.stepper.learner
+        names = bad_weights(
+            {"teacher": guides.teacher, "momentum": guides.momentum, "learner": learner}
+        )
+        if self.accelerator.num_processes > 1:
+            names = gather_object(names)
+        return list(dict.fromkeys(names))
 
     def check_images(self) -> None:
         """Name broken images in bad_images.txt; raise InputError where there are too many."""
-        found: list[tuple[int, tuple[str, str]]] = list(self.bad.items())
-        if self.accelerator.num_processes > 1:
-            found = gather_object(found)
-        bad = dict(found)
+        bad = self.all_bad()
         if not bad:
             return
         if self.run.writes:
             lines = [f"{name}\t{reason}\n" for _, (name, reason) in sorted(bad.items())]
-            (self.run.path / "bad_images.txt").write_text("".join(lines), encoding="utf-8")
+            write_text(self.run.path / "bad_images.txt", "".join(lines))
         seen = min(len(self.source), self.step * self.config.batch_size)
         if len(bad) > self.config.data.max_bad * seen:
             names = ", ".join(name for name, _ in list(bad.values())[:3])
@@ -215,26 +263,36 @@ class Training:
                 f"{self.run.path / 'bad_images.txt'}"
             )
 
+    def all_bad(self) -> dict[int, tuple[str, str]]:
+        """Broken images that any process met so far: index -> (name, reason)."""
+        found: list[tuple[int, tuple[str, str]]] = list(self.bad.items())
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        return dict(found)
+
     def measure(self, probe: OnlineProbe, tracking: Trackers) -> None:
-        """k-NN accuracy of the student so far; the best checkpoint is marked."""
+        """k-NN accuracy of the student so far; where it is the best, this step's checkpoint will be marked."""
         learner = self.stepper.learner
         learner.eval()
-        accuracy = probe.measure(
-            as_backbone(self.config, learner.student, self.stats), self.accelerator
-        )
+        with compiling.uncompiled():
+            student = self.stepper.whole_student()
+            accuracy = probe.measure(
+                as_backbone(self.config, student, self.stats), self.accelerator
+            )
         learner.train()
         tracking.write({"step": self.step, "knn_top1": accuracy})
         self.last_row["knn_top1"] = accuracy
         if accuracy > self.best:
-            self.best = accuracy
-            self.checkpoint()
-            if self.run.writes:
-                mark_best(list_checkpoints(self.run.checkpoints)[-1])
+            self.best, self.best_step = accuracy, self.step
 
     def picture(self) -> None:
         """Image, maps and mask of the first few images, centre crops."""
-        if not self.run.writes:
-            return
+        with whole(self.stepper.guides.running()):
+            if self.run.writes:
+                self.write_picture()
+
+    def write_picture(self) -> None:
+        """The main process's part of ``picture``."""
         sizes = [self.config.student.size()] + (
             [self.crops.second_size] if self.crops.second_size else []
         )
@@ -258,9 +316,10 @@ class Training:
             generator=torch.Generator().manual_seed(self.config.seed),
         )  # fmt: skip
         weights = stepper.weights_at(max(0, self.step - 1))
-        maps, mask = stepper.guides.maps(
-            ready[0], noise.to(device), self.plan.n_mask, weights, ready[-1]
-        )
+        with compiling.uncompiled():
+            maps, mask = stepper.guides.maps(
+                ready[0], noise.to(device), self.plan.n_mask, weights, ready[-1]
+            )
         path = self.run.path / "pictures" / f"attention_step_{self.step:08d}.png"
         title = f"{self.run.path.name}, step {self.step}, rule {self.config.mask.rule}"
         maps = {name: value.float().cpu() for name, value in maps.items()}
@@ -269,44 +328,70 @@ class Training:
         )
 
     def checkpoint(self) -> None:
-        """Write everything that continuing needs, and the student alone; forget old checkpoints."""
+        """Write everything that continuing needs, and the student alone; forget old checkpoints.
+
+        Raises InputError, and writes nothing, where a weight is not finite: it would stay so for ever.
+        """
+        spoilt = [name for name in self.bad_weights() if not name.startswith("teacher.")]
+        if spoilt:
+            raise InputError(
+                f"{len(spoilt)} weight(s) were not finite at step {self.step} (first: {spoilt[0]}): no checkpoint "
+                f"was written, the last one in {self.run.path} is good: run the same command to continue from it"
+            )
+        student, average = self.stepper.whole_student(), self.stepper.whole_momentum()
+        bad = {index: list(entry) for index, entry in self.all_bad().items()}
+        state = self.stepper.state_dict()
         if self.run.writes:
-            bad = {index: list(entry) for index, entry in self.bad.items()}
-            state = {"step": self.step, "best": self.best, "bad": bad, **self.stepper.state_dict()}
-            save_checkpoint(self.run.checkpoints, self.step, state)
-            every = round(self.config.runtime.keep_every * self.plan.steps_per_epoch)
-            kept = set(range(0, self.step + 1, every)) if every else set()
-            rotate(self.run.checkpoints, self.config.runtime.keep_last, kept)
+            self.run.settle()
+            # before the checkpoint: a kill between would leave a finished run with an older student
             save_student(
                 self.run.path,
                 self.config,
-                self.stepper.learner.student,
+                student,
                 self.stats,
                 self.facts(),
                 "",
             )
-            if self.stepper.guides.momentum is not None:
-                average = self.stepper.guides.momentum
+            if average is not None:
                 save_student(
                     self.run.path, self.config, average, self.stats, self.facts(), "_momentum"
                 )
+            place = {"step": self.step, "best": self.best, "best_step": self.best_step, "bad": bad}
+            save_checkpoint(self.run.checkpoints, self.step, {**place, **state})
+            self.tidy()
         self.accelerator.wait_for_everyone()
+
+    def tidy(self) -> None:
+        """What follows from a checkpoint, again at a start, as a kill may have come between: mark and rotate."""
+        folder, runtime = self.run.checkpoints, self.config.runtime
+        if self.best_step == self.step:
+            mark_best(checkpoint_path(folder, self.step))
+        every = round(runtime.keep_every * self.plan.steps_per_epoch)
+        rotate(folder, runtime.keep_last, set(range(0, self.step + 1, every)) if every else set())
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one, and write run.json."""
         state = load_last(self.run.checkpoints)
+        agree(self.accelerator, state["step"] if state else -1)  # all have read before one writes
         facts = self.facts()
-        before = self.run.known_facts().get("data", {}).get("fingerprint")
+        known = self.run.known_facts()
+        before = known.get("data", {}).get("fingerprint")
+        self.placed_before = known.get("placement", {})
         if state is not None and before not in (None, facts["data"]["fingerprint"]):
             raise InputError(
                 f"{self.config.data.path} no longer holds the images that {self.run.path} was started with: give "
                 "those, or another --out"
             )
         if self.run.writes:
-            self.run.write_facts({**facts, "plan": vars(self.plan)})
+            placement = self.placement()
+            self.run.write_facts({**facts, "plan": vars(self.plan), "placement": placement})
             self.run.cut_metrics(state["step"] if state else -1)
         if state is not None:
             self.step, self.best = state["step"], state["best"]
+            self.best_step = state["best_step"]
+            if self.run.writes:
+                forget_after(self.run.checkpoints, self.step)
+                self.tidy()
             self.bad = {int(index): (entry[0], entry[1]) for index, entry in state["bad"].items()}
             self.stepper.load_state_dict(state)
             rows = self.run.read_metrics()
@@ -334,11 +419,30 @@ class Training:
             },
         }
 
+    def placement(self) -> dict[str, Any]:
+        """How the work lies on the machines; it may change when a run is continued."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "parallel": self.config.runtime.parallel,
+            "device": self.accelerator.device.type,
+            "micro_batch": self.plan.micro_batch,
+            "accumulation": self.plan.accumulation,
+        }
+
     def announce(self) -> None:
         """What is about to run, once."""
         config, plan = self.config, self.plan
         if self.step:
-            self.say(f"continuing {self.run.path} at step {self.step} of {plan.total_steps}")
+            before = self.placed_before
+            changes = [
+                f"{name} {before[name]} -> {now}"
+                for name, now in self.placement().items()
+                if before.get(name, now) != now
+            ]
+            changed = f"; changed since the last start: {', '.join(changes)}" if changes else ""
+            self.say(
+                f"continuing {self.run.path} at step {self.step} of {plan.total_steps}{changed}"
+            )
         self.say(
             f"{len(self.source)} images, {plan.total_steps} steps of {config.batch_size} "
             f"(stage one: {plan.switch_step}), lr {config.optim.blr:g} x {config.batch_size}/256 = {plan.lr:g}, "
@@ -356,7 +460,7 @@ class Training:
     def say(self, text: str) -> None:
         """One line on stderr, from the main process."""
         if self.accelerator.is_main_process:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
 
 def describe(row: dict[str, Any], plan: Plan) -> str:

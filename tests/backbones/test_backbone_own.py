@@ -263,7 +263,7 @@ def test_a_write_that_fails_leaves_the_old_file(run: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="ends in"):
         export(ExportConfig(backbone=str(run), out=str(out)))
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write"):
         write(tmp_path / "file" / "b.safetensors", tiny(num_classes=0))
 
 

@@ -89,5 +89,5 @@ def test_refuses_what_is_no_result(tmp_path):
         with pytest.raises(InputError, match="not a result"):
             Result.load(tmp_path / name)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write"):
         make().save(tmp_path / "file")

@@ -14,6 +14,7 @@ from torch import Tensor
 from cmt_mae.errors import InputError
 from cmt_mae.training import files
 from cmt_mae.training.checkpoint import (
+    forget_after,
     list_checkpoints,
     load_checkpoint,
     load_last,
@@ -21,7 +22,7 @@ from cmt_mae.training.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from cmt_mae.training.files import sha256, write_atomically, write_json
+from cmt_mae.training.files import sha256, sweep, write_atomically, write_json
 
 
 def state(step: int) -> dict[str, Any]:
@@ -75,34 +76,93 @@ def test_a_damaged_one_yields_to_the_one_before(
         load_checkpoint(path)
 
 
-def test_when_all_are_damaged_there_is_none(tmp_path: Path) -> None:
+def test_when_all_are_damaged_nothing_begins_again_in_silence(tmp_path: Path) -> None:
     for path in saved(tmp_path, 1, 2):
         path.write_bytes(b"no")
-    assert load_last(tmp_path) is None
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
+        load_last(tmp_path)
 
 
 def test_one_without_its_sidecar_is_invisible(tmp_path: Path) -> None:
-    """The state a kill between the two writes leaves behind."""
     saved(tmp_path, 1, 2)
     (tmp_path / "step_00000002.sha256").unlink()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001.pt"]
     same(load_last(tmp_path), 1)
+    (tmp_path / "step_00000001.sha256").unlink()  # a copy that left the checksums behind
+    with pytest.raises(InputError, match=r"\.sha256 file beside it"):
+        load_last(tmp_path)
 
 
-def test_an_old_sidecar_never_vouches_for_a_new_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Writing a step again and dying in the middle leaves it invisible, not half true."""
+def test_a_checksum_that_is_no_text_is_damage(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
+    (tmp_path / "step_00000002.sha256").write_bytes(b"\xff\xfe\x00")
+    same(load_last(tmp_path), 1)
 
-    def die(*_: Any) -> None:
+
+@pytest.mark.parametrize("moment", ["content", "checksum", "name", "tidying"])
+def test_while_a_step_is_written_again_the_earlier_writing_loads(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations write a step's checkpoint a second time, often the only one that is kept."""
+    saved(tmp_path, 2)
+    again = {**state(2), "learner": {"w": torch.ones(3)}}
+    replaced: list[str] = []
+    replace, save = os.replace, torch.save
+
+    def die_at(source: Path, goal: Path) -> None:
+        replaced.append(Path(goal).suffix)
+        wanted = {"checksum": [".sha256"], "name": [".sha256", ".pt"]}
+        if replaced == wanted.get(moment, [".sha256", ".pt", ".sha256"]):
+            raise KeyboardInterrupt
+        replace(source, goal)
+
+    def die(_: Any, file: Any) -> None:
+        file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", die)
+    monkeypatch.setattr(files.os, "replace", die_at)
+    monkeypatch.setattr(torch, "save", die if moment == "content" else save)
     with pytest.raises(KeyboardInterrupt):
-        saved(tmp_path, 2)
-    same(load_last(tmp_path), 1)
+        save_checkpoint(tmp_path, 2, again)
+    monkeypatch.undo()
+    loaded = load_last(tmp_path)
+    if moment == "tidying":
+        assert loaded is not None
+        assert torch.equal(loaded["learner"]["w"], torch.ones(3))
+    else:
+        same(loaded, 2)
+    save_checkpoint(tmp_path, 2, again)
+    assert len((tmp_path / "step_00000002.sha256").read_text()) == 64
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_whole_one_that_may_not_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1, 2)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(InputError, match=r"step_00000002.pt cannot be read \(Permission denied\)"):
+        load_last(tmp_path)
+
+
+def test_those_passed_over_are_forgotten(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3)
+    forget_after(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step_00000001.pt",
+        "step_00000001.sha256",
+    ]
+
+
+def test_steps_of_nine_digits_are_in_order(tmp_path: Path) -> None:
+    saved(tmp_path, 99_999_999, 100_000_000)
+    same(load_last(tmp_path), 100_000_000)
+    rotate(tmp_path, 1, set())
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_100000000.pt"]
 
 
 class Evil:
@@ -124,9 +184,9 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(how: str, tmp_path: Path)
     else:
         path.write_bytes(pickle.dumps(Evil(mark), protocol=2))
     path.with_suffix(".sha256").write_text(sha256(path))
-    with pytest.raises(InputError, match="cannot be read"):
-        load_checkpoint(path)
-    same(load_last(tmp_path), 1)
+    for load, what in ((load_checkpoint, path), (load_last, tmp_path)):
+        with pytest.raises(InputError, match="cannot be read"):
+            load(what)
     assert not mark.exists()
     torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
     assert mark.exists()  # the trap does work where code is run
@@ -154,31 +214,54 @@ def test_the_best_stays_when_its_step_is_deleted(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "best.pt")
 
 
-@pytest.mark.parametrize("kind", ["os", "torch"])
-def test_a_full_disk_is_one_clear_line_and_leaves_no_trace(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_full_disk_is_one_clear_line_and_leaves_no_trace(again: bool, tmp_path: Path) -> None:
     saved(tmp_path, 1)
-
-    def full(_: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        if kind == "os":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        raise RuntimeError(
-            "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore"
-        )
-
-    monkeypatch.setattr(torch, "save", full)
+    step = 1 if again else 2
+    aside = tmp_path / f".step_{step:08d}.pt.{os.getpid()}.tmp"
+    aside.symlink_to("/dev/full")  # the kernel's own full disk
     with pytest.raises(
-        InputError, match=r"cannot write .*step_00000002.pt: .*free space"
+        InputError, match=rf"cannot write .*step_0000000{step}.pt: No space left.*; free space"
     ) as caught:
-        saved(tmp_path, 2)
+        saved(tmp_path, step)
     assert "\n" not in str(caught.value)
     same(load_last(tmp_path), 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "step_00000001.pt",
         "step_00000001.sha256",
     ]
+
+
+def test_the_best_can_be_marked_twice(tmp_path: Path) -> None:
+    first, second = saved(tmp_path, 1, 2)
+    mark_best(first)
+    mark_best(second)
+    mark_best(second)
+    same(load_checkpoint(tmp_path / "best.pt"), 2)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_best_without_hard_links_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    mark_best(*saved(tmp_path, 7))
+    same(load_checkpoint(tmp_path / "best.pt"), 7)
+    assert (tmp_path / "best.pt").stat().st_nlink == 1
+
+
+def test_sweeping_takes_what_dead_processes_left(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    kept = [f".a.pt.{os.getppid()}.tmp", ".notes.tmp", "b.1.tmp", "step_00000001.pt"]
+    for name in [*kept, f".a.pt.{dead.pid}.tmp", f".b.json.{os.getpid()}.tmp"]:
+        (tmp_path / name).write_text("x")
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    sweep(tmp_path / "not there")
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -151,7 +151,9 @@ def save_classifier(
     }
     metadata = {"format": "pt", "cmt_mae_classifier": json.dumps(header)}
     write_atomically(
-        folder / "classifier.safetensors", lambda aside: save_file(state, aside, metadata)
+        folder / "classifier.safetensors",
+        # not save_file, whose own kind of error hides a full disk
+        lambda aside: aside.write_bytes(to_safetensors(state, metadata)),
     )
     vit.head = nn.Identity()
     with torch.no_grad():

@@ -19,16 +19,18 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from cmt_mae.errors import InputError, Stopped
+from cmt_mae.text import printable
 from cmt_mae.training.checkpoint import (
-    list_checkpoints,
+    checkpoint_path,
+    forget_after,
     load_last,
     mark_best,
     rotate,
     save_checkpoint,
 )
-from cmt_mae.training.meters import Meters
+from cmt_mae.training.meters import Bad, Meters
 from cmt_mae.training.optim import skip_unless
-from cmt_mae.training.processes import any_process, peak_memory
+from cmt_mae.training.processes import agree, any_process, peak_memory
 from cmt_mae.training.progress import training_bar
 from cmt_mae.training.run_dir import RunDir
 from cmt_mae.training.settings import TaskSettings
@@ -119,9 +121,9 @@ class _Fit:
         self.settings, self.job, self.accelerator, self.run = settings, job, accelerator, run
         self.facts = facts
         self.device = accelerator.device
-        self.meters = Meters(self.device)
+        self.meters = Meters(self.device, accelerator)
         self.nonfinite_row = torch.zeros((), device=self.device)
-        self.step, self.best = 0, -math.inf
+        self.step, self.best, self.best_step = 0, -math.inf, -1
         self.last: Evaluation | None = None
         self.evaluated_at = -1
         self.waited, self.since = 0.0, time.perf_counter()
@@ -142,13 +144,20 @@ class _Fit:
                 "", total=job.total_steps, completed=self.step, images_per_step=job.batch_size
             )
             self.since = time.perf_counter()
+            asked = False
             while True:
                 over = self.step == job.total_steps
                 due = over or (self.step > 0 and self.falls_due(settings.eval_every))
-                if due and self.evaluated_at != self.step:
+                if due and self.evaluated_at != self.step and not asked:
                     self.measure(tracking)
-                if over:
+                    asked = any_process(self.accelerator, stop.asked)
+                if over and self.evaluated_at == self.step:
                     break
+                if asked:
+                    raise Stopped(
+                        f"stopped at step {self.step} of {job.total_steps}, checkpoint written in "
+                        f"{self.run.path}: run the same command to continue"
+                    )
                 self.take_step(batches)
                 self.step += 1
                 over = self.step == job.total_steps
@@ -156,13 +165,11 @@ class _Fit:
                     bar.update(task, description=self.log(tracking))
                 bar.update(task, completed=self.step)
                 asked = any_process(self.accelerator, stop.asked)
-                if asked or over or self.falls_due(settings.checkpoint_every):
+                # before an evaluation too: one that is cut off costs no training
+                if asked or over or any(
+                    map(self.falls_due, (settings.checkpoint_every, settings.eval_every))
+                ):
                     self.checkpoint()
-                if asked and not over:
-                    raise Stopped(
-                        f"stopped at step {self.step} of {job.total_steps}, checkpoint written in "
-                        f"{self.run.path}: run the same command to continue"
-                    )
         assert self.last is not None
         return self.last
 
@@ -193,11 +200,12 @@ class _Fit:
                 loss = torch.stack([v.float() for v in losses.values()]).sum()
                 self.accelerator.backward(loss / job.accumulation)
             finite = finite & torch.isfinite(loss.detach())
-            self.meters.add({"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}})
+            parts = {k: v.detach() for k, v in losses.items()}
+            self.meters.add({**parts, "loss": loss.detach()}, self.step + 1)
         norm = nn.utils.clip_grad_norm_(job.model.parameters(), job.clip or math.inf)
         skipped = skip_unless(job.optimizer, finite & torch.isfinite(norm), self.accelerator)
         self.nonfinite_row = (self.nonfinite_row + 1) * skipped
-        self.meters.add({"gradient_norm": norm, "skipped_steps": skipped})
+        self.meters.add({"gradient_norm": norm, "skipped_steps": skipped}, self.step + 1)
         job.optimizer.step()
         job.optimizer.zero_grad(set_to_none=True)
         for buffer, old in zip(statistics, before, strict=True):
@@ -212,10 +220,6 @@ class _Fit:
     def log(self, tracking: Trackers) -> str:
         """One line of metrics; returns the text of the bar."""
         means, nonfinite = self.meters.read()
-        names = sorted(means)
-        if self.accelerator.num_processes > 1:
-            vector = torch.tensor([means[n] for n in names], device=self.device)
-            means = dict(zip(names, self.accelerator.reduce(vector, "mean").tolist(), strict=True))
         steps = self.step % self.settings.log_every or self.settings.log_every
         elapsed = time.perf_counter() - self.since
         epoch = self.step / self.job.steps_per_epoch
@@ -223,7 +227,7 @@ class _Fit:
             "step": self.step,
             "epoch": round(epoch, 4),
             "lr": max(group["lr"] for group in self.job.optimizer.param_groups),
-            **{name: means[name] for name in names},
+            **{name: means[name] for name in sorted(means)},
             "skipped_steps": round(means["skipped_steps"] * steps),
             "images_per_second": round(steps * self.job.batch_size / elapsed, 2),
             "data_wait_share": round(min(1.0, self.waited / elapsed), 4),
@@ -234,11 +238,14 @@ class _Fit:
         self.check_numbers(nonfinite)
         return f"epoch {epoch:.1f} loss {row['loss']:.3f}"
 
-    def check_numbers(self, nonfinite: dict[str, int]) -> None:
+    def check_numbers(self, nonfinite: dict[str, Bad]) -> None:
         """Warn of skipped steps; raise InputError where they do not end."""
         if nonfinite:
-            parts = ", ".join(f"{name} ({count})" for name, count in nonfinite.items())
-            self.say(f"warning: not finite before step {self.step}, steps skipped: {parts}")
+            first = min(bad.first for bad in nonfinite.values())
+            parts = ", ".join(f"{name} ({bad.count})" for name, bad in nonfinite.items())
+            self.say(
+                f"warning: not finite up to step {self.step}, first at step {first}; steps skipped: {parts}"
+            )
         row = int(self.nonfinite_row.item())
         if row >= self.settings.max_nonfinite:
             raise InputError(
@@ -257,11 +264,9 @@ class _Fit:
         self.say(f"step {self.step}: {shown}")
         tracking.write({"step": self.step, **{f"val_{k}": v for k, v in self.last.metrics.items()}})
         value = self.last.metrics[self.job.headline]
-        better = value > self.best
-        self.best = max(self.best, value)
+        if value > self.best:
+            self.best, self.best_step = value, self.step
         self.checkpoint()
-        if better and self.run.writes:
-            mark_best(list_checkpoints(self.run.checkpoints)[-1])
         self.since = time.perf_counter()
 
     def share_statistics(self) -> None:
@@ -276,11 +281,13 @@ class _Fit:
 
     def checkpoint(self) -> None:
         """Write everything that continuing needs; forget old checkpoints."""
+        meters = self.meters.state_dict()  # of every process
         if self.run.writes:
             job, last = self.job, self.last
             state = {
                 "step": self.step,
                 "best": self.best,
+                "best_step": self.best_step,
                 "evaluated_at": self.evaluated_at,
                 "last": None
                 if last is None
@@ -288,16 +295,24 @@ class _Fit:
                 "model": job.model.state_dict(),
                 "average": None if job.average is None else job.average.state_dict(),
                 "optimizer": job.optimizer.state_dict(),
-                "meters": self.meters.state_dict(),
+                "meters": meters,
                 "nonfinite_row": float(self.nonfinite_row),
             }
+            self.run.settle()
             save_checkpoint(self.run.checkpoints, self.step, state)
-            rotate(self.run.checkpoints, self.settings.keep_last, set())
+            self.tidy()
         self.accelerator.wait_for_everyone()
+
+    def tidy(self) -> None:
+        """What follows from a checkpoint, again at a start, as a kill may have come between: mark and rotate."""
+        if self.best_step == self.step:
+            mark_best(checkpoint_path(self.run.checkpoints, self.step))
+        rotate(self.run.checkpoints, self.settings.keep_last, set())
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one, and write run.json."""
         state = load_last(self.run.checkpoints)
+        agree(self.accelerator, state["step"] if state else -1)
         before = self.run.known_facts()
         for part, key in (("backbone", "digest"), ("data", "fingerprint")):
             old, new = before.get(part, {}).get(key), self.facts[part][key]
@@ -314,11 +329,11 @@ class _Fit:
             self.run.cut_metrics(step, lambda row: "lr" in row or row["step"] <= seen)
         if state is None:
             return
-        self.step, self.best, self.evaluated_at = (
-            state["step"],
-            state["best"],
-            state["evaluated_at"],
-        )
+        self.step, self.evaluated_at = state["step"], state["evaluated_at"]
+        self.best, self.best_step = state["best"], state["best_step"]
+        if self.run.writes:
+            forget_after(self.run.checkpoints, self.step)
+            self.tidy()
         self.last = None if state["last"] is None else Evaluation(**state["last"])
         self.job.model.load_state_dict(state["model"])
         if self.job.average is not None:
@@ -331,7 +346,7 @@ class _Fit:
     def say(self, text: str) -> None:
         """One line on stderr, from the main process."""
         if self.accelerator.is_main_process:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
 
 @torch.no_grad()

@@ -1,24 +1,35 @@
 """One place that knows accelerate: device, precision, processes."""
 
+import contextlib
+import os
 import resource
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from cmt_mae.errors import InputError
+from cmt_mae.errors import InputError, Stopped
+
+# What gloo and NCCL say when a process at the other end is gone, in lower case.
+LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused",
+        "timed out", "timeout", "remote process exited", "socket closed", "no longer available")  # fmt: skip
 
 
-def make_accelerator(device: str, precision: str) -> Accelerator:
+def make_accelerator(device: str, precision: str, deterministic: bool = False) -> Accelerator:
     """An Accelerator for ``auto | cpu | cuda | mps`` and ``auto | bf16 | fp32``.
 
     auto precision: bf16 on GPUs, fp32 on CPU. fp16 is not offered: it overflows in this method (peers.md).
+    deterministic: see ``make_deterministic``.
     Raises InputError for unknown names and for a device that is not there.
     """
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise InputError(f"device '{device}' is unknown: use auto, cpu, cuda or mps")
     if precision not in ("auto", "bf16", "fp32"):
         raise InputError(f"precision '{precision}' is unknown: use auto, bf16 or fp32")
+    if deterministic:
+        make_deterministic()
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (device == "cuda" and not cuda) or (device == "mps" and not mps):
         raise InputError(f"device '{device}' is not available on this machine: use auto or cpu")
@@ -34,12 +45,52 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision="bf16" if precision == "bf16" else "no")
 
 
+def make_deterministic() -> None:
+    """The same bits from the same seed on a GPU too; an operation that cannot is refused by torch.
+
+    To be called before the first work on the GPU: cuBLAS reads its setting when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def stopping_with_the_others(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Raise Stopped, one line, where another process of this run has gone and its part does not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if accelerator.num_processes == 1 or not any(word in text.lower() for word in LOST):
+            raise
+        raise Stopped(
+            f"process {accelerator.process_index} of {accelerator.num_processes}: another process of this run "
+            f"is gone, so this one stops; the last checkpoint in {run} is whole: run the same command to continue"
+        ) from error
+
+
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether the flag is up in any process; all of them get the same answer."""
     if accelerator.num_processes == 1:
         return flag
     count = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device))
     return bool(count.item() > 0)
+
+
+def agree(accelerator: Accelerator, step: int) -> None:
+    """Raise InputError, in every process, unless all are about to go on from the same step.
+
+    A network file system may show one machine an older state of the folder.
+    """
+    if accelerator.num_processes > 1:
+        steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"the processes see checkpoints of different steps ({sorted(set(steps))}): the shared file system "
+                "is not up to date everywhere; wait a little and run the same command again"
+            )
 
 
 def peak_memory(device: torch.device) -> float:

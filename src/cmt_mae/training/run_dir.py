@@ -1,11 +1,9 @@
-"""A run directory: the only interface between commands (design section 5)."""
+"""A run directory: the only interface between commands (design section 5). Its lock is in lock.py."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import platform
-import socket
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -17,8 +15,18 @@ import torch
 import yaml
 
 from cmt_mae.errors import InputError
+from cmt_mae.parsing import read_settings
 from cmt_mae.training.checkpoint import list_checkpoints
-from cmt_mae.training.files import write_atomically, write_json
+from cmt_mae.training.files import (
+    ASIDE,
+    flush_folder,
+    make_folder,
+    sweep,
+    write_json,
+    write_text,
+    writing,
+)
+from cmt_mae.training.lock import Lock
 
 LIBRARIES = ("cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
@@ -38,60 +46,71 @@ class RunDir:
         """
         self.path, self.writes, self._settings = Path(out), writes, settings
         self.checkpoints = self.path / "checkpoints"
-        self._lock_file: Any = None
-        existing = self.path / "config.yaml"
-        if existing.exists():
+        self._lock = Lock(self.path / "run.lock")
+        try:
+            self._look(settings, indifferent)
+        except OSError as error:
+            raise InputError(
+                f"{out} cannot be read: {error.strerror}; make it readable or choose another --out"
+            ) from error
+
+    def _look(self, settings: dict[str, Any], indifferent: tuple[str, ...]) -> None:
+        config = self.path / "config.yaml"
+        if config.exists():
             if list_checkpoints(
                 self.checkpoints
             ):  # else it never got anywhere: settings may change
-                before = yaml.safe_load(existing.read_text())
+                before = read_settings(config.read_text(errors="replace"), str(config))
                 refuse_changes(self.path, before, settings, indifferent)
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
-            raise InputError(f"{out} is not empty and holds no run: choose a new folder for --out")
+            raise InputError(
+                f"{self.path} is not empty and holds no run: choose a new folder for --out"
+            )
 
     def claim(self) -> None:
-        """Take the folder for this process and write config.yaml.
+        """Take the folder for this process, clear away what killed ones left, and write config.yaml.
 
         Raises InputError while another process runs in it, or where it cannot be written.
         """
-        if self.writes:
-            self._lock(str(self.path))
-            text = yaml.safe_dump(self._settings, sort_keys=False)
-            write_atomically(self.path / "config.yaml", lambda aside: aside.write_text(text))
+        if not self.writes:
+            return
+        with writing(self.path):
+            make_folder(self.path)
+        self._lock.take()
+        for part in ("", "checkpoints", "pictures", "results", "predictions"):
+            with writing(self.path / part):
+                sweep(self.path / part)
+        write_text(self.path / "config.yaml", yaml.safe_dump(self._settings, sort_keys=False))
 
     def _foreign(self) -> bool:
-        return any(p.name != "run.lock" for p in self.path.iterdir())
-
-    def _lock(self, out: str) -> None:
-        """flock ends with its process, so a stale lock cannot stay behind; the text is for people."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(self.path / "run.lock", "a+")  # noqa: SIM115 (held until the run ends)
-        except OSError as error:
-            raise InputError(
-                f"cannot write to {out}: {error.strerror}; choose another --out"
-            ) from error
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock_file.seek(0)
-            owner = self._lock_file.read().strip() or "another process"
-            raise InputError(
-                f"{out} is in use by {owner}: wait for it, or choose another --out"
-            ) from None
-        self._lock_file.truncate(0)
-        self._lock_file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        self._lock_file.flush()
+        names = (
+            p.name for p in self.path.iterdir()
+        )  # a run killed at once leaves these two behind
+        return any(name != "run.lock" and not ASIDE.fullmatch(name) for name in names)
 
     def close(self) -> None:
         """Give the folder back."""
-        if self._lock_file is not None:
-            self._lock_file.close()
+        self._lock.give_back()
 
     def known_facts(self) -> dict[str, Any]:
-        """run.json of an earlier start, or nothing."""
+        """run.json of an earlier start, or nothing. Raises InputError where it is damaged."""
         path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            facts = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read: {error.strerror}; make it readable"
+            ) from error
+        except ValueError:
+            facts = None
+        if not isinstance(facts, dict):
+            raise InputError(
+                f"{path} is damaged: bring it back from a copy, or delete it (data and backbone are then "
+                "not compared with those of the start)"
+            )
+        return facts
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """run.json: versions, device, command, data; a list of the starts of this run."""
@@ -101,34 +120,58 @@ class RunDir:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def settle(self) -> None:
+        """Before a checkpoint: the folder is still ours, and the lines of metrics so far are on the disk.
+
+        Else a power cut could keep the checkpoint and lose lines before it. Raises InputError where
+        another process has taken the folder.
+        """
+        self._lock.check()
+        path = self.path / "metrics.jsonl"
+        with writing(path):
+            if path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                flush_folder(self.path)
+
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl, oldest first; a torn last line is left out."""
+        """All lines of metrics.jsonl, oldest first; a torn one is left out."""
         return read_metrics(self.path)
 
     def cut_metrics(self, step: int, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
         """Forget lines after ``step``, and those not to ``keep``: the run goes on and writes them again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = "".join(
+            kept = (
                 json.dumps(row) + "\n"
                 for row in self.read_metrics()
                 if row["step"] <= step and (keep is None or keep(row))
             )
-            write_atomically(path, lambda aside: aside.write_text(kept))
+            write_text(path, "".join(kept))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl, oldest first; a torn last line is left out."""
-    rows = []
-    path = run / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """All lines of a run's metrics.jsonl, oldest first.
+
+    A torn line (the last one of a killed run, or one hurt on the disk) is left out.
+    Raises InputError where the file cannot be read.
+    """
+    rows, path = [], run / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 

@@ -2,15 +2,20 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+ONE_REQUEST_S = 0.5
+"""Signals within this time are one request: a scheduler and torchrun both send one to every process."""
+
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM only sets ``asked``; the second exits with status 130."""
+    """While active, the first SIGINT or SIGTERM only sets ``asked``; a later one exits with 128 + its number."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -31,7 +36,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self._since > ONE_REQUEST_S:
             # checkpoints are renamed into place when whole, so leaving now tears nothing
             os._exit(128 + number)
-        self.asked = True
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()

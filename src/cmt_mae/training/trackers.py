@@ -1,9 +1,11 @@
 """Where metrics go: metrics.jsonl and tensorboard always, wandb when asked."""
 
+import contextlib
 from types import TracebackType
 from typing import Any
 
 from cmt_mae.errors import InputError
+from cmt_mae.training.files import writing
 from cmt_mae.training.run_dir import RunDir
 
 
@@ -19,7 +21,8 @@ class Trackers:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        with writing(run.path / "tensorboard"):
+            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
         if tracker == "wandb":
             try:
                 import wandb
@@ -37,9 +40,10 @@ class Trackers:
             return
         self.run.append_metrics(row)
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        for name, value in numbers.items():
-            if self.board is not None:
-                self.board.add_scalar(name, value, row["step"])
+        with writing(self.run.path / "tensorboard"):
+            for name, value in numbers.items():
+                if self.board is not None:
+                    self.board.add_scalar(name, value, row["step"])
         if self.wandb is not None:
             self.wandb.log(numbers, step=row["step"])
 
@@ -53,6 +57,11 @@ class Trackers:
         trace: TracebackType | None,
     ) -> None:
         if self.board is not None:
-            self.board.close()
+            # a full disk is told once: not here where it is what ends the run
+            trouble = (
+                contextlib.suppress(OSError) if kind else writing(self.run.path / "tensorboard")
+            )
+            with trouble:
+                self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
