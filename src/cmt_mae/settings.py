@@ -74,6 +74,13 @@ class RuntimeConfig:
 
     device: str = "auto"
     """auto | cpu | cuda | mps."""
+    parallel: str = "ddp"
+    """How several processes share the work: ddp (each holds the networks) | fsdp (weights, gradients and
+    optimizer of student, decoder and momentum student are cut into pieces, one a process)."""
+    deterministic: bool = False
+    """On a GPU too, the same seed gives the same bits (slower; on CPU it always does)."""
+    compile: bool = False
+    """torch.compile the blocks of all networks (minutes at the start; off where this machine cannot)."""
     micro_batch: int = 0
     """Images a process takes at a time; 0: the whole share of batch_size. Gradients are accumulated."""
     log_every: int = 20
@@ -131,6 +138,9 @@ class PretrainConfig:
     """alpha grows linearly over so many epochs of stage two; 0: constant, as the paper."""
     precision: str = "auto"
     """auto (bf16 on GPUs, else fp32) | bf16 | fp32."""
+    frozen_precision: str = "auto"
+    """auto (as precision) | bf16 (teacher and momentum student are held and run wholly in bf16, attention maps
+    excepted; the moving average itself stays in fp32)."""
     seed: int = 0
     """Of weights, order, crops and masks."""
     init_from: str = ""
@@ -192,8 +202,10 @@ class PretrainConfig:
             ("momentum.schedule", self.momentum.schedule, ("cosine", "linear", "constant")),
             ("data.crops", self.data.crops, ("random", "fixed")),
             ("precision", self.precision, ("auto", "bf16", "fp32")),
+            ("frozen_precision", self.frozen_precision, ("auto", "bf16")),
             ("runtime.device", self.runtime.device, ("auto", "cpu", "cuda", "mps")),
             ("runtime.tracker", self.runtime.tracker, ("none", "wandb")),
+            ("runtime.parallel", self.runtime.parallel, ("ddp", "fsdp")),
         ]
 
     def stage_one(self) -> float:

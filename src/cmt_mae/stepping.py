@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from cmt_mae.data.loader import Batch
 from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner, Weights
 from cmt_mae.method.masking import count_masked
+from cmt_mae.method.vit import build_student
 from cmt_mae.settings import PretrainConfig
+from cmt_mae.training import compiling, sharding
 from cmt_mae.training.meters import Meters
 from cmt_mae.training.optim import adamw, skip_unless
 from cmt_mae.training.schedules import learning_rate, momentum
+from cmt_mae.training.sharding import whole_tensor
 
 
 @dataclass
@@ -88,30 +94,60 @@ class Stepper:
         self.device = accelerator.device
         self.precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         self.learner, self.guides = learner.to(self.device), guides.to(self.device)
-        self.optimizer = adamw(
-            self.learner,
-            plan.lr,
-            (config.optim.betas[0], config.optim.betas[1]),
-            config.optim.weight_decay,
-        )
-        self.meters = Meters(self.device)
+        self.optimizer = self.make_optimizer()
+        self.meters = Meters(self.device, accelerator)
         self.nonfinite_row = torch.zeros((), device=self.device)
+        self.bad_gradient = torch.full((), -1, device=self.device)
+        """Number, among ``learning``, of the parameter with the first bad gradient; -1: none."""
+        self.learning: list[str] = []  # names of the parameters that the last step gave a gradient
+        self.sharded = config.runtime.parallel == "fsdp" and accelerator.num_processes > 1
+        self.mesh: DeviceMesh | None = None  # made at the first stage; from then on the networks are cut
         self.model: nn.Module = self.learner
         self.waited = 0.0  # seconds spent waiting for images since somebody set it to 0
+        self.no_compiler = compiling.why_not(self.device) if config.runtime.compile else ""
+        """Why the blocks are not compiled although they should be."""
 
     def enter_stage(self, step: int) -> None:
         """At the start, on resume and at the switch: momentum student, heads that learn, wrapped model."""
         in_two = step >= self.plan.switch_step
         if in_two and self.guides.momentum is None:
-            self.guides.start_momentum(self.learner.student)
+            self.guides.start_momentum(self.whole_student())
         active = set(self.learner.heads)
         if self.config.target.source == "collab":
             alpha = self.config.alpha_of("loss") if in_two else 0.0
             active = {name for name, on in (("teacher", alpha < 1), ("momentum", alpha > 0)) if on}
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.learner.activate(active)  # what DDP reduces is fixed when it wraps, so it wraps again
+        if not self.sharded:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.learner.activate(active)  # what DDP reduces is fixed when it wraps, so it wraps again
         self.learner.train()
-        self.model = self.accelerator.prepare_model(self.learner)
+        if self.config.runtime.compile and not self.no_compiler:
+            teacher, momentum = self.guides.teacher, self.guides.momentum
+            frozen = (teacher and teacher.model, momentum and self.guides.momentum_runs())
+            compiling.compile_blocks([self.learner.student, self.learner.decoder, *frozen])
+        if self.sharded:  # a head that is not used gets no gradient and needs no wrapping again
+            self.shard()
+        else:
+            self.model = self.accelerator.prepare_model(self.learner)
+
+    def shard(self) -> None:
+        """Cut learner, optimizer state and momentum student into one piece a process, what is not cut yet."""
+        if self.mesh is None:
+            self.mesh = sharding.make_mesh(self.device, self.accelerator.num_processes)
+            state = self.optimizer.state_dict()
+            blocks = [*self.learner.student.blocks, *self.learner.decoder.blocks]
+            sharding.shard(self.learner, blocks, self.mesh)
+            self.optimizer = self.make_optimizer()
+            sharding.load_optimizer(self.optimizer, state)
+        for network in (self.guides.momentum, self.guides.momentum_low):
+            if network is not None and not sharding.is_sharded(network):
+                sharding.shard(network, (), self.mesh)  # the guides call its blocks' insides
+
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """AdamW over the learner's parameters as they are now."""
+        optim = self.config.optim
+        return adamw(
+            self.learner, self.plan.lr, (optim.betas[0], optim.betas[1]), optim.weight_decay
+        )
 
     def step(self, batches: Iterator[Batch], step: int) -> list[tuple[int, str, str]]:
         """One optimizer step over all micro-batches, then the moving average; the broken images met."""
@@ -132,22 +168,56 @@ class Stepper:
             self.waited += time.perf_counter() - begin
             bad += batch["bad"]
             last = number == self.plan.accumulation - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with sharding.whole(self.guides.running()), self.synchronised(last):
                 loss = self.loss(batch, step)
                 self.accelerator.backward(loss / self.plan.accumulation)
             finite = finite & torch.isfinite(loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), optim.clip or math.inf)
-        self.meters.add({"gradient_norm": norm})
-        skipped = self._skip_unless(finite & torch.isfinite(norm))
+        norm = self.clip_gradients(optim.clip or math.inf)
+        self.meters.add({"gradient_norm": norm}, step + 1)
+        skipped = self._skip_unless(finite & torch.isfinite(norm), step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.guides.momentum is not None:
             self.guides.update_momentum(self.learner.student, self.momentum_at(step), skipped)
         return bad
 
+    @contextlib.contextmanager
+    def synchronised(self, now: bool) -> Iterator[None]:
+        """Gradients are averaged over the processes in the last backward pass of a step alone."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(now)
+            yield
+        else:
+            with contextlib.nullcontext() if now else self.accelerator.no_sync(self.model):
+                yield
+
+    @torch.no_grad()
+    def clip_gradients(self, largest: float) -> Tensor:
+        """Clip to the norm over all parameters, which is returned; notes the first bad gradient."""
+        named = [(n, p) for n, p in self.learner.named_parameters() if p.grad is not None]
+        learning, self.learning = [p for _, p in named], [n for n, _ in named]
+        gradients = [p.grad for p in learning if p.grad is not None]
+        norms = whole_tensor(torch.stack(torch._foreach_norm(gradients)))
+        norm = torch.linalg.vector_norm(norms)
+        # gradients are made from the last parameter to the first, and a bad one spoils those after it
+        places = torch.arange(len(learning), device=self.device)
+        place = torch.where(torch.isfinite(norms), -1, places).amax()
+        self.bad_gradient = torch.where(self.bad_gradient < 0, place, self.bad_gradient)
+        nn.utils.clip_grads_with_norm_(learning, largest, norm)
+        return norm
+
+    def bad_gradient_name(self) -> str:
+        """Parameter of the first bad gradient since the last call, or ""; waits for the device."""
+        place = int(self.bad_gradient.item())
+        self.bad_gradient.fill_(-1)
+        return self.learning[place] if place >= 0 else ""
+
     def loss(self, batch: Batch, step: int) -> Tensor:
         """Mask and targets from the guides, loss from the learner; numbers into the meters."""
         images, teacher_images = self.to_device(batch)
+        shown = {"image_mean": images.mean()}
+        if teacher_images is not None:
+            shown["teacher_image_mean"] = teacher_images.mean()
         weights, mask_config = self.weights_at(step), self.config.mask
         share = step / self.plan.total_steps
         with self.accelerator.autocast():
@@ -162,7 +232,7 @@ class Stepper:
                 + (mask_config.mix_random_end - mask_config.mix_random_start) * share,
             )
             loss, more = self.model(images, mask, targets, weights.loss)
-        self.meters.add({**more, **logs})
+        self.meters.add({**shown, **logs, **more}, step + 1)
         return loss
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -199,31 +269,52 @@ class Stepper:
         settings = self.config.momentum
         return momentum(share, settings.start, settings.end, settings.schedule)
 
-    def _skip_unless(self, finite: Tensor) -> Tensor:
+    def whole_student(self) -> VisionTransformer:
+        """The student in one piece: itself, or a copy where it is sharded (then called by all processes)."""
+        if self.mesh is None:
+            return self.learner.student
+        return self._whole_copy(self.learner.student)
+
+    def whole_momentum(self) -> VisionTransformer | None:
+        """The momentum student in one piece, as ``whole_student``."""
+        if self.mesh is None or self.guides.momentum is None:
+            return self.guides.momentum
+        return self._whole_copy(self.guides.momentum)
+
+    def _whole_copy(self, network: VisionTransformer) -> VisionTransformer:
+        copy = build_student(self.config.student).to(self.device)
+        copy.load_state_dict(sharding.gathered(network.state_dict()))
+        return copy.train(network.training)
+
+    def _skip_unless(self, finite: Tensor, step: int) -> Tensor:
         """Count a step that is not finite; see ``skip_unless``."""
         skipped = skip_unless(self.optimizer, finite, self.accelerator)
         self.nonfinite_row = (self.nonfinite_row + 1) * skipped
-        self.meters.add({"skipped_steps": skipped})
+        self.meters.add({"skipped_steps": skipped}, step + 1)
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continuing needs, as tensors and plain values."""
+        """Everything that continuing needs, as whole tensors and plain values. Called by all processes."""
         momentum_student = self.guides.momentum
-        return {
+        networks = {
             "learner": self.learner.state_dict(),
             "momentum": None if momentum_student is None else momentum_student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+        }
+        return {
+            **(networks if self.mesh is None else sharding.gathered(networks)),
             "meters": self.meters.state_dict(),
             "nonfinite_row": float(self.nonfinite_row),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
+        """Continue from ``state_dict``, before the first ``enter_stage``."""
         self.learner.load_state_dict(state["learner"])
         if state["momentum"] is not None:
             self.guides.start_momentum(self.learner.student)
             assert self.guides.momentum is not None
             self.guides.momentum.load_state_dict(state["momentum"])
+            self.guides.round_momentum()
         self.optimizer.load_state_dict(state["optimizer"])
         self.meters.load_state_dict(state["meters"])
         self.nonfinite_row = torch.tensor(state["nonfinite_row"], device=self.device)

@@ -15,6 +15,7 @@ from cmt_mae.method.targets import (
     at_least_fp32,
     combine_losses,
     distance,
+    effective_rank,
     entropy,
     normalise_target,
     overlap,
@@ -184,9 +185,22 @@ def test_unknown_names_are_refused() -> None:
 def test_spread_sees_collapse() -> None:
     features = torch.zeros(2, 2, 2)
     features[..., 1] = torch.tensor([[0.0, 2.0], [4.0, 6.0]])
-    # channel 0 never moves; channel 1 is 0, 2, 4, 6 with standard deviation sqrt(20 / 3)
-    assert spread(features).item() == pytest.approx(math.sqrt(20 / 3) / 2, rel=1e-6)
+    # channel 0 never moves; channel 1 is 0, 2, 4, 6 with standard deviation sqrt(20 / 4)
+    assert spread(features).item() == pytest.approx(math.sqrt(20 / 4) / 2, rel=1e-6)
     assert spread(random(1, 1, 8).expand(4, 6, 8)).item() == pytest.approx(0, abs=1e-6)
+    assert spread(random(1, 1, 8)).item() == 0  # one token: nothing spreads, and it is no nan
+
+
+def test_effective_rank_by_hand() -> None:
+    line = torch.tensor([[1.0, 2.0], [2.0, 4.0], [5.0, 10.0]])[None]
+    assert effective_rank(line).item() == pytest.approx(1.0, rel=1e-5)
+    # four corners of a box 2 x 6 about the origin: variances 1 and 9, (1 + 9)^2 / (1 + 81)
+    box = torch.tensor([[1.0, 3.0], [1.0, -3.0], [-1.0, 3.0], [-1.0, -3.0]])[None]
+    assert effective_rank(box).item() == pytest.approx(100 / 82, rel=1e-5)
+    assert effective_rank(7 * box + 100).item() == pytest.approx(100 / 82, rel=1e-4)
+    assert effective_rank(torch.ones(2, 3, 4)).item() == 0
+    even = torch.eye(8)[None].repeat(1, 100, 1)  # 800 tokens, of which 256 at most are taken
+    assert effective_rank(even).item() == pytest.approx(7.0, rel=0.05)
 
 
 def test_entropy_by_hand() -> None:

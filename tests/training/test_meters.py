@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmt_mae.training.meters import Meters
+from cmt_mae.training.meters import Bad, Meters
 
 CPU = torch.device("cpu")
 
@@ -40,15 +41,15 @@ def test_reading_empties_the_window() -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_non_finite_numbers_do_not_spread(number: float) -> None:
     meters = Meters(CPU)
-    for value in (1.0, number, 3.0, number):
-        meters.add({"loss": scalar(value), "fine": scalar(2.0)})
+    for step, value in enumerate((1.0, number, 3.0, number), start=7):
+        meters.add({"loss": scalar(value), "fine": scalar(2.0)}, step)
     means, bad = meters.read()
     assert means == {"loss": 2.0, "fine": 2.0}
-    assert bad == {"loss": 2}
-    meters.add({"loss": scalar(number)})
+    assert bad == {"loss": Bad(count=2, first=8)}
+    meters.add({"loss": scalar(number)}, 11)
     means, bad = meters.read()
     assert math.isnan(means["loss"])  # nothing finite to average, and it says so
-    assert bad == {"loss": 1}
+    assert bad == {"loss": Bad(count=1, first=11)}
 
 
 def test_names_may_come_and_go() -> None:
@@ -71,12 +72,41 @@ def test_any_kind_of_number_and_no_graph() -> None:
 
 def test_a_window_continues_from_its_state() -> None:
     meters, straight = Meters(CPU), Meters(CPU)
-    for value in (1.0, math.nan, 2.5):
-        meters.add({"loss": scalar(value)})
-        straight.add({"loss": scalar(value)})
+    for step, value in enumerate((1.0, math.nan, 2.5)):
+        meters.add({"loss": scalar(value)}, step)
+        straight.add({"loss": scalar(value)}, step)
     later = Meters(CPU)
     later.load_state_dict(meters.state_dict())
-    for value in (7.0, math.inf):
-        later.add({"loss": scalar(value)})
-        straight.add({"loss": scalar(value)})
-    assert later.read() == straight.read() == ({"loss": 3.5}, {"loss": 2})
+    for step, value in enumerate((7.0, math.inf), start=3):
+        later.add({"loss": scalar(value)}, step)
+        straight.add({"loss": scalar(value)}, step)
+    assert later.read() == straight.read() == ({"loss": 3.5}, {"loss": Bad(2, 1)})
+
+
+class Two(Accelerator):
+    """As if a second process stood beside this one."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    num_processes = property(lambda self: 2)
+    process_index = property(lambda self: self.rank)
+
+
+def test_a_window_of_two_processes_goes_on_with_one_and_back() -> None:
+    """Nothing counted is lost or counted twice when the number of processes changes."""
+    first, second = Meters(CPU), Meters(CPU)
+    first.add({"loss": scalar(1.0)}, 4)
+    first.add({"loss": scalar(math.nan)}, 5)
+    second.add({"loss": scalar(6.0)}, 4)
+    state = [*first.state_dict(), *second.state_dict()]  # as two processes gather it
+    alone = Meters(CPU)
+    alone.load_state_dict(state)
+    assert alone.read() == ({"loss": 3.5}, {"loss": Bad(1, 5)})
+    again = [Meters(CPU, Two(rank)) for rank in (0, 1)]
+    for meters in again:
+        meters.load_state_dict(state)
+    assert [m.rows["loss"].tolist() for m in again] == [[1, 1, 1], [6, 1, 0]]
+    for meters in again:
+        meters.load_state_dict(first.state_dict())  # of one process
+    assert [m.rows["loss"].tolist() for m in again] == [[1, 1, 1], [0, 0, 0]]

@@ -5,21 +5,25 @@ momentum student's attention is mixed in (Eq. 3) and both networks' features are
 Pixel MAE (Eq. 1) and the published relatives are settings of the same two classes.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cmt_mae.errors import InputError
 from cmt_mae.method import targets as T
 from cmt_mae.method.attention import attention_map, mix_attention, normalise_map
 from cmt_mae.method.decoder import Decoder, DecoderConfig
 from cmt_mae.method.hog import hog_targets
+from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.masking import GUIDED, Mask, hide
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.method.vit import BeforeLast, encode_visible, finish, forward_to_last, mean_of_last
+from cmt_mae.method.vit import BeforeLast, encode_visible, forward_to_last
 
 SOURCES = ("teacher", "momentum", "collab")
 
@@ -96,7 +100,10 @@ class Learner(nn.Module):
         self.student, self.target = student, target
         self.decoder = Decoder(decoder, student.embed_dim, student.patch_embed.grid_size)
         heads: dict[str, nn.Module] = {}
-        for name, width in head_widths.items():  # one by one: a further head changes no other's start
+        for (
+            name,
+            width,
+        ) in head_widths.items():  # one by one: a further head changes no other's start
             heads[name] = head = nn.Linear(decoder.width, width)
             nn.init.xavier_uniform_(head.weight)
             nn.init.zeros_(head.bias)
@@ -116,17 +123,21 @@ class Learner(nn.Module):
         ``target.tokens`` names, one or both of teacher and momentum (or one of pixel, hog); alpha in 0..1
         weighs the momentum student where both are predicted (Eq. 4).
         """
-        tokens = self.decoder(encode_visible(self.student, images, mask.ids_keep), mask)
-        tokens = select_tokens(tokens, mask, self.target.tokens)
-        losses, logs = {}, {}
+        latents = encode_visible(self.student, images, mask.ids_keep)
+        hidden_only = self.target.tokens == "masked"
+        tokens = self.decoder(latents, mask, hidden_only)
+        if not hidden_only:
+            tokens = select_tokens(tokens, self.target.tokens)
+        losses: dict[str, Tensor] = {}
+        logs = {"spread_student": T.spread(latents), "spread_decoder": T.spread(tokens)}
         for name, target in targets.items():
             prediction = self.heads[name](tokens)
             losses[name] = T.distance(
                 prediction, target, loss=self.target.loss, norm=self.target.norm,
                 beta=self.target.beta, reduce=self.target.reduce,
             )  # fmt: skip
-            logs[f"loss_{name}"] = losses[name].detach()
             logs[f"spread_prediction_{name}"] = T.spread(prediction)
+            logs[f"loss_{name}"] = losses[name].detach()
         if len(losses) == 2:
             loss = T.combine_losses(losses["momentum"], losses["teacher"], alpha)
         else:
@@ -134,15 +145,11 @@ class Learner(nn.Module):
         return loss, {"loss": loss.detach(), **logs}
 
 
-def select_tokens(tokens: Tensor, mask: Mask, which: str) -> Tensor:
-    """Decoder tokens (B, 1 + L, W) where the loss is taken: masked (B, M, W), all (B, L, W), all+cls."""
-    if which == "all+cls":
-        return tokens
-    if which == "all":
-        return tokens[:, 1:]
-    if which != "masked":
+def select_tokens(tokens: Tensor, which: str) -> Tensor:
+    """Decoder tokens (B, 1 + L, W) where the loss is taken: all (B, L, W) or all+cls."""
+    if which not in ("all", "all+cls"):
         raise InputError(f"target.tokens '{which}' is unknown: use masked, all or all+cls")
-    return tokens[:, 1:].gather(1, mask.ids_mask[:, :, None].expand(-1, -1, tokens.shape[-1]))
+    return tokens if which == "all+cls" else tokens[:, 1:]
 
 
 class Guides(nn.Module):
@@ -158,11 +165,18 @@ class Guides(nn.Module):
         patch_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """mean, std: the student's normalisation, to show HOG the pixels themselves."""
+        """mean, std: the student's normalisation, to show HOG the pixels themselves.
+
+        dtype: both networks run wholly in it; None: in fp32, or as the autocast around the call says.
+        """
         super().__init__()
-        self.mask, self.target, self.teacher = mask, target, teacher
+        self.mask, self.target = mask, target
+        self.teacher = teacher if teacher is None or dtype is None else teacher.to(dtype)
         self.momentum: VisionTransformer | None = None
+        self.momentum_low: VisionTransformer | None = None  # the same weights rounded to dtype
+        self.dtype = dtype
         self.grid, self.patch_size = grid, patch_size
         self.mean: Tensor
         self.std: Tensor
@@ -172,6 +186,32 @@ class Guides(nn.Module):
     def start_momentum(self, student: VisionTransformer) -> None:
         """theta_hat := theta, at the switch of stages (spec O14)."""
         self.momentum = copy.deepcopy(student).requires_grad_(False).eval()
+        self.round_momentum()
+
+    @torch.no_grad()
+    def round_momentum(self) -> None:
+        """Bring the copy that runs in ``dtype`` up to date; to be called whenever ``momentum`` has changed."""
+        if self.momentum is None or self.dtype is None:
+            return
+        if self.momentum_low is None:
+            self.momentum_low = copy.deepcopy(self.momentum).to(self.dtype)
+        torch._foreach_copy_(own_parts(self.momentum_low), own_parts(self.momentum))
+
+    def momentum_runs(self) -> VisionTransformer:
+        """The momentum student as it is run: itself, or its copy in ``dtype``."""
+        network = self.momentum if self.dtype is None else self.momentum_low
+        assert network is not None
+        return network
+
+    def running(self) -> VisionTransformer | None:
+        """As ``momentum_runs``, or None in stage one."""
+        return None if self.momentum is None else self.momentum_runs()
+
+    def whole_precision(self) -> contextlib.AbstractContextManager[object]:
+        """Around the networks: with ``dtype``, autocast is off, so that norms and sums stay in it too."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.mean.device.type, enabled=False)
 
     @torch.no_grad()
     def update_momentum(
@@ -182,13 +222,13 @@ class Guides(nn.Module):
         skipped: 1.0 where that step was not taken (non-finite), 0.0 else, on the device: then nothing moves.
         """
         assert self.momentum is not None
-        slow: list[Tensor] = list(self.momentum.parameters())
-        fast = [p.detach() for p in student.parameters()]
+        slow, fast = own_parts(self.momentum), own_parts(student)
         if skipped is None:
             torch._foreach_lerp_(slow, fast, 1.0 - m)
         else:  # a tensor as weight keeps the decision on the device
             weight = (1.0 - m) * (1.0 - skipped)
             torch._foreach_lerp_(slow, fast, [weight] * len(slow))  # type: ignore[list-item]
+        self.round_momentum()
 
     @torch.no_grad()
     def forward(
@@ -269,6 +309,7 @@ class Guides(nn.Module):
             }
         for name, features in raw.items():
             logs[f"spread_target_{name}"] = T.spread(features)
+            logs[f"rank_target_{name}"] = T.effective_rank(features)
         return {
             name: T.normalise_target(features, self.target.norm) for name, features in raw.items()
         }
@@ -284,6 +325,12 @@ class Guides(nn.Module):
             if ids is None
             else patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[-1]))
         )
+
+
+def own_parts(network: nn.Module) -> list[Tensor]:
+    """The parameters' numbers; of a network sharded over processes those on this one."""
+    parts: list[Any] = list(network.parameters())  # a DTensor is no Tensor to the type checker
+    return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parts]
 
 
 def shares(source: str, alpha: float) -> dict[str, float]:
@@ -308,29 +355,31 @@ class Looks:
     def state(self, name: str) -> BeforeLast:
         """All but the last block of the named network."""
         if name not in self.states:
-            if name == "teacher":
-                assert self.guides.teacher is not None
-                self.states[name] = self.guides.teacher.look(self.teacher_images)
-            else:
-                assert self.guides.momentum is not None
-                kept = self.guides.target.momentum_last_k - 1
-                self.states[name] = forward_to_last(self.guides.momentum, self.images, kept)
+            with self.guides.whole_precision():
+                self.states[name] = self._to_last(name)
         return self.states[name]
+
+    def _to_last(self, name: str) -> BeforeLast:
+        if name == "teacher":
+            assert self.guides.teacher is not None
+            return self.guides.teacher.look(self.teacher_images)
+        kept = self.guides.target.momentum_last_k - 1
+        images = self.images if self.guides.dtype is None else self.images.to(self.guides.dtype)
+        return forward_to_last(self.guides.momentum_runs(), images, kept)
 
     def attention(self, name: str, heads: str) -> tuple[Tensor, Tensor]:
         """Raw map (B, L) and prefix mass (B,) of the named network."""
         if name == "teacher":
             assert self.guides.teacher is not None
             return self.guides.teacher.attention(self.state(name), heads)
-        assert self.guides.momentum is not None
-        return attention_map(self.guides.momentum, self.state(name), heads)  # type: ignore[arg-type]
+        return attention_map(self.guides.momentum_runs(), self.state(name), heads)  # type: ignore[arg-type]
 
     def features(self, name: str, ids: Tensor | None, class_token: bool) -> Tensor:
         """Targets before normalisation, (B, N, D)."""
-        if name == "teacher":
-            assert self.guides.teacher is not None
-            return self.guides.teacher.features(self.state(name), ids, class_token)
-        assert self.guides.momentum is not None
-        run = mean_of_last if self.guides.target.momentum_last_k > 1 else finish
-        tokens = run(self.guides.momentum, self.state(name), ids)
-        return tokens if class_token else tokens[:, 1:]
+        state = self.state(name)
+        with self.guides.whole_precision():
+            if name == "teacher":
+                assert self.guides.teacher is not None
+                return self.guides.teacher.features(state, ids, class_token)
+            run = mean_of_last if self.guides.target.momentum_last_k > 1 else finish
+            return run(self.guides.momentum_runs(), state, ids, with_prefix=class_token)

@@ -91,8 +91,26 @@ def combine_losses(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 
 
 def spread(features: Tensor) -> Tensor:
-    """Standard deviation of each channel over images and tokens, averaged: near 0 means collapse."""
-    return features.detach().float().flatten(0, -2).std(0).mean()
+    """Standard deviation of each channel over images and tokens, averaged: near 0 means collapse.
+
+    Biased, so that a single token has spread 0 and not nan.
+    """
+    return features.detach().float().flatten(0, -2).std(0, correction=0).mean()
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor, most: int = 256) -> Tensor:
+    """(sum of variances)^2 / sum of squared variances over principal axes: how many directions (B, N, D) fill.
+
+    Between 1 (all on one line) and D; 0 where nothing varies. Of ``most`` tokens where there are more.
+    """
+    rows = features.float().flatten(0, -2)
+    if rows.shape[0] > most:  # golden-ratio steps: no regular one, which might meet the same patch every time
+        places = (torch.arange(most, device=rows.device) * 0.6180340) % 1 * rows.shape[0]
+        rows = rows[places.long()]
+    rows = rows - rows.mean(0)
+    gram = rows @ rows.T  # has the eigenvalues of the covariance, whatever D is
+    return gram.diagonal().sum() ** 2 / (gram**2).sum().clamp_min(1e-12)
 
 
 @torch.no_grad()

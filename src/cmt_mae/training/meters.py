@@ -1,46 +1,97 @@
 """Running means that stay on the device until they are read."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What is known of a number that was not finite."""
+
+    count: int
+    """How often in the window, over all processes."""
+    first: int
+    """The step of the first time, as it was given to ``add``."""
 
 
 class Meters:
     """Means of named numbers over a window of steps. ``add`` never waits for the device; ``read`` does.
 
-    A non-finite number does not poison the mean: it is counted apart, under its name.
+    A non-finite number does not poison the mean: it is counted apart, under its name. With an accelerator
+    the numbers of all processes are taken together, and ``read`` and ``state_dict`` are called by all of
+    them; all have the same names.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, accelerator: Accelerator | None = None) -> None:
         self.device = device
+        self.accelerator = accelerator
         self.rows: dict[str, Tensor] = {}  # name -> [sum, count, non-finite count]
+        self.firsts: dict[str, Tensor] = {}  # name -> step of the first non-finite one, or infinity
 
     @torch.no_grad()
-    def add(self, numbers: dict[str, Tensor]) -> None:
-        """Scalars on the device, by name."""
+    def add(self, numbers: dict[str, Tensor], step: int = 0) -> None:
+        """Scalars on the device, by name, of this step."""
         for name, number in numbers.items():
             finite = torch.isfinite(number)
             row = torch.stack(
                 [torch.where(finite, number, 0.0).float(), finite.float(), (~finite).float()]
             )
             self.rows[name] = self.rows[name] + row if name in self.rows else row
+            first = torch.where(finite, math.inf, float(step))
+            known = self.firsts.get(name)
+            self.firsts[name] = first if known is None else torch.minimum(known, first)
 
-    def read(self) -> tuple[dict[str, float], dict[str, int]]:
-        """(means, counts of non-finite numbers above zero) by name, and forget them. One wait for the device."""
+    def read(self) -> tuple[dict[str, float], dict[str, Bad]]:
+        """(means, the numbers that were not finite) by name, and forget them. One wait for the device.
+
+        A number that was never finite has the mean nan.
+        """
         if not self.rows:
             return {}, {}
-        table = torch.stack(list(self.rows.values())).tolist()
         names = list(self.rows)
-        self.rows = {}
-        means = {n: (s / c if c else math.nan) for n, (s, c, _) in zip(names, table, strict=True)}
-        return means, {n: int(bad) for n, (_, _, bad) in zip(names, table, strict=True) if bad}
+        table = torch.stack([torch.stack([*self.rows[n], self.firsts[n]]) for n in names])
+        self.rows, self.firsts = {}, {}
+        each = table[None]
+        if self._processes() > 1:
+            assert self.accelerator is not None
+            each = self.accelerator.gather(each)
+        sums, firsts = each[..., :3].sum(0).tolist(), each[..., 3].amin(0).tolist()
+        means = {n: (s / c if c else math.nan) for n, (s, c, _) in zip(names, sums, strict=True)}
+        bad = {
+            n: Bad(int(count), int(first))
+            for n, (_, _, count), first in zip(names, sums, firsts, strict=True)
+            if count
+        }
+        return means, bad
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint in the middle of a window needs."""
-        return {name: row.tolist() for name, row in self.rows.items()}
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What a checkpoint in the middle of a window needs: the rows of each process."""
+        own = {name: [*row.tolist(), self.firsts[name].item()] for name, row in self.rows.items()}
+        if self._processes() == 1:
+            return [own]
+        everyone: list[dict[str, Any]] = gather_object([own])
+        return everyone
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a window."""
-        self.rows = {name: torch.tensor(row, device=self.device) for name, row in state.items()}
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Continue a window. With another number of processes the first one takes over what was counted."""
+        rank = 0 if self.accelerator is None else self.accelerator.process_index
+        if len(state) == self._processes():
+            own = state[rank]
+        else:
+            own = {name: [0.0, 0.0, 0.0, math.inf] for name in state[0]}
+            for part in state if rank == 0 else ():
+                for name, (*sums, first) in part.items():
+                    before = own[name]
+                    added = [a + b for a, b in zip(before[:3], sums, strict=True)]
+                    own[name] = [*added, min(before[3], first)]
+        self.rows = {n: torch.tensor(row[:3], device=self.device) for n, row in own.items()}
+        self.firsts = {n: torch.tensor(row[3], device=self.device) for n, row in own.items()}
+
+    def _processes(self) -> int:
+        return 1 if self.accelerator is None else self.accelerator.num_processes
