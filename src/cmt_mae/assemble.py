@@ -108,6 +108,7 @@ def build_guides(config: PretrainConfig, teacher: Teacher | None, stats: Statist
     return Guides(
         config.mask, config.target, teacher=teacher, grid=config.student.grid(),
         patch_size=config.student.patch_size, mean=stats[0], std=stats[1],
+        dtype=torch.bfloat16 if config.frozen_precision == "bf16" else None,
     )  # fmt: skip
 
 
