@@ -1,6 +1,7 @@
 """Multiplications: the table of the specification, and torch's own counter on the real modules."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmt_mae.benchmark.flops import OURS, PLAIN, Cuts, Step, net_of, step_macs, step_of
+from cmt_mae.method import targets as targets_module
 from cmt_mae.method.cmtmae import Guides, Learner, MaskConfig, TargetConfig, Weights
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.masking import noise_length
@@ -139,9 +141,8 @@ def test_shares_that_the_legal_cuts_leave(sizes: Any) -> None:
         assert left == pytest.approx(rest, abs=0.051)
     guide = steps["two"].teacher
     assert guide is not None
-    teacher = [
-        step_macs(steps["two"], Cuts(last_guide_block=how))["teacher"] for how in ("all", "asked")
-    ]
+    stage_one = [step_macs(steps["one"], Cuts(last_guide_block=how)) for how in ("all", "asked")]
+    teacher = [macs["teacher"] + macs["mask"] for macs in stage_one]
     unprojected = 50 * guide.net.projection  # the specification's 0.309 is of the bare ViT
     assert (teacher[0] - teacher[1] - unprojected) / 1e9 == pytest.approx(0.309, abs=0.0005)
 
@@ -166,7 +167,7 @@ def counted(
     learner: Learner, guides: Guides, weights: Weights, n_mask: int, size: Any
 ) -> list[int]:
     """MAC of guides, learner and backward of one image by FlopCounterMode; attention multiplied out, since
-    torch counts neither the CPU's fused kernel nor plainly its backward."""
+    torch counts neither the CPU's fused kernel nor plainly its backward. Monitors are left out."""
     patches = guides.grid[0] * guides.grid[1]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, *size, generator=generator)
@@ -174,7 +175,8 @@ def counted(
     macs = []
 
     def count(run: Any) -> Any:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        rank = patch.object(targets_module, "effective_rank", lambda _: torch.zeros(()))
+        with rank, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             result = run()
         macs.append(counter.get_total_flops() // 2)
         assert counter.get_total_flops() % 2 == 0
@@ -284,10 +286,10 @@ def test_vit_b_at_224_equals_torchs_counter() -> None:
     check_against_torch(learner, guides, STAGE_TWO, 147, (224, 224))
 
 
-def test_our_step_is_at_most_two_percent_below_the_plain_way(sizes: Any) -> None:
+def test_our_step_is_one_to_three_percent_below_the_plain_way(sizes: Any) -> None:
     for step in sizes[1].values():
         ours, plain = (sum(step_macs(step, cuts).values()) for cuts in (OURS, PLAIN))
-        assert 0.98 * plain < ours < plain
+        assert 0.97 * plain < ours < 0.99 * plain
 
 
 def test_net_of_a_plain_vit_is_twelve_n_d_squared() -> None:

@@ -170,3 +170,28 @@ def test_head_width_is_32_by_default() -> None:
 def test_impossible_decoders_are_refused(config: DecoderConfig, named: str) -> None:
     with pytest.raises(InputError, match=named):
         Decoder(config, ENCODER, GRID)
+
+
+@pytest.mark.parametrize("kind", ["mae", "prompting"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_hidden_only_equals_picking_hidden_tokens(kind: str, depth: int) -> None:
+    """The last block run for hidden tokens alone: values and every gradient, in fp64."""
+    model, (latents, mask) = decoder(kind, depth).double(), case()
+    weight = torch.randn(2, 9, 16, dtype=torch.float64)
+    found = []
+    for hidden_only in (False, True):
+        given = latents.double().requires_grad_()
+        model.zero_grad()
+        tokens = model(given, mask, hidden_only)
+        if not hidden_only:
+            tokens = tokens[:, 1:].gather(1, mask.ids_mask[:, :, None].expand(-1, -1, 16))
+        (tokens * weight).sum().backward()
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        found.append({"tokens": tokens.detach(), "latents": given.grad, **gradients})
+    assert found[0]["latents"].abs().sum() > 0 or depth == 0
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-12, rtol=1e-10, msg=name)

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from cmt_mae.errors import InputError
+from cmt_mae.method.last_block import finish
 from cmt_mae.method.teacher import (
     Teacher,
     TeacherConfig,
@@ -20,7 +21,6 @@ from cmt_mae.method.teacher import (
     resample,
     teacher_channels,
 )
-from cmt_mae.method.vit import finish
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = (

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cmt_mae.method.cmtmae import Guides, Learner, MaskConfig, TargetConfig, Weights, shares
+from cmt_mae.method.last_block import asks_alone
 from cmt_mae.method.masking import GUIDED
 from cmt_mae.method.vit import Vit, grid_of, has_class_token, num_prefix
 
@@ -78,6 +79,8 @@ class Guide:
     """Tokens that are projected, where there is a projection."""
     probe: int = 0
     """MAC of the pooling probe, an image."""
+    plain: bool = True
+    """timm's plain attention: some tokens can ask without the others, the map shares the keys."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,15 @@ class Cuts:
     predicted_heads: bool = False
     """2: heads at the tokens of the loss only."""
     last_decoder_block: bool = False
-    """3: the last decoder block finishes hidden tokens only."""
+    """3: the last decoder block finishes hidden tokens only, where the loss is taken at those alone."""
     last_guide_block: str = "all"
-    """4: all (every token through everything) | mlp (attention of every token, MLP and projection of hidden
-    ones) | asked (queries of class token and hidden ones; the rest of hidden ones only)."""
-    keys_again: bool = False
-    """Not a saving: the attention map makes keys of its own in the last block of each guide."""
+    """4: all (every token through everything) | asked (queries, output layer and MLP of hidden tokens, and the
+    class token's query for the map; where positions are rotary or relative: attention of every token)."""
 
 
 PLAIN = Cuts()
 # What method/ does today; tests/benchmark/test_flops.py holds it against torch's counter on the real modules.
-OURS = Cuts(predicted_heads=True, last_guide_block="mlp", keys_again=True)
+OURS = Cuts(True, True, True, "asked")
 
 
 def step_macs(step: Step, cuts: Cuts = OURS) -> dict[str, int]:
@@ -151,7 +152,7 @@ def decoder_macs(step: Step, cuts: Cuts) -> int:
     macs = (step.student.prefix + step.visible) * net.embedding
     if step.prompting:
         macs += net.depth * net.block(net.tokens, hidden, hidden, hidden)
-    elif net.depth and cuts.last_decoder_block:
+    elif net.depth and cuts.last_decoder_block and step.predicted == hidden:
         last = net.block(net.tokens, hidden, hidden, hidden)
         macs += (net.depth - 1) * net.block(net.tokens) + last
     else:
@@ -161,37 +162,43 @@ def decoder_macs(step: Step, cuts: Cuts) -> int:
 
 def guide_macs(guide: Guide, cuts: Cuts) -> tuple[int, int]:
     """(MAC of the network's own pass, MAC of its attention map)."""
-    net, how = guide.net, cuts.last_guide_block
+    net = guide.net
     if guide.attention == "none" and not guide.features:
         return 0, 0
-    if how == "all":  # a user's pass: everything runs, the map is read out of it
+    if cuts.last_guide_block == "all":  # a user's pass: everything runs, the map is read out of it
         run = net.before_last() + net.block(net.tokens) + net.tokens * net.projection
-        return run, map_macs(guide) if cuts.keys_again else guide.probe
-    run = net.before_last()
-    if guide.features:
-        run += last_block(guide, how) + guide.projected * net.projection
-    look = map_macs(guide) if cuts.keys_again or not guide.features else guide.probe
-    return run, look
+        return run, guide.probe
+    run, look = net.before_last(), map_macs(guide)
+    if guide.attention == "probe":  # needs every feature itself
+        run += net.block(net.tokens)
+    elif guide.features:
+        run += last_block(guide)
+    return run + guide.projected * net.projection * guide.features, look
 
 
-def last_block(guide: Guide, how: str) -> int:
+def last_block(guide: Guide) -> int:
     """The last block where only the hidden patches are needed."""
-    net = guide.net
-    if guide.hidden is None:
+    net, hidden = guide.net, guide.hidden
+    if hidden is None:
         return net.block(net.tokens)
-    if how == "mlp":
-        return net.block(net.tokens, finished=net.prefix + guide.hidden)
-    return net.block(net.tokens, 1 + guide.hidden, guide.hidden, guide.hidden)
+    if guide.plain:
+        return net.block(net.tokens, hidden, hidden, hidden)
+    return net.block(net.tokens, finished=hidden)
 
 
 def map_macs(guide: Guide) -> int:
-    """The attention map on its own, from the input of the last block (spec 1: one row, no N x N)."""
+    """The attention map from the input of the last block (spec 1: one row, no N x N).
+
+    Its keys are not counted where the features are wanted too and share them.
+    """
     net = guide.net
+    shared = guide.features and guide.plain and guide.hidden is not None
+    keys = 0 if shared else net.tokens * net.query
     if guide.attention == "class":
-        return net.query + net.tokens * (net.query + net.attention)
+        return net.query + keys + net.tokens * net.attention
     if guide.attention == "columns":
-        return 2 * net.tokens * net.query + net.tokens**2 * net.attention
-    return net.block(net.tokens) + guide.probe if guide.attention == "probe" else 0
+        return net.tokens * net.query + keys + net.tokens**2 * net.attention
+    return guide.probe if guide.attention == "probe" else 0
 
 
 # --- sizes of real modules ---------------------------------------------------------------------
@@ -272,6 +279,7 @@ def guide_of(
             target.tokens
         ],
         probe=probe if maps else 0,
+        plain=asks_alone(model.blocks[-1].attn),
     )
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmt_mae.errors import InputError
-from cmt_mae.method.vit import BeforeLast, Vit, finish, has_class_token, num_prefix
+from cmt_mae.method.last_block import asks_alone, finish, first_norm, last_keys, project
+from cmt_mae.method.vit import BeforeLast, Vit, has_class_token, num_prefix
 
 Heads = Literal["mean", "max", "minmax_mean"]
 Normalise = Literal["sum", "none", "minmax", "rank", "zscore_softmax"]
@@ -24,13 +25,12 @@ def attention_map(model: Vit, state: BeforeLast, heads: Heads = "mean") -> tuple
     attention-pooling probe where there is one (SigLIP), else the column mean of the map (spec 1.4).
     """
     probe = getattr(model, "attn_pool", None)
-    with torch.autocast(state.tokens.device.type, enabled=False):
-        if has_class_token(model):
-            rows = class_rows(model, state)
-        elif probe is not None:
-            rows = _probe_rows(probe, finish(model, state).float())
-        else:
-            rows = column_means(model, state)
+    if has_class_token(model):
+        rows = class_rows(model, state)
+    elif probe is not None:
+        rows = _probe_rows(probe, _finished(model, state))
+    else:
+        rows = column_means(model, state)
     prefix = num_prefix(model)
     mass = rows[:, :, :prefix].sum(-1).mean(1)
     return reduce_heads(rows[:, :, prefix:], heads), mass
@@ -39,22 +39,24 @@ def attention_map(model: Vit, state: BeforeLast, heads: Heads = "mean") -> tuple
 def class_rows(model: Vit, state: BeforeLast) -> Tensor:
     """softmax(q_cls K^T / sqrt d) of the last block, every head: (B, heads, P + L) fp32."""
     query, key, scale, bias = _query_key(model, state, only_class=True)
-    logits = (query * scale) @ key.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias[..., :1, :]
-    return logits.softmax(-1).squeeze(2)
+    with _no_autocast(query):
+        logits = (query * scale) @ key.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias[..., :1, :]
+        return logits.softmax(-1).squeeze(2)
 
 
 def column_means(model: Vit, state: BeforeLast) -> Tensor:
     """mean_i attention[i, j], every head: (B, heads, P + L) fp32, a few rows of the map at a time."""
     query, key, scale, bias = _query_key(model, state, only_class=False)
     total = torch.zeros_like(key[..., 0])
-    for start in range(0, query.shape[2], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        logits = (query[:, :, rows] * scale) @ key.transpose(-2, -1)
-        if bias is not None:
-            logits = logits + bias[..., rows, :]
-        total += logits.softmax(-1).sum(2)
+    with _no_autocast(query):
+        for start in range(0, query.shape[2], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logits = (query[:, :, rows] * scale) @ key.transpose(-2, -1)
+            if bias is not None:
+                logits = logits + bias[..., rows, :]
+            total += logits.softmax(-1).sum(2)
     return total / query.shape[2]
 
 
@@ -104,7 +106,26 @@ def mix_attention(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 def _query_key(
     model: Vit, state: BeforeLast, only_class: bool
 ) -> tuple[Tensor, Tensor, float, Tensor | None]:
-    """Queries (class token or all) and keys of the last block in fp32, its scale and additive bias."""
+    """Queries (class token or all) and keys of the last block, its scale and additive bias; all in fp32.
+
+    A plain ViT projects as the network runs (under autocast in bf16) and shares its keys with ``finish``;
+    the products of queries and keys and their softmax are taken in fp32 all the same (spec 1).
+    """
+    block = model.blocks[-1]
+    scale = float(getattr(block.attn, "scale", 0.0))
+    if asks_alone(block.attn):
+        tokens = first_norm(block, state)
+        query = project(block.attn, tokens[:, :1] if only_class else tokens, 0)
+        return query.float(), last_keys(model, state).float(), scale, None
+    with _no_autocast(state.tokens):
+        query, key, bias = _other_query_key(model, state, only_class)
+    return query, key, scale or query.shape[-1] ** -0.5, bias
+
+
+def _other_query_key(
+    model: Vit, state: BeforeLast, only_class: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same with rotary embedding (Eva) or relative position bias (Beit), computed in fp32."""
     block = model.blocks[-1]
     attn, tokens = block.attn, block.norm1(state.tokens).float()
     asking = tokens[:, :1] if only_class else tokens
@@ -123,8 +144,18 @@ def _query_key(
     shared = state.context.get("shared_rel_pos_bias")
     if shared is not None:
         bias = shared.float() if bias is None else bias + shared.float()
-    scale = getattr(attn, "scale", query.shape[-1] ** -0.5)
-    return query, key, float(scale), bias
+    return query, key, bias
+
+
+def _finished(model: Vit, state: BeforeLast) -> Tensor:
+    """The whole last block, for the pooling probe; the features are then taken out of it."""
+    if state.finished is None:
+        state.finished = finish(model, state)
+    return state.finished.float()
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _rotate(vectors: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
@@ -154,6 +185,11 @@ def _project(attn: Any, tokens: Tensor, part: int) -> Tensor:
 
 def _probe_rows(pool: Any, tokens: Tensor) -> Tensor:
     """Attention of the pooling probe (SigLIP): tokens (B, L, D) after the final norm -> (B, heads, L)."""
+    with _no_autocast(tokens):
+        return _probe_attention(pool, tokens)
+
+
+def _probe_attention(pool: Any, tokens: Tensor) -> Tensor:
     if pool.pos_embed is not None:
         tokens = tokens + pool.pos_embed[None]
     batch = tokens.shape[0]

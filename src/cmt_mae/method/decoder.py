@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_mae.errors import InputError
+from cmt_mae.method.last_block import run_at
 from cmt_mae.method.masking import Mask
 from cmt_mae.method.vit import gather_tokens, initialise, sincos_table
 
@@ -55,14 +56,22 @@ class Decoder(nn.Module):
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latents: Tensor, mask: Mask) -> Tensor:
-        """latents (B, 1 + K, D) with the class token first -> (B, 1 + L, width) after the norm, raster order."""
+    def forward(self, latents: Tensor, mask: Mask, hidden_only: bool = False) -> Tensor:
+        """latents (B, 1 + K, D) with the class token first -> (B, 1 + L, width) after the norm, raster order.
+
+        hidden_only: (B, M, width), the hidden patches alone, for which alone the last block then runs.
+        """
         tokens = self._in_raster_order(self.embed(latents), mask) + self.pos_embed
+        places = 1 + mask.ids_mask
         if self.prompting:
-            return self.norm(self._prompt(tokens, mask))
-        for block in self.blocks:
+            tokens, hidden = self._prompt(tokens, mask)
+            return self.norm(hidden if hidden_only else tokens)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            if hidden_only and number == last:
+                return self.norm(run_at(block, tokens, places))
             tokens = block(tokens)
-        return self.norm(tokens)
+        return self.norm(gather_tokens(tokens, places) if hidden_only else tokens)
 
     def _in_raster_order(self, visible: Tensor, mask: Mask) -> Tensor:
         """Put visible tokens at their places and the mask token at the others; class token first."""
@@ -71,13 +80,13 @@ class Decoder(nn.Module):
         places = mask.ids_keep[:, :, None].expand(-1, -1, visible.shape[-1])
         return torch.cat([visible[:, :1], full.scatter(1, places, visible[:, 1:])], dim=1)
 
-    def _prompt(self, tokens: Tensor, mask: Mask) -> Tensor:
-        """Visible tokens stay as they are and only serve as keys and values (MILAN)."""
+    def _prompt(self, tokens: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """All tokens, and the hidden ones. Visible ones stay and only serve as keys and values (MILAN)."""
         hidden = gather_tokens(tokens[:, 1:], mask.ids_mask)
         places = 1 + mask.ids_mask[:, :, None].expand(-1, -1, tokens.shape[-1])
         for block in self.blocks:
             hidden = block(hidden, tokens, places)
-        return tokens.scatter(1, places, hidden)
+        return tokens.scatter(1, places, hidden.to(tokens.dtype)), hidden
 
 
 class PromptingBlock(nn.Module):

@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 from cmt_mae.errors import InputError
 from cmt_mae.method.attention import attention_map
+from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.vit import (
     BeforeLast,
     Vit,
-    finish,
     forward_to_last,
     grid_of,
     has_class_token,
-    mean_of_last,
     num_prefix,
 )
 
@@ -102,8 +101,9 @@ class Teacher(nn.Module):
             images = F.interpolate(
                 images.float(), self.input_size, mode="bicubic", antialias=True, align_corners=False
             )
+        weight: Tensor = self.model.patch_embed.proj.weight
         return forward_to_last(
-            self.model, images, self.last_k - 1 if self.feature == "last_k" else 0
+            self.model, images.to(weight.dtype), self.last_k - 1 if self.feature == "last_k" else 0
         )
 
     def attention(self, state: BeforeLast, heads: str = "mean") -> tuple[Tensor, Tensor]:
@@ -122,8 +122,8 @@ class Teacher(nn.Module):
             raise InputError("target.tokens all+cls needs a teacher with a class token: use all")
         same_grid = self.own_grid == self.grid
         run = mean_of_last if self.feature == "last_k" else finish
-        tokens = run(self.model, state, ids if same_grid else None)
-        prefix = num_prefix(self.model)
+        tokens = run(self.model, state, ids if same_grid else None, with_prefix=class_token)
+        prefix = num_prefix(self.model) if class_token else 0
         patches = tokens[:, prefix:]
         if not same_grid:
             patches = resample(patches, self.own_grid, self.grid, "bilinear")

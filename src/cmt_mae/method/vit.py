@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmt_mae.errors import InputError
 
@@ -158,18 +159,33 @@ def encode_visible(vit: Vit, images: Tensor, ids_keep: Tensor) -> Tensor:
     """MAE's encoder: only visible patches enter the blocks.
 
     images (B, C, H, W) normalised, ids_keep (B, K) -> latents (B, 1 + K, D) after the final norm, class
-    token first. Order: patch embedding, + position, drop hidden patches, prepend class token, blocks, norm.
+    token first. Order: patch embedding and position of visible patches, class token, blocks, norm.
     """
-    tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
-    tokens = gather_tokens(tokens, ids_keep)
+    positions = vit.pos_embed[:, 1:].expand(images.shape[0], -1, -1)
+    tokens = embed_patches(vit, images, ids_keep) + gather_tokens(positions, ids_keep)
     class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
     tokens = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
     return vit.norm(vit.blocks(vit.norm_pre(tokens)))
 
 
+def embed_patches(vit: Vit, images: Tensor, ids: Tensor) -> Tensor:
+    """The patch embedding at patches ids (B, K) alone: (B, K, D). images (B, C, H, W).
+
+    The same as embedding all of them, since kernel and stride of the convolution are one patch.
+    """
+    conv = vit.patch_embed.proj
+    height, width = conv.kernel_size
+    batch, channels, rows, columns = images.shape
+    rows, columns = rows // height, columns // width
+    grid = images.view(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    image = torch.arange(batch, device=ids.device)[:, None]
+    patches = grid[image, ids // columns, ids % columns].flatten(2)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias)
+
+
 @dataclass
 class BeforeLast:
-    """What a network knows just before its last block."""
+    """What a network knows just before its last block, and what of that block is there already."""
 
     tokens: Tensor
     """(B, P + L, D): prefix tokens (class, registers), then patches."""
@@ -177,6 +193,12 @@ class BeforeLast:
     """Keywords of the block: rotary embedding (Eva) or relative position bias (Beit)."""
     earlier: list[Tensor]
     """Outputs of the blocks before the last that were asked for, oldest first."""
+    normed: Tensor | None = None
+    """(B, P + L, D) after the last block's first norm, once somebody has made it."""
+    keys: Tensor | None = None
+    """(B, heads, P + L, d) of the last block, once the attention map has made them."""
+    finished: Tensor | None = None
+    """(B, P + L, D) after last block and final norm, where the attention map needed all of it."""
 
 
 def forward_to_last(model: Vit, images: Tensor, keep_outputs: int = 0) -> BeforeLast:
@@ -234,33 +256,6 @@ def _embed(model: Vit, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
     )
 
 
-def finish(model: Vit, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
-    """The last block and the final norm.
-
-    ids (B, K): patches to finish; the attention of the last block sees every token, but its MLP and the
-    final norm run on the class token and these patches only. None: all tokens.
-    Returns (B, P + K, D) or (B, P + L, D), prefix tokens first, after the final norm.
-    """
-    block, tokens = model.blocks[-1], state.tokens
-    tokens = tokens + _scaled(block, 1, block.attn(block.norm1(tokens), **_attn_context(state)))
-    if ids is not None:
-        prefix = num_prefix(model)
-        tokens = torch.cat([tokens[:, :prefix], gather_tokens(tokens[:, prefix:], ids)], dim=1)
-    tokens = tokens + _scaled(block, 2, block.mlp(block.norm2(tokens)))
-    return model.norm(tokens)
-
-
-def mean_of_last(model: Vit, state: BeforeLast, ids: Tensor | None = None) -> Tensor:
-    """Mean of the raw outputs of the kept blocks and the last one (data2vec). Shapes as ``finish``."""
-    block, tokens = model.blocks[-1], state.tokens
-    last = block(tokens, **state.context)
-    mean = torch.stack([*state.earlier, last]).mean(0)
-    if ids is None:
-        return mean
-    prefix = num_prefix(model)
-    return torch.cat([mean[:, :prefix], gather_tokens(mean[:, prefix:], ids)], dim=1)
-
-
 def num_prefix(model: Vit) -> int:
     """How many tokens stand before the patches (class token and registers)."""
     return int(getattr(model, "num_prefix_tokens", 1))
@@ -275,19 +270,6 @@ def grid_of(model: Vit) -> tuple[int, int]:
     """(rows, columns) of patches at the network's input size."""
     rows, columns = model.patch_embed.grid_size
     return int(rows), int(columns)
-
-
-def _attn_context(state: BeforeLast) -> dict[str, Any]:
-    return {name: value for name, value in state.context.items() if value is not None}
-
-
-def _scaled(block: Any, part: int, update: Tensor) -> Tensor:
-    """Layer scale of the block, whichever of timm's two spellings it has; frozen networks drop no path."""
-    scale = getattr(block, f"ls{part}", None)
-    if scale is not None:
-        return scale(update)
-    gamma = getattr(block, f"gamma_{part}", None)
-    return update if gamma is None else gamma * update
 
 
 def count_parameters(modules: Sequence[nn.Module]) -> int:
