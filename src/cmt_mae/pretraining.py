@@ -167,6 +167,7 @@ class Training:
             workers=assemble.worker_count(self.config.data.workers, processes),
             start_step=self.step,
             pin_memory=self.accelerator.device.type == "cuda",
+            timeout_s=self.config.data.timeout_s,
         )
 
     def falls_due(self, every: float) -> bool:

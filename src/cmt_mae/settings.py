@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import get_args
 
+from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
 from cmt_mae.method.attention import Heads, Normalise
 from cmt_mae.method.cmtmae import SOURCES, MaskConfig, TargetConfig
@@ -13,7 +14,7 @@ from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
 
 # Settings below these prefixes do not affect results: they may change when a run is continued.
-INDIFFERENT = ("runtime.", "out", "data.path", "data.workers", "data.max_bad")
+INDIFFERENT = ("runtime.", "out", "data.path", "data.workers", "data.timeout_s", "data.max_bad")
 
 
 @dataclass
@@ -36,6 +37,9 @@ class DataConfig:
     """The run stops when a larger share of the images seen cannot be read."""
     workers: int = -1
     """Loader processes; -1: one for each core but one, at most 16; 0: in the main process."""
+    timeout_s: float = TIMEOUT_S
+    """A loader process that gives no answer for so many seconds counts as hung and is started again; 0: wait
+    for ever."""
 
 
 @dataclass

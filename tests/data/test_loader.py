@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import islice
@@ -367,3 +369,54 @@ def test_evaluation_ends_with_a_line_when_a_worker_dies(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"loader worker .*died.* use no workers") as info:
         list(eval_batches(Accident(tmp_path, 1000, False), size=(8, 8), batch_size=4, workers=1))
     assert "\n" not in str(info.value)
+
+
+def test_stopped_workers_with_answers_on_the_way_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors are fetched from the worker itself: torch's own time limit does not cover that."""
+    import multiprocessing
+
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    expected = batches(Arrays(64), 10)
+    stream = pretrain_batches(
+        Arrays(64), CROPS, noise_length=6, seed=3, batch_size=8, micro_batch=8, workers=1,
+        timeout_s=0.5,
+    )  # fmt: skip
+    found = [next(stream)]
+    time.sleep(0.5)  # it has read ahead
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, signal.SIGSTOP)
+    begin = time.monotonic()
+    found += [next(stream) for _ in range(9)]
+    assert time.monotonic() - begin < 10
+    assert all(map(equal, expected, found))
+    stream.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
+
+
+def test_a_program_that_ends_by_an_error_does_not_wait_for_its_workers() -> None:
+    """They do not hear the SIGTERM by which Python ends daemons before it waits for them."""
+    program = (
+        "import numpy as np\n"
+        "from cmt_mae.data.workers import iterate\n"
+        "class Zeros:\n"
+        "    def __getitem__(self, key): return np.zeros(3)\n"
+        "    def describe(self, key): return ''\n"
+        "stream = iterate(Zeros(), lambda done: range(done, 10**6), 2)\n"
+        "next(stream)\n"
+        "raise ValueError('a bug')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("ValueError: a bug\n")
+
+
+def test_evaluation_goes_on_after_a_workers_death(tmp_path: Path) -> None:
+    expected = list(eval_batches(Arrays(64), size=(8, 8), batch_size=4))
+    found = eval_batches(Accident(tmp_path, 1, False), size=(8, 8), batch_size=4, workers=1)
+    for a, b in zip(expected, found, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert len(list(tmp_path.iterdir())) == 1

@@ -4,20 +4,18 @@ What a sample is (its crop, flip and mask noise) follows from (seed, epoch, inde
 samples make a step from (seed, step) alone. So ranks, workers and restarts cannot change a run.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize, sample_rng
 from cmt_mae.data.decode import BadImage, decode_image
 from cmt_mae.data.sources import Source
 from cmt_mae.data.steps import Steps, order
-from cmt_mae.data.workers import WorkerFailed, iterate
+from cmt_mae.data.workers import TIMEOUT_S, few, iterate
 from cmt_mae.errors import InputError
 
 __all__ = [
@@ -32,8 +30,6 @@ __all__ = [
 
 # Broken images in a row, in place of one sample, after which the data itself is at fault.
 MAX_REPLACED = 20
-# Restarts of the workers without a batch in between, after which the run stops.
-MAX_RESTARTS = 3
 # Smallest noise: half the step of a float32 draw, so that noise lies in the open interval (0, 1).
 _NOISE_MIN = np.float32(2**-25)
 
@@ -90,12 +86,15 @@ def load_image(source: Source, index: int, channels: int) -> np.ndarray:
     return data
 
 
-class _Micro(Dataset[Any]):
+class _Micro:
     """Item: one whole micro-batch, given (epoch, indexes); an InputError is returned (iterate)."""
 
     def __init__(self, source: Source, crops: CropSettings, noise_length: int, seed: int) -> None:
         self.source, self.crops = source, crops
         self.noise_length, self.seed = noise_length, seed
+
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        return few([self.source.name(index) for index in key[1][:4].tolist()])
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Batch | InputError:
         try:
@@ -166,14 +165,14 @@ def pretrain_batches(
     workers: int = 0,
     start_step: int = 0,
     pin_memory: bool = False,
-    timeout_s: float = 0,
+    timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank, beginning with optimizer step `start_step`.
 
     batch_size is global (all ranks, all accumulations of a step), micro_batch what one process puts
     through one forward pass; batch_size / (world * micro_batch) micro-batches make a step. An epoch
     is n // batch_size steps; the rest of its order is dropped. The same global batches come for any
-    rank count and worker count. timeout_s > 0: a worker silent for so long counts as hung.
+    rank count and worker count. timeout_s: a worker silent for so long counts as hung (0: never).
     Raises InputError: sizes that do not divide, fewer images than a batch, too many broken images,
     a worker that died or hung.
     """
@@ -191,36 +190,19 @@ def pretrain_batches(
         raise InputError(f"seed {seed} and step {start_step} must not be negative")
     steps = Steps(len(source), seed, batch_size, micro_batch, rank, world)
     steps.position = start_step * steps.accumulation
-    dataset = _Micro(source, crops, noise_length, seed)
-    return _run(dataset, steps, workers, pin_memory, timeout_s)
+    return _run(_Micro(source, crops, noise_length, seed), steps, workers, pin_memory, timeout_s)
 
 
 def _run(
-    dataset: _Micro, steps: Steps, workers: int, pin_memory: bool, timeout_s: float
+    items: _Micro, steps: Steps, workers: int, pin_memory: bool, timeout_s: float
 ) -> Iterator[Batch]:
-    """Micro-batches in order. Workers that die or hang are started again where they were."""
-    failures = 0
-    while True:
-        batches = iterate(dataset, steps, workers, pin_memory, timeout_s)
-        try:
-            for item in batches:
-                failures = 0
-                steps.position += 1
-                item["bad"] = [tuple(one) for one in item["bad"]]  # pinning makes lists of tuples
-                yield item
-        except WorkerFailed as error:
-            failures += 1
-            _, indexes = next(iter(steps))
-            names = ", ".join(dataset.source.name(i) for i in indexes[:3].tolist())
-            what = f"{error} (it was to read {names}, ...)"
-            if failures > MAX_RESTARTS:
-                raise InputError(f"{failures} times in a row: {what}") from None
-            logging.getLogger(__name__).warning("%s; the workers are started again", what)
-        finally:
-            batches.close()
+    """Micro-batches in order."""
+    for item in iterate(items, steps.after, workers, pin_memory, timeout_s):
+        item["bad"] = [tuple(one) for one in item["bad"]]  # pinning makes lists of tuples
+        yield item
 
 
-class _Centre(Dataset[Any]):
+class _Centre:
     """Item = one evaluation batch, given its indexes."""
 
     def __init__(
@@ -228,6 +210,9 @@ class _Centre(Dataset[Any]):
     ) -> None:
         self.source, self.size = source, size
         self.channels, self.resize_ratio = channels, resize_ratio
+
+    def describe(self, key: np.ndarray) -> str:
+        return few([self.source.name(index) for index in key[:4].tolist()])
 
     def __getitem__(self, indexes: np.ndarray) -> Any:
         images = torch.empty((len(indexes), self.channels, *self.size), dtype=torch.uint8)
@@ -260,16 +245,18 @@ def eval_batches(
     world: int = 1,
     workers: int = 0,
     resize_ratio: float = 256 / 224,
+    timeout_s: float = TIMEOUT_S,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Centre crops of every image exactly once over all ranks; rank r takes r, r + world, ...
 
     Yields images uint8 (B, C, H, W), labels int64 (B,) (-1: none) and indexes int64 (B,); the last
-    batch may be smaller, a rank without images yields nothing. Raises InputError naming the first
-    image that cannot be read.
+    batch may be smaller, a rank without images yields nothing. timeout_s as in pretrain_batches.
+    Raises InputError naming the first image that cannot be read.
     """
     mine = np.arange(rank, len(source), world, dtype=np.int64)
     keys = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    yield from iterate(_Centre(source, size, channels, resize_ratio), keys, workers)
+    items = _Centre(source, size, channels, resize_ratio)
+    yield from iterate(items, lambda done: keys[done:], workers, timeout_s=timeout_s)
 
 
 def channel_stats(

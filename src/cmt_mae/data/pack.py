@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
-from torch.utils.data import Dataset
 
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.packed import FORMAT, read_meta
 from cmt_mae.data.sources import Source, has_splits, open_source, open_split
-from cmt_mae.data.workers import iterate
+from cmt_mae.data.workers import TIMEOUT_S, few, iterate
 from cmt_mae.errors import InputError
 
 _CHUNK = 32
@@ -37,6 +36,8 @@ class PackConfig:
     """Channels of the packed images."""
     workers: int = 2
     """Processes that decode."""
+    timeout_s: float = TIMEOUT_S
+    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
 
 
 def pack(config: PackConfig) -> dict[str, Any]:
@@ -87,11 +88,14 @@ def _present(target: Path, fingerprint: str, config: PackConfig) -> dict[str, An
     return {"path": str(target), "count": meta["count"], "bad": meta["bad"], "existed": True}
 
 
-class _Squares(Dataset[Any]):
+class _Squares:
     """Item: for each image of a chunk its packed form, or why there is none."""
 
     def __init__(self, source: Source, size: int, channels: int) -> None:
         self.source, self.size, self.channels = source, size, channels
+
+    def describe(self, key: range) -> str:
+        return few([self.source.name(index) for index in key[:4]])
 
     def __getitem__(self, chunk: range) -> list[np.ndarray | BadImage] | InputError:
         items: list[np.ndarray | BadImage] = []
@@ -110,8 +114,9 @@ def _squares(source: Source, config: PackConfig) -> Iterator[tuple[int, np.ndarr
     """(index, packed image or the reason against it), in order."""
     count = len(source)
     chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
-    dataset = _Squares(source, config.size, config.channels)
-    for chunk, items in zip(chunks, iterate(dataset, chunks, config.workers), strict=True):
+    squares = _Squares(source, config.size, config.channels)
+    found = iterate(squares, lambda done: chunks[done:], config.workers, timeout_s=config.timeout_s)
+    for chunk, items in zip(chunks, found, strict=True):
         yield from zip(chunk, items, strict=True)
 
 

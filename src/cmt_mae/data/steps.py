@@ -30,8 +30,12 @@ class Steps:
         self.position = 0
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return self.after(0)
+
+    def after(self, done: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The keys that follow the first ``done`` ones."""
         per_epoch = self.n // self.batch_size
-        step, accumulation = divmod(self.position, self.accumulation)
+        step, accumulation = divmod(self.position + done, self.accumulation)
         epoch = -1
         while True:
             if step // per_epoch != epoch:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from cmt_mae.data.crops import sample_rng
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.steps import Steps
-from cmt_mae.data.workers import iterate
+from cmt_mae.data.workers import TIMEOUT_S, few, iterate
 from cmt_mae.errors import InputError
 
 Sample = Callable[[int, np.random.Generator], Any]
@@ -22,11 +21,14 @@ Collate = Callable[[list[Any]], Any]
 """Samples -> one micro-batch."""
 
 
-class _Micros(Dataset[Any]):
+class _Micros:
     """Item: one micro-batch, given (epoch, indexes). An InputError is returned (workers.iterate)."""
 
     def __init__(self, sample: Sample, collate: Collate, seed: int) -> None:
         self.sample, self.collate, self.seed = sample, collate, seed
+
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        return "images number " + few([str(index) for index in key[1][:4].tolist()])
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Any:
         epoch, indexes = key
@@ -53,11 +55,13 @@ def train_batches(
     workers: int = 0,
     start_step: int = 0,
     pin_memory: bool = False,
+    timeout_s: float = TIMEOUT_S,
 ) -> Generator[Any, None, None]:
     """Endless micro-batches of this rank from optimizer step ``start_step`` on.
 
     n: number of samples, at least ``batch_size``, the images of a step over all ranks and
-    accumulations. An epoch is n // batch_size steps; the rest of its order is dropped.
+    accumulations. An epoch is n // batch_size steps; the rest of its order is dropped. timeout_s: a
+    worker silent for so long counts as hung (0: never).
     Raises InputError: sizes that do not divide, fewer samples than a batch, a broken sample.
     """
     if batch_size < 1 or micro_batch < 1 or batch_size % (world * micro_batch):
@@ -69,7 +73,7 @@ def train_batches(
         raise InputError(f"{n} training images are fewer than a batch of {batch_size}; lower it")
     steps = Steps(n, seed, batch_size, micro_batch, rank, world)
     steps.position = start_step * steps.accumulation
-    yield from iterate(_Micros(sample, collate, seed), steps, workers, pin_memory)
+    yield from iterate(_Micros(sample, collate, seed), steps.after, workers, pin_memory, timeout_s)
 
 
 def each_once(
@@ -81,6 +85,7 @@ def each_once(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    timeout_s: float = TIMEOUT_S,
 ) -> Generator[Any, None, None]:
     """Every one of ``indexes`` exactly once over all ranks, in order; the last batch may be smaller.
 
@@ -88,4 +93,5 @@ def each_once(
     """
     mine = np.asarray(indexes, dtype=np.int64)[rank::world]
     keys = [(0, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    yield from iterate(_Micros(sample, collate, 0), keys, workers)
+    items = _Micros(sample, collate, 0)
+    yield from iterate(items, lambda done: keys[done:], workers, timeout_s=timeout_s)

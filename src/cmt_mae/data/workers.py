@@ -1,37 +1,91 @@
 """torch's DataLoader with whole batches as items, and with workers that cannot spoil the run."""
 
+import atexit
+import contextlib
+import fcntl
+import logging
 import pickle
 import signal
 import threading
-from collections.abc import Generator, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing import connection
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cmt_mae.errors import InputError
+
+TIMEOUT_S = 300.0
+"""Default time limit of a worker's answer: below the 10 minutes after which NCCL gives a process up."""
+MAX_RESTARTS = 3
+"""Restarts of the workers without an item in between, after which the run stops."""
+_PIPE_BYTES = 2**20
+_LIVE: set[BaseProcess] = set()
 
 
 class WorkerFailed(InputError):
     """A worker process died or was silent for too long."""
 
 
+class Items(Protocol):
+    """What workers make: one whole batch for each key."""
+
+    def __getitem__(self, key: Any) -> Any: ...
+
+    def describe(self, key: Any) -> str:
+        """The images of a key in a few words, for messages."""
+        ...
+
+
 def iterate(
-    dataset: Dataset[Any],
-    keys: Iterable[Any],
+    items: Items,
+    keys_from: Callable[[int], Iterable[Any]],
     workers: int,
     pin_memory: bool = False,
-    timeout_s: float = 0,
+    timeout_s: float = TIMEOUT_S,
 ) -> Generator[Any, None, None]:
-    """dataset[key] for each key, in order, read ahead by `workers` processes (0: in this one).
+    """items[key] for each key, in order, read ahead by `workers` processes (0: in this one).
 
-    An item that is an InputError is raised here (raised in a worker, torch would wrap it in a
-    traceback). Raises WorkerFailed within 5 s of a worker's death, or after timeout_s > 0 without
-    an item. The workers are gone when the generator ends or is closed.
+    keys_from(n): the keys from the n-th on. Workers that die, or are silent for timeout_s (0: for
+    ever), are started again where they were, so the items are those of an undisturbed run; after
+    MAX_RESTARTS times in a row an InputError names the images. With 0 workers there is no time limit.
+    An item that is an InputError is raised here. The workers are gone when the generator ends.
     """
+    if timeout_s < 0:
+        raise InputError(f"timeout_s {timeout_s:g} must not be negative (0: no time limit)")
+    done = failures = 0
+    while True:
+        found = once(items, keys_from(done), workers, pin_memory, timeout_s)
+        try:
+            for item in found:
+                failures = 0
+                done += 1
+                yield item
+            return
+        except WorkerFailed as error:
+            failures += 1
+            what = f"{error} (it was to read {items.describe(next(iter(keys_from(done))))})"
+            if failures > MAX_RESTARTS:
+                raise InputError(f"{failures} times in a row: {what}") from None
+            logging.getLogger(__name__).warning("%s; the workers are started again", what)
+        finally:
+            found.close()
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def once(
+    items: Items, keys: Iterable[Any], workers: int, pin_memory: bool, timeout_s: float
+) -> Generator[Any, None, None]:
+    """As `iterate`, but raises WorkerFailed within 5 s of a worker's death or 2 s of its time limit."""
     loader: DataLoader[Any] = DataLoader(
-        dataset,
+        items,  # type: ignore[arg-type]  # a Dataset in all but name
         batch_size=None,
         sampler=keys,
         collate_fn=_keep,
@@ -49,34 +103,119 @@ def iterate(
     batches = iter(loader)
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
-    processes = list(getattr(batches, "_workers", ()))
+    processes: list[BaseProcess] = list(getattr(batches, "_workers", ()))
+    _LIVE.update(processes)
+    if processes:
+        _widen(batches)
+    deadline = _Deadline(processes, timeout_s)
+    count = 0
     try:
-        while (item := next(batches, None)) is not None:
+        while True:
+            with deadline:
+                item = next(batches, None)
+            if item is None:
+                return
             if isinstance(item, InputError):
                 raise item
+            count += 1
             yield item
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        # A worker that dies while its answer is on the way leaves all kinds of errors behind, and
-        # its connection closes a little before its process has ended.
-        if processes and not isinstance(error, RuntimeError):
-            ended = connection.wait([process.sentinel for process in processes], timeout=2)
-            for process in processes:
-                if process.sentinel in ended:
-                    process.join(timeout=2)
-        dead = [str(process.pid) for process in processes if not process.is_alive()]
-        if dead:
-            what = f"loader worker (process {', '.join(dead)}) died"
-        elif "DataLoader timed out" in str(error):
-            what = f"no loader worker answered within {timeout_s:g} s"
-        else:
+        if not processes:
+            raise
+        what = _failure(error, processes, count, deadline)
+        if what is None:
             raise
         raise WorkerFailed(f"{what}; check the memory and the disk, or use no workers") from None
     finally:
+        deadline.over.set()
         del batches  # asks the workers to end
         for process in processes:
             if process.is_alive():  # it hangs, and it does not hear SIGTERM
                 process.kill()
                 process.join(timeout=5)
+        _LIVE.difference_update(processes)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Workers of a generator that nobody closed (an error ended the program): Python would ask them to
+    end with SIGTERM, which they do not hear, and wait for them for ever. Runs before it does so."""
+    for process in _LIVE:
+        process.kill()
+
+
+class _Deadline:
+    """Kills all workers when fetching one item takes longer than it may: `with deadline: next(...)`.
+
+    torch's own time limit ends where an answer begins to arrive. But tensors are handed over by a
+    thread of the worker that made them, and a worker that was stopped meanwhile would be waited for
+    without end; only its death breaks the connection.
+    """
+
+    def __init__(self, processes: list[BaseProcess], seconds: float) -> None:
+        self.processes, self.seconds = processes, seconds
+        self.over, self.passed = threading.Event(), False
+        self.begun: float | None = None
+        if processes and seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def __enter__(self) -> None:
+        self.begun = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.begun = None
+
+    def _watch(self) -> None:
+        while not self.over.wait(min(0.5, self.seconds / 4)):
+            begun = self.begun
+            # a second later than torch, whose way to tell is the quieter one
+            if begun is not None and time.monotonic() - begun > self.seconds + 1:
+                self.passed = True
+                for process in self.processes:
+                    process.kill()
+                return
+
+
+def _failure(
+    error: Exception, processes: list[BaseProcess], count: int, deadline: _Deadline
+) -> str | None:
+    """What happened to the workers after `count` items; None where the error is not about them."""
+    if deadline.passed or "DataLoader timed out" in str(error):
+        number = count % len(processes)  # torch hands the keys out in turn
+        return (
+            f"loader worker {number} (process {processes[number].pid}) gave no answer within "
+            f"{deadline.seconds:g} s"
+        )
+    # A worker that dies while its answer is on the way leaves all kinds of errors behind, and its
+    # connection closes a little before its process has ended.
+    if not isinstance(error, RuntimeError):
+        ended = connection.wait([process.sentinel for process in processes], timeout=2)
+        for process in processes:
+            if process.sentinel in ended:
+                process.join(timeout=2)
+    dead = [(number, p) for number, p in enumerate(processes) if not p.is_alive()]
+    if dead:
+        number, process = dead[0]
+        return f"loader worker {number} (process {process.pid}) died ({_cause(process.exitcode)})"
+    if "shared memory" in str(error) or "shm" in str(error):
+        return "a loader worker found no room in shared memory (/dev/shm)"
+    return None
+
+
+def _cause(code: int | None) -> str:
+    """How a process ended."""
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit status {code}"
+
+
+def _widen(batches: Any) -> None:
+    """Room for all answers in the pipe: one that is written in parts could be cut by a death, and its
+    other half would be waited for without end."""
+    with contextlib.suppress(OSError, AttributeError):
+        pipe = batches._worker_result_queue._writer.fileno()
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _keep(item: Any) -> Any:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError, Stopped
 from cmt_mae.evaluate.features import start_processes
 from cmt_mae.evaluate.layouts import Found, Layout, find_data, folder_fingerprint
@@ -52,6 +53,8 @@ class EvaluateAllConfig:
     """auto, cpu or cuda."""
     workers: int = 2
     """Processes that read images, for each process that computes."""
+    timeout_s: float = TIMEOUT_S
+    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
     seed: int = 0
     """Of everything random in the evaluations."""
     key: str | None = None
@@ -266,6 +269,7 @@ def make_job(
         "data": str(data),
         "device": config.device,
         "workers": config.workers,
+        "timeout_s": config.timeout_s,
         "seed": config.seed,
         "key": config.key,
     }
@@ -282,7 +286,7 @@ def make_job(
 
 
 # settings of the tasks that change no number
-INDIFFERENT = ("backbone", "data", "out", "key", "device", "workers")
+INDIFFERENT = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
 
 
 def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:

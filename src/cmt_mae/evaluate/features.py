@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cmt_mae.data.loader import eval_batches
 from cmt_mae.data.sources import Source, open_split
+from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ def extract(
     size: tuple[int, int] | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    timeout_s: float = TIMEOUT_S,
     cache: Path | None = None,
     rank: int = 0,
     world: int = 1,
@@ -258,6 +260,7 @@ def extract(
             rank=rank,
             world=world,
             workers=workers,
+            timeout_s=timeout_s,
         )
         if progress is not None:
             total = -(-len(source) // (batch_size * world))

@@ -318,6 +318,7 @@ def make_job(
             rank=rank,
             world=world,
             workers=config.workers,
+            timeout_s=config.timeout_s,
             start_step=start_step,
             pin_memory=device.type == "cuda",
         )
@@ -366,6 +367,7 @@ def measurement(
             accelerator,
             batch_size=min(micro, MOST_IMAGES),
             workers=config.workers,
+            timeout_s=config.timeout_s,
         )
         return accuracy(best, labels, classes)
 

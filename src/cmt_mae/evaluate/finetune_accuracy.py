@@ -24,6 +24,7 @@ def predict(
     *,
     batch_size: int,
     workers: int,
+    timeout_s: float,
 ) -> tuple[Tensor, Tensor]:
     """Classes of every image, the likeliest five first, (N, at most 5), and labels (N,), both int64 on the CPU.
 
@@ -41,6 +42,7 @@ def predict(
         rank=where.rank,
         world=where.world,
         workers=workers,
+        timeout_s=timeout_s,
     )
     for images, labels, index in batches:
         with accelerator.autocast():

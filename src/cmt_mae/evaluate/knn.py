@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_mae.backbones import load_backbone
+from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate.features import (
     Features,
@@ -61,6 +62,8 @@ class KnnConfig:
     """Images in a forward pass of one process. Does not change the result."""
     workers: int = 2
     """Processes that decode images, for each process that computes."""
+    timeout_s: float = TIMEOUT_S
+    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
     cache: str | None = None
     """Folder that keeps features, so the same backbone and data need no second pass."""
     seed: int = 0
@@ -189,6 +192,7 @@ def evaluate_knn(config: KnnConfig, progress: Progress | None = None) -> Result:
             pools=pools,
             batch_size=config.batch_size,
             workers=config.workers,
+            timeout_s=config.timeout_s,
             cache=Path(config.cache) if config.cache else None,
             rank=rank,
             world=world,

@@ -14,6 +14,7 @@ import torch
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.sources import Source
+from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate.features import (
     Features,
@@ -84,6 +85,8 @@ class LinearConfig:
     """Images in a forward pass of one process."""
     workers: int = 2
     """Processes that decode images, for each process that computes."""
+    timeout_s: float = TIMEOUT_S
+    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
     cache: str | None = None
     """Folder that keeps features, so the same backbone and data need no second pass."""
     seed: int = 0
@@ -130,6 +133,7 @@ def augmented_steps(
         rank=where.rank,
         world=where.world,
         workers=config.workers,
+        timeout_s=config.timeout_s,
     )
     for _ in range(training.epochs * (len(source) // training.batch_size)):
         rows = []
@@ -222,6 +226,7 @@ def probe(
             pools=protocol.pools,
             batch_size=config.forward_batch,
             workers=config.workers,
+            timeout_s=config.timeout_s,
             cache=Path(config.cache) if config.cache else None,
             rank=where.rank,
             world=where.world,

@@ -278,6 +278,7 @@ def make_job(
             rank=rank,
             world=world,
             workers=config.workers,
+            timeout_s=config.timeout_s,
             start_step=start_step,
             pin_memory=device.type == "cuda",
         )
@@ -336,7 +337,8 @@ def measurement(
         confusion = torch.zeros((classes, classes), dtype=torch.int64, device=device)
         rows: list[tuple[Tensor, Tensor, Tensor]] = []
         images = each_once(
-            sample, only, range(len(data.val)), batch_size=1, rank=rank, world=world, workers=config.workers,
+            sample, only, range(len(data.val)), batch_size=1, rank=rank, world=world,
+            workers=config.workers, timeout_s=config.timeout_s,
         )  # fmt: skip
         for done, (index, picture, mask) in enumerate(images, start=1):
             image = normalise(picture[None].to(device), backbone)[0]

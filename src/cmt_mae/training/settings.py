@@ -4,11 +4,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
 
 # Settings that do not affect the result: they may change when a run is continued.
 INDIFFERENT = (
-    "backbone", "data", "out", "device", "workers", "micro_batch", "log_every", "checkpoint_every",
+    "backbone", "data", "out", "device", "workers", "timeout_s", "micro_batch", "log_every", "checkpoint_every",
     "eval_every", "keep_last", "max_nonfinite", "tracker", "progress", "pictures",
 )  # fmt: skip
 
@@ -33,6 +34,8 @@ class TaskSettings:
     """auto | cpu | cuda | mps."""
     workers: int = 2
     """Processes that load images, for each process that computes; 0: none."""
+    timeout_s: float = TIMEOUT_S
+    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
     micro_batch: int = 0
     """Images a process takes at a time; 0: its whole share of the batch. Gradients are accumulated."""
     log_every: int = 20

@@ -223,6 +223,7 @@ def make_job(
             rank=accelerator.process_index,
             world=world,
             workers=config.workers,
+            timeout_s=config.timeout_s,
             start_step=start,
         )
 
@@ -299,6 +300,7 @@ class Evaluator:
             rank=rank,
             world=world,
             workers=self.config.workers,
+            timeout_s=self.config.timeout_s,
         ):
             normal = normalise(image[None].to(self.accelerator.device), self.backbone)[0]
             with self.accelerator.autocast():
