@@ -28,10 +28,8 @@ def parse(program: str, settings: type, words: list[str], defaults: dict[str, An
     """
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
-    parser.add_class_arguments(settings)
-    kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    parser = make_parser(program, settings)
+    kinds = types_of(parser)
     words = [expand(word, {}) for word in words]
     if any(word in ("--help", "-h") or word.startswith("--help=") for word in words):
         parser.print_help()
@@ -58,6 +56,21 @@ def parse(program: str, settings: type, words: list[str], defaults: dict[str, An
         raise InputError(f"{text}; see {program} --help") from error
     check_values(config)
     return config
+
+
+def make_parser(program: str, settings: type) -> Any:
+    """jsonargparse's parser of a settings dataclass."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
+    parser.add_class_arguments(settings)
+    return parser
+
+
+def types_of(parser: Any) -> dict[str, Any]:
+    """Dotted name -> type of every setting, None for a section (a dataclass of its own) and for help."""
+    return {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
 
 
 def complaint(text: str, kinds: Mapping[str, Any], words: list[str], recipe: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Backbone:
     """Token 0 is a class token (False for I-JEPA and SigLIP: token 0 is a patch)."""
     prefix_tokens: int
     """How many tokens stand before the patches: class token, distillation token, registers."""
+    teacher: dict[str, str] = field(default_factory=dict)
+    """name, licence, source and digest of the network that taught it, where its file says so."""
 
 
 def state_digest(state: dict[str, Tensor]) -> str:

@@ -60,6 +60,8 @@ class Weights:
     proj: Tensor | None = None
     self_check: list[float] = field(default_factory=list)
     """Features of a fixed picture when the file was written, see selfcheck.py; empty: not known."""
+    teacher: dict[str, str] = field(default_factory=dict)
+    """name, licence, ... of the network that taught it, where the file says so."""
     dropped: list[str] = field(default_factory=list)
     """Keys that the source's format is known to hold and that a backbone does not need."""
 
@@ -246,4 +248,5 @@ def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any], wher
         digest=backbone_digest(model, proj),
         has_cls=getattr(model, "cls_token", None) is not None,
         prefix_tokens=int(model.num_prefix_tokens),  # type: ignore[arg-type]
+        teacher=weights.teacher,
     )

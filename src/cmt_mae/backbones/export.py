@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from cmt_mae.backbones.backbone import Backbone
 from cmt_mae.backbones.load import load_backbone
 from cmt_mae.backbones.save import plain_state, save_backbone, write_atomically
 from cmt_mae.errors import InputError
+from cmt_mae.licences import NOT_STATED, libraries_line
+from cmt_mae.text import printable
 
 
 @dataclass
@@ -36,8 +39,9 @@ class ExportConfig:
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write the backbone in another tool's format; features stay equal.
 
+    Prints the licences on stderr: of the weights, of their teacher, of the libraries.
     Returns what was written: out, format, architecture, kwargs, digest, source, licence of the
-    weights, and `load`, the line of Python that loads it.
+    weights, teacher (name, licence), libraries (one line), and `load`, the line of Python that loads it.
     Raises InputError when the format cannot express the network or the file cannot be written.
     """
     backbone = load_backbone(config.backbone, key=config.key)
@@ -50,6 +54,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         load = _export_torch(backbone, _with_suffix(out, ".pth"))
     else:
         raise InputError(f"format '{config.format}' is unknown; take timm, hf or torch")
+    for line in licence_lines(backbone):
+        print(printable(line), file=sys.stderr)
     return {
         "out": str(out),
         "format": config.format,
@@ -58,8 +64,20 @@ def export(config: ExportConfig) -> dict[str, Any]:
         "digest": backbone.digest,
         "source": backbone.source,
         "licence": backbone.licence,
+        "teacher": backbone.teacher,
+        "libraries": libraries_line(),
         "load": load,
     }
+
+
+def licence_lines(backbone: Backbone) -> list[str]:
+    """Whose terms hold for an exported backbone: one line each."""
+    lines = [f"licence of the weights: {backbone.licence or NOT_STATED} ({backbone.source})"]
+    if backbone.teacher:
+        licence = backbone.teacher.get("licence", NOT_STATED)
+        name = backbone.teacher.get("name") or f"weights {backbone.teacher.get('digest', '')[:12]}"
+        lines.append(f"taught by {name}, licence of its weights: {licence}; it may bind these too")
+    return [*lines, f"libraries: {libraries_line()}; all: docs/licences.md"]
 
 
 def _with_suffix(out: Path, suffix: str) -> Path:
@@ -85,6 +103,7 @@ def _export_timm(backbone: Backbone, out: Path) -> str:
         img_size=backbone.img_size,
         licence=backbone.licence,
         source=backbone.source,
+        extra={"teacher": backbone.teacher},
         proj=backbone.proj,
     )
     arguments = _arguments(backbone)
@@ -154,6 +173,7 @@ def _hf_config(backbone: Backbone) -> dict[str, Any]:
         "torch_dtype": "float32",
         "licence_of_weights": backbone.licence,
         "source_of_weights": backbone.source,
+        "teacher_of_weights": backbone.teacher or None,
     }
 
 

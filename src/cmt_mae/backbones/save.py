@@ -113,6 +113,9 @@ def read_ours(container: Container) -> Weights:
         licence = header.get("licence")
         self_check = [float(v) for v in header.get("self_check", [])]
         source = one_line(header.get("source") or where)
+        taught = header.get("teacher") or {}
+        taught = {"digest": taught} if isinstance(taught, str) else taught
+        teacher = {one_line(k): one_line(v) for k, v in taught.items() if v}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: its header is damaged ({one_line(error)})") from error
     state = tensors_of(container.tree, container.path)
@@ -132,4 +135,5 @@ def read_ours(container: Container) -> Weights:
         None if licence is None else one_line(licence),
         proj,
         self_check,
+        teacher,
     )

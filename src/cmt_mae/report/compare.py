@@ -28,6 +28,9 @@ METRICS = {
     "davis": ("J&F", "J_mean", "F_mean"),
 }
 
+MAX_BYTES = 256 << 20
+"""A result file of more bytes than this is none; one with every class of ImageNet has about 0.2 MB."""
+
 PARTS = {
     "task": str,
     "metrics": dict,
@@ -194,7 +197,11 @@ def read_result(path: Path) -> Result:
     """
     if not path.exists():
         raise InputError(f"{path}: no such run directory or result file; check the path")
+    if not path.is_file():
+        raise InputError(f"{path}: no regular file; give run directories or result files")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has over {MAX_BYTES >> 20} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
         lacks = [part for part in PARTS if not isinstance(content, dict) or part not in content]
         if lacks:
