@@ -1,0 +1,329 @@
+"""What a run on N GPUs costs: a few formulas, and the tables that docs/scale.md makes of them.
+
+    python -m benchmarks.scale_model        # writes the tables of docs/scale.md anew, from docs/results/scale.json
+
+Nothing here was measured on several GPUs. Sizes and multiplications are exact, bandwidths and the sustained rate
+of a GPU are assumptions (``Machine``), loader and checkpoint numbers are those of docs/results/scale.json.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.ladder import REPOSITORY, RESULTS
+from cmt_mae.benchmark.flops import OURS, Guide, Net, Step, step_macs
+from cmt_mae.method.vit import PRESETS
+from cmt_mae.training.files import write_atomically
+
+PAGE = REPOSITORY / "docs" / "scale.md"
+PATCHES, HIDDEN, PATCH_PIXELS = 196, 147, 768  # 224 px, patch 16, 75 % hidden
+DECODER = (512, 8)  # width, depth
+TEACHER = (768, 12, 512)  # CLIP ViT-B/16: width, depth, projected width
+FP32 = 4
+
+
+def vit_parameters(width: int, depth: int) -> tuple[int, int]:
+    """(learnt, fixed) parameters of a student: a block has 12 d^2 + 13 d, positions are fixed."""
+    embedding = PATCH_PIXELS * width + width + width  # patch embedding, class token
+    return embedding + depth * (12 * width**2 + 13 * width) + 2 * width, (PATCHES + 1) * width
+
+
+def learner_parameters(size: str) -> tuple[int, int]:
+    """(learnt, fixed) parameters of student, decoder and both heads."""
+    width, depth, _, _ = PRESETS[size]
+    learnt, fixed = vit_parameters(width, depth)
+    inner, blocks = DECODER
+    decoder = width * inner + inner + inner + blocks * (12 * inner**2 + 13 * inner) + 2 * inner
+    heads = (inner + 1) * TEACHER[2] + (inner + 1) * width
+    return learnt + decoder + heads, fixed + (PATCHES + 1) * inner
+
+
+def net(width: int, depth: int, embedding: int = 0, projection: int = 0) -> Net:
+    """A plain ViT for ``flops.step_macs``. embedding: MAC a patch."""
+    square = width**2
+    return Net(
+        patches=PATCHES, prefix=1, depth=depth, attention=width,
+        embedding=embedding or PATCH_PIXELS * width, query=square, output=square, mlp=8 * square,
+        projection=projection,
+    )  # fmt: skip
+
+
+def step_sizes(size: str, stage: str) -> Step:
+    """The step of the paper's setting: stage mae, one or two."""
+    width, depth, _, _ = PRESETS[size]
+    student = net(width, depth)
+    inner, blocks = DECODER
+    guided, second = stage != "mae", stage == "two"
+    heads = inner * (TEACHER[2] if guided else PATCH_PIXELS) + (inner * width if second else 0)
+    teacher = Guide(
+        net(TEACHER[0], TEACHER[1], projection=TEACHER[0] * TEACHER[2]), "class", True, HIDDEN, HIDDEN
+    )  # fmt: skip
+    return Step(
+        student=student, visible=PATCHES - HIDDEN, hidden=HIDDEN,
+        decoder=net(inner, blocks, embedding=width * inner), prompting=False, predicted=HIDDEN, heads=heads,
+        teacher=teacher if guided else None,
+        momentum=Guide(student, "class", True, HIDDEN, HIDDEN) if second else None,
+    )  # fmt: skip
+
+
+def flop(size: str, stage: str) -> dict[str, float]:
+    """FLOP of one image: all of the step, and its backward pass."""
+    macs = step_macs(step_sizes(size, stage), OURS)
+    return {"step": 2.0 * sum(macs.values()), "backward": 2.0 * macs["backward"]}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU and its share of what is around it. Assumptions, not measurements of ours."""
+
+    sustained: float = 400e12
+    """FLOP/s of a step: half of the 790 TFLOP/s that a large bf16 product reaches on an H200."""
+    inside: float = 300e9
+    """Bytes/s of an all-reduce's traffic, a GPU, inside a node of 8 (NVLink)."""
+    between: float = 40e9
+    """The same over more nodes: one 400 Gbit/s adapter a GPU, 80 % of it."""
+    fixed_s: float = 0.02
+    """Seconds of a step that no size changes: launches, optimizer, the waiting of ranks for each other."""
+    bucket: float = 25e6
+    """Bytes of gradients that travel together; those of the last bucket cannot hide behind the backward pass."""
+
+
+def all_reduce_bytes(gradient_bytes: float, gpus: int) -> float:
+    """Bytes that each GPU sends (and receives) in a ring all-reduce: 2 (N - 1) / N of the gradient."""
+    return 2 * (gpus - 1) / gpus * gradient_bytes
+
+
+def fsdp_bytes(parameter_bytes: float, momentum_bytes: float, gpus: int) -> float:
+    """Bytes that each GPU sends with FSDP2: all-gather before forward and before backward, reduce-scatter of
+    the gradients; and one all-gather of the momentum student."""
+    return (gpus - 1) / gpus * (3 * parameter_bytes + momentum_bytes)
+
+
+def step_cost(size: str, stage: str, gpus: int, images: int, machine: Machine) -> dict[str, float]:
+    """Seconds of one step with DDP by cause, and images/s of all GPUs. images: a GPU and step."""
+    work = flop(size, stage)
+    compute, backward = (images * work[part] / machine.sustained for part in ("step", "backward"))
+    gradient = FP32 * learner_parameters(size)[0]
+    rate = machine.inside if gpus <= 8 else machine.between
+    exchange = all_reduce_bytes(gradient, gpus) / rate
+    last = exchange * min(1.0, machine.bucket / gradient)
+    exposed = last + max(0.0, exchange - last - backward)
+    total = compute + exposed + machine.fixed_s
+    return {
+        "compute_s": compute, "exchange_s": exchange, "exposed_s": exposed, "step_s": total,
+        "images_per_second": gpus * images / total,
+        "efficiency": (images / total) / (images / (compute + machine.fixed_s)),
+        "bytes_sent": all_reduce_bytes(gradient, gpus),
+    }  # fmt: skip
+
+
+def memory_bytes(size: str, gpus: int, parallel: str) -> float:
+    """Bytes a GPU of weights, gradients, Adam's two moments, momentum student (fp32) and teacher (fp32)."""
+    learnt, fixed = learner_parameters(size)
+    width, depth, _, _ = PRESETS[size]
+    own = FP32 * (4 * learnt + fixed + sum(vit_parameters(width, depth)))
+    teacher = FP32 * (sum(vit_parameters(TEACHER[0], TEACHER[1])) + TEACHER[0] * TEACHER[2])
+    return (own if parallel == "ddp" else own / gpus) + teacher
+
+
+def checkpoint_bytes(size: str) -> int:
+    """A checkpoint of stage two: weights and two moments of what learns, fixed positions, momentum student."""
+    learnt, fixed = learner_parameters(size)
+    width, depth, _, _ = PRESETS[size]
+    return FP32 * (3 * learnt + fixed + sum(vit_parameters(width, depth)))
+
+
+def loader_needs(rate: float, per_core: float, image_bytes: float) -> dict[str, float]:
+    """Cores and bytes/s of storage that ``rate`` images/s of a GPU ask for."""
+    return {"cores": rate / per_core, "bytes_per_second": rate * image_bytes}
+
+
+def run_hours(
+    size: str, images: float, epochs: float, gpus: int, batch: int, machine: Machine
+) -> float:
+    """Hours of a run with half of its epochs in each stage."""
+    rates = [
+        step_cost(size, stage, gpus, batch // gpus, machine)["images_per_second"]
+        for stage in ("one", "two")
+    ]
+    return sum(images * epochs / 2 / rate for rate in rates) / 3600
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+SIZES = {"base": "ViT-B/16", "large": "ViT-L/16"}
+IMAGENET, BATCH, BILLION = 1_281_167, 4096, 1_000_000_000
+
+
+def tables(measured: dict[str, Any], machine: Machine | None = None) -> dict[str, str]:
+    """Every table of the page by name."""
+    machine = machine or Machine()
+    return {
+        "sizes": sizes_table(),
+        "measured": measured_table(measured),
+        "imagenet": runs_table(IMAGENET, 800, {8: BATCH, 64: BATCH, 512: 16384}, machine),
+        "data": data_table(measured, machine),
+        "billion": runs_table(BILLION, 1, {8: BATCH, 64: BATCH, 512: 16384}, machine),
+        "index": index_table(measured),
+        "checkpoint": checkpoint_table(measured, machine),
+    }
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table; the first column is text, the others numbers."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def sizes_table() -> str:
+    """Exact numbers of a step."""
+    rows = []
+    for size, name in SIZES.items():
+        learnt, _ = learner_parameters(size)
+        rows.append(
+            [name, f"{learnt / 1e6:.1f} M", *(f"{flop(size, s)['step'] / 1e9:.1f}" for s in ("mae", "one", "two")),
+             f"{FP32 * learnt / 1e9:.2f} GB", f"{memory_bytes(size, 1, 'ddp') / 1e9:.1f} GB",
+             f"{memory_bytes(size, 64, 'fsdp') / 1e9:.2f} GB"]
+        )  # fmt: skip
+    head = [
+        "student", "learnt parameters", "GFLOP an image: mae", "stage one", "stage two", "gradient",
+        "weights and states a GPU, DDP", "FSDP2 on 64",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def measured_table(measured: dict[str, Any]) -> str:
+    """Formula against measurement, on two CPU cores."""
+    runs, saved = measured["processes"], measured["checkpoint"]
+    rates = {name: spread["median"] for name, spread in runs["images_per_second"].items()}
+    one, apart = rates["1 process"], rates["2 processes, no exchange"]
+    both = rates["2 processes, buckets of 25 MB"]
+    median = {n: sorted(v)[len(v) // 2] for n, v in runs["seconds"].items()}
+    exchange = median["2 processes, buckets of 25 MB"] - median["2 processes, no exchange"]
+    # loopback counts what both processes send
+    wanted, sent = 2 * all_reduce_bytes(runs["gradient_bytes"], 2), runs["loopback_bytes_per_step"]
+    size = checkpoint_bytes(saved["size"]) if saved["size"] in SIZES else None
+    rows = [
+        ["images/s of 1 process, 1 thread", "", f"{one:.1f}"],
+        ["images/s of 2 processes without exchange", f"{2 * one:.1f}", f"{apart:.1f}"],
+        ["images/s of 2 processes, DDP over gloo", f"{2 * one:.1f}", f"{both:.1f}"],
+        *[
+            [f"the same, buckets of {b} MB", "", f"{rates[f'2 processes, buckets of {b} MB']:.1f}"]
+            for b in (1, 100)
+        ],
+        ["seconds of the exchange alone, and its part that shows in a step", "",
+         f"{median['exchange alone']:.4f}, {exchange:.4f} of {median['2 processes, buckets of 25 MB']:.4f}"],
+        ["bytes sent in a step by both processes", f"{wanted / 1e6:.2f} MB", f"{sent / 1e6:.2f} MB"],
+        [f"checkpoint, {SIZES.get(saved['size'], saved['size'])} stage two",
+         "" if size is None else f"{size / 1e9:.3f} GB", f"{saved['bytes'] / 1e9:.3f} GB"],
+        ["seconds to write and to read it", "",
+         f"{saved['write_s']['median']:.1f} and {saved['read_s']['median']:.1f}"],
+    ]  # fmt: skip
+    return markdown(["what", "model", "measured"], rows)
+
+
+def runs_table(images: int, epochs: float, batches: dict[int, int], machine: Machine) -> str:
+    """Steps, rates and hours on 8, 64 and 512 GPUs."""
+    rows = []
+    for size, name in SIZES.items():
+        for gpus, batch in batches.items():
+            cost = step_cost(size, "two", gpus, batch // gpus, machine)
+            hours = run_hours(size, images, epochs, gpus, batch, machine)
+            rows.append(
+                [f"{name}, {gpus} GPUs", f"{batch}", f"{batch // gpus}", f"{cost['compute_s'] * 1e3:.0f}",
+                 f"{cost['exchange_s'] * 1e3:.0f}", f"{cost['exposed_s'] * 1e3:.0f}",
+                 f"{cost['step_s'] * 1e3:.0f}", f"{cost['images_per_second']:,.0f}",
+                 f"{gpus * hours:,.0f}", f"{hours:,.1f}"]
+            )  # fmt: skip
+    head = [
+        "stage two", "batch", "images a GPU", "compute, ms", "all-reduce, ms", "of it exposed, ms", "step, ms",
+        "images/s", "GPU hours, both stages", "hours",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def data_table(measured: dict[str, Any], machine: Machine) -> str:
+    """What one GPU asks of loader and storage."""
+    found = measured["loader"]
+    kinds = {
+        "JPEG in tar shards": (found["tar"]["images_per_second"], found["mean_bytes"]),
+        "packed at 256 px": (found["packed"]["images_per_second"], found["packed_bytes"]),
+    }
+    rows = []
+    for size, name in SIZES.items():
+        for stage in ("one", "two"):
+            rate = machine.sustained / flop(size, stage)["step"]
+            for kind, (per_core, image) in kinds.items():
+                needs = loader_needs(rate, per_core, image)
+                rows.append(
+                    [f"{name}, stage {stage}, {kind}", f"{rate:,.0f}", f"{per_core:,.0f}", f"{needs['cores']:.1f}",
+                     f"{needs['bytes_per_second'] / 1e6:,.0f} MB/s",
+                     f"{512 * needs['bytes_per_second'] / 1e9:,.1f} GB/s"]
+                )  # fmt: skip
+    head = [
+        "a GPU", "images/s", "images/s a core", "cores", "storage", "storage, 512 GPUs"
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def index_table(measured: dict[str, Any]) -> str:
+    """What starting on tar shards takes, a process."""
+    found, rows = measured["index"], []
+    for name, images in (("ImageNet-1K", IMAGENET), ("100 million", 10**8), ("1 billion", BILLION)):
+        rows.append(
+            [name, f"{images * found['seconds_per_sample'] / 60:,.1f} min",
+             f"{images * found['bytes_per_sample'] / 1e9:,.2f} GB",
+             f"{images * found['order_seconds_per_image']:,.1f} s",
+             f"{images * found['order_bytes_per_image'] / 1e9:,.2f} GB"]
+        )  # fmt: skip
+    head = [
+        "images", "index, one process", "index held", "order of an epoch", "order held"
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def checkpoint_table(measured: dict[str, Any], machine: Machine) -> str:
+    """Size, time at the speed measured here, share of an hour's checkpointing."""
+    saved, rows = measured["checkpoint"], []
+    rate = saved["bytes"] / saved["write_s"]["median"]
+    for size, name in SIZES.items():
+        seconds = checkpoint_bytes(size) / rate
+        epoch = IMAGENET / step_cost(size, "two", 64, BATCH // 64, machine)["images_per_second"]
+        rows.append(
+            [name, f"{checkpoint_bytes(size) / 1e9:.2f} GB", f"{seconds:.1f} s",
+             f"{epoch:.0f} s", f"{seconds / (epoch + seconds):.1%}", f"{seconds / (3600 + seconds):.2%}"]
+        )  # fmt: skip
+    head = [
+        "stage two", "checkpoint", f"written at {rate / 1e6:.0f} MB/s", "epoch of ImageNet-1K on 64 GPUs",
+        "lost with one every epoch", "with one an hour",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def filled(page: str, made: dict[str, str]) -> str:
+    """The page with each table between ``<!-- table NAME -->`` and ``<!-- end -->`` made anew.
+
+    Raises KeyError for a table of the page that is not made, ValueError for one that the page leaves out.
+    """
+    used: set[str] = set()
+
+    def put(match: re.Match[str]) -> str:
+        used.add(match[1])
+        return f"<!-- table {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
+
+    page = re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", put, page, flags=re.DOTALL)
+    if used != set(made):
+        raise ValueError(f"the page leaves out {', '.join(sorted(set(made) - used))}")
+    return page
+
+
+def write_page() -> None:
+    """docs/scale.md from docs/results/scale.json."""
+    measured = json.loads((RESULTS / "scale.json").read_text())
+    text = filled(PAGE.read_text(encoding="utf-8"), tables(measured))
+    write_atomically(PAGE, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+
+
+if __name__ == "__main__":
+    write_page()
