@@ -134,7 +134,8 @@ class Stepper:
         if self.mesh is None:
             self.mesh = sharding.make_mesh(self.device, self.accelerator.num_processes)
             state = self.optimizer.state_dict()
-            blocks = [*self.learner.student.blocks, *self.learner.decoder.blocks]
+            # the decoder's last block is run in parts (last_block.py): it is gathered with the rest
+            blocks = [*self.learner.student.blocks, *self.learner.decoder.blocks[:-1]]
             sharding.shard(self.learner, blocks, self.mesh)
             self.optimizer = self.make_optimizer()
             sharding.load_optimizer(self.optimizer, state)

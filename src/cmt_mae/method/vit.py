@@ -234,7 +234,7 @@ def _check_last_block(model: Vit) -> None:
 
 def _embed(model: Vit, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Patch embedding, prefix tokens and positions of the three families of timm."""
-    kind = type(model).__name__
+    kind = type(model).__name__.removeprefix("FSDP")  # fully_shard makes a class of that name
     tokens = model.patch_embed(images)
     if kind == "VisionTransformer":
         return model.norm_pre(model._pos_embed(tokens)), {}
