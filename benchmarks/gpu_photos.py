@@ -13,7 +13,7 @@ QUALITY = 90
 
 
 def photo(seed: int, size: tuple[int, int] = PHOTO) -> bytes:
-    """A JPEG with large shapes, edges and grain; about 100 kB at 500 x 375, as ImageNet's are."""
+    """A JPEG with large shapes, edges and grain; about 80 kB at 500 x 375 (ImageNet: 110 kB)."""
     rng = np.random.default_rng(seed)
     layers = np.zeros((size[1], size[0], 3), np.float32)
     for side, weight in ((4, 60.0), (16, 35.0), (64, 20.0)):

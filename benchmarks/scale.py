@@ -37,7 +37,8 @@ from cmt_mae.training.checkpoint import load_checkpoint, save_checkpoint
 from cmt_mae.training.files import write_json
 from cmt_mae.training.run_dir import environment
 
-BUCKETS = (1.0, 25.0, 100.0)  # MB of gradients that travel together; 25 is torch's default
+DEFAULT_BUCKET = 25.0  # torch's
+BUCKETS = (1.0, DEFAULT_BUCKET, 100.0)  # MB of gradients that travel together
 
 
 class Group:
@@ -108,22 +109,25 @@ def processes(rounds: int, count: int, images: int, size: str) -> dict[str, Any]
     with ExitStack() as stack:
         one = stack.enter_context(Group(1, images, size))
         two = stack.enter_context(Group(2, images, size))
-        ways: dict[str, tuple[Group, dict[str, Any]]] = {
-            "1 process": (one, {"sync": True}),
-            "2 processes, no exchange": (two, {"sync": False}),
-            **{f"2 processes, buckets of {b:g} MB": (two, {"sync": True, "bucket_mb": b}) for b in BUCKETS},
-        }  # fmt: skip
+        ways: dict[str, tuple[Group, float | None]] = {  # and the MB of a bucket; None: no exchange
+            "1 process": (one, None),
+            "2 processes, no exchange": (two, None),
+            **{f"2 processes, buckets of {b:g} MB": (two, b) for b in BUCKETS},
+        }
         seconds: dict[str, list[float]] = {name: [] for name in [*ways, "exchange alone"]}
         sent: list[float] = []
         for number in range(-1, rounds):  # one round to warm up
             names = list(ways)
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                group, command = ways[name]
+                group, bucket = ways[name]
+                if bucket is not None:
+                    group.tell(do="wrap", bucket_mb=bucket)
                 before = loopback_bytes()
-                taken = group.tell(do="steps", count=count, **command) / count
+                sync = bucket is not None
+                taken = group.tell(do="steps", count=count, sync=sync) / count
                 if number >= 0:
                     seconds[name].append(taken)
-                    if "25 MB" in name:
+                    if bucket == DEFAULT_BUCKET:
                         sent.append((loopback_bytes() - before) / count)
             alone = two.tell(do="all_reduce", count=count) / count
             if number >= 0:

@@ -79,10 +79,12 @@ class Machine:
 
     sustained: float = 400e12
     """FLOP/s of a step: half of the 790 TFLOP/s that a large bf16 product reaches on an H200."""
+    node: int = 8
+    """GPUs of a node."""
     inside: float = 300e9
-    """Bytes/s of an all-reduce's traffic, a GPU, inside a node of 8 (NVLink)."""
+    """Bytes/s that a GPU sends to the others of its node (NVLink)."""
     between: float = 40e9
-    """The same over more nodes: one 400 Gbit/s adapter a GPU, 80 % of it."""
+    """Bytes/s that a GPU sends to other nodes: an adapter of 400 Gbit/s each, 80 % of it."""
     fixed_s: float = 0.02
     """Seconds of a step that no size changes: launches, optimizer, the waiting of ranks for each other."""
     bucket: float = 25e6
@@ -92,6 +94,16 @@ class Machine:
 def all_reduce_bytes(gradient_bytes: float, gpus: int) -> float:
     """Bytes that each GPU sends (and receives) in a ring all-reduce: 2 (N - 1) / N of the gradient."""
     return 2 * (gpus - 1) / gpus * gradient_bytes
+
+
+def all_reduce_seconds(gradient_bytes: float, gpus: int, machine: Machine) -> float:
+    """Inside each node, then over nodes, where each adapter carries its GPU's share of the gradient."""
+    inside = min(gpus, machine.node)
+    nodes = -(-gpus // machine.node)
+    return (
+        all_reduce_bytes(gradient_bytes, inside) / machine.inside
+        + all_reduce_bytes(gradient_bytes / inside, nodes) / machine.between
+    )
 
 
 def fsdp_bytes(parameter_bytes: float, momentum_bytes: float, gpus: int) -> float:
@@ -105,8 +117,7 @@ def step_cost(size: str, stage: str, gpus: int, images: int, machine: Machine) -
     work = flop(size, stage)
     compute, backward = (images * work[part] / machine.sustained for part in ("step", "backward"))
     gradient = FP32 * learner_parameters(size)[0]
-    rate = machine.inside if gpus <= 8 else machine.between
-    exchange = all_reduce_bytes(gradient, gpus) / rate
+    exchange = all_reduce_seconds(gradient, gpus, machine)
     last = exchange * min(1.0, machine.bucket / gradient)
     exposed = last + max(0.0, exchange - last - backward)
     total = compute + exposed + machine.fixed_s
@@ -181,14 +192,17 @@ def sizes_table() -> str:
     rows = []
     for size, name in SIZES.items():
         learnt, _ = learner_parameters(size)
+        width, depth, _, _ = PRESETS[size]
+        student = FP32 * sum(vit_parameters(width, depth))
         rows.append(
             [name, f"{learnt / 1e6:.1f} M", *(f"{flop(size, s)['step'] / 1e9:.1f}" for s in ("mae", "one", "two")),
-             f"{FP32 * learnt / 1e9:.2f} GB", f"{memory_bytes(size, 1, 'ddp') / 1e9:.1f} GB",
-             f"{memory_bytes(size, 64, 'fsdp') / 1e9:.2f} GB"]
+             f"{all_reduce_bytes(FP32 * learnt, 64) / 1e9:.2f} GB",
+             f"{fsdp_bytes(FP32 * learnt, student, 64) / 1e9:.2f} GB",
+             f"{memory_bytes(size, 64, 'ddp') / 1e9:.1f} GB", f"{memory_bytes(size, 64, 'fsdp') / 1e9:.2f} GB"]
         )  # fmt: skip
     head = [
-        "student", "learnt parameters", "GFLOP an image: mae", "stage one", "stage two", "gradient",
-        "weights and states a GPU, DDP", "FSDP2 on 64",
+        "student", "learnt parameters", "GFLOP an image: mae", "stage one", "stage two",
+        "sent a GPU and step, DDP", "FSDP2", "held a GPU, DDP", "FSDP2",
     ]  # fmt: skip
     return markdown(head, rows)
 
@@ -232,12 +246,13 @@ def runs_table(images: int, epochs: float, batches: dict[int, int], machine: Mac
             hours = run_hours(size, images, epochs, gpus, batch, machine)
             rows.append(
                 [f"{name}, {gpus} GPUs", f"{batch}", f"{batch // gpus}", f"{cost['compute_s'] * 1e3:.0f}",
-                 f"{cost['exchange_s'] * 1e3:.0f}", f"{cost['exposed_s'] * 1e3:.0f}",
+                 f"{cost['exchange_s'] * 1e3:.1f}", f"{cost['exposed_s'] * 1e3:.1f}",
                  f"{cost['step_s'] * 1e3:.0f}", f"{cost['images_per_second']:,.0f}",
                  f"{gpus * hours:,.0f}", f"{hours:,.1f}"]
             )  # fmt: skip
     head = [
-        "stage two", "batch", "images a GPU", "compute, ms", "all-reduce, ms", "of it exposed, ms", "step, ms",
+        "stage two", "batch", "images a GPU", "compute, ms", "all-reduce, ms", "of it exposed, ms",
+        "step, ms",
         "images/s", "GPU hours, both stages", "hours",
     ]  # fmt: skip
     return markdown(head, rows)

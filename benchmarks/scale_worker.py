@@ -37,18 +37,20 @@ def main() -> None:
     learning = [p for p in stepper.learner.parameters() if p.requires_grad]
     gradient = torch.zeros(sum(p.numel() for p in learning))
     tell(answers, {"gradient_bytes": 4 * gradient.numel(), "images": images})
-    bucket: float | None = None
     for line in sys.stdin:
         order: dict[str, Any] = json.loads(line)
+        begin = time.perf_counter()
         if order["do"] == "all_reduce":
-            tell(answers, {"seconds": all_reduce(gradient, order["count"])})
-            continue
-        if order.get("bucket_mb") not in (None, bucket):
-            bucket = order["bucket_mb"]
-            stepper.accelerator.ddp_handler = DistributedDataParallelKwargs(bucket_cap_mb=bucket)
-            stepper.enter_stage(step)  # wraps anew
+            seconds = all_reduce(gradient, order["count"])
+        elif order["do"] == "wrap":
+            bucket = DistributedDataParallelKwargs(bucket_cap_mb=order["bucket_mb"])
+            stepper.accelerator.ddp_handler = bucket
+            stepper.enter_stage(step)
             stepper.step(batches, step)  # the first step of a wrapper orders its buckets
-        tell(answers, {"seconds": steps(stepper, batches, step, order["count"], order["sync"])})
+            seconds = time.perf_counter() - begin
+        else:
+            seconds = steps(stepper, batches, step, order["count"], order["sync"])
+        tell(answers, {"seconds": seconds})
 
 
 def steps(stepper: Stepper, batches: Any, step: int, count: int, sync: bool) -> float:
