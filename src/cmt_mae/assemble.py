@@ -13,6 +13,7 @@ from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher
+from cmt_mae.method.teacher_cache import TeacherCache
 from cmt_mae.method.vit import Vit, build_student
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.training.checkpoint import load_last
@@ -109,6 +110,22 @@ def build_guides(config: PretrainConfig, teacher: Teacher | None, stats: Statist
         config.mask, config.target, teacher=teacher, grid=config.student.grid(),
         patch_size=config.student.patch_size, mean=stats[0], std=stats[1],
         dtype=torch.bfloat16 if config.frozen_precision == "bf16" else None,
+    )  # fmt: skip
+
+
+def teacher_cache(
+    config: PretrainConfig, teacher: Teacher | None, images: int, rank: int
+) -> TeacherCache | None:
+    """Where the teacher's outputs of this run are kept, or None. Raises InputError over several machines."""
+    if not config.teacher.cache or teacher is None:
+        return None
+    if int(os.environ.get("WORLD_SIZE", 1)) != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise InputError(
+            "teacher.cache works on one machine: set it to false, or start one machine"
+        )
+    return TeacherCache(
+        Path(config.out) / "teacher_cache", teacher, images=images, heads=config.mask.heads,
+        class_token=config.target.tokens == "all+cls", rank=rank,
     )  # fmt: skip
 
 

@@ -106,6 +106,7 @@ class Training:
         self.run.claim()
         config, plan, runtime = self.config, self.plan, self.config.runtime
         self.resume()
+        self.open_cache()
         self.announce()
         if self.stepper.no_compiler:
             self.say(
@@ -342,6 +343,8 @@ class Training:
         student, average = self.stepper.whole_student(), self.stepper.whole_momentum()
         bad = {index: list(entry) for index, entry in self.all_bad().items()}
         state = self.stepper.state_dict()
+        if self.stepper.cache is not None:
+            self.stepper.cache.save()
         if self.run.writes:
             self.run.settle()
             # before the checkpoint: a kill between would leave a finished run with an older student
@@ -361,6 +364,24 @@ class Training:
             save_checkpoint(self.run.checkpoints, self.step, {**place, **state})
             self.tidy()
         self.accelerator.wait_for_everyone()
+        if self.stepper.cache is not None:
+            self.stepper.cache.read_kept()  # in the next epoch an image may come to another process
+
+    def open_cache(self) -> None:
+        """The teacher's outputs of this run so far, if it keeps them."""
+        cache = assemble.teacher_cache(
+            self.config,
+            self.stepper.guides.teacher,
+            len(self.source),
+            self.accelerator.process_index,
+        )
+        if cache is None:
+            return
+        if self.run.writes:
+            cache.create()
+        self.accelerator.wait_for_everyone()
+        cache.open()
+        self.stepper.cache = cache
 
     def tidy(self) -> None:
         """What follows from a checkpoint, again at a start, as a kill may have come between: mark and rotate."""

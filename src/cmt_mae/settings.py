@@ -175,6 +175,10 @@ class PretrainConfig:
             raise InputError(
                 f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"
             )
+        if self.teacher.cache and self.data.crops != "fixed":
+            raise InputError(
+                "teacher.cache keeps what the teacher says of one crop an image: set data.crops to fixed"
+            )
         for name, word, choices in self._choices():
             if word not in choices:
                 raise InputError(f"{name} '{word}' is unknown: use {', '.join(choices)}")

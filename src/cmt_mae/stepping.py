@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cmt_mae.data.loader import Batch
 from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner, Weights
 from cmt_mae.method.masking import count_masked
+from cmt_mae.method.teacher_cache import TeacherCache
 from cmt_mae.method.vit import build_student
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.training import compiling, sharding
@@ -101,8 +103,11 @@ class Stepper:
         """Number, among ``learning``, of the parameter with the first bad gradient; -1: none."""
         self.learning: list[str] = []  # names of the parameters that the last step gave a gradient
         self.sharded = config.runtime.parallel == "fsdp" and accelerator.num_processes > 1
-        self.mesh: DeviceMesh | None = None  # made at the first stage; from then on the networks are cut
+        self.mesh: DeviceMesh | None = (
+            None  # made at the first stage; from then on the networks are cut
+        )
         self.model: nn.Module = self.learner
+        self.cache: TeacherCache | None = None
         self.waited = 0.0  # seconds spent waiting for images since somebody set it to 0
         self.no_compiler = compiling.why_not(self.device) if config.runtime.compile else ""
         """Why the blocks are not compiled although they should be."""
@@ -118,7 +123,9 @@ class Stepper:
             active = {name for name, on in (("teacher", alpha < 1), ("momentum", alpha > 0)) if on}
         if not self.sharded:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.learner.activate(active)  # what DDP reduces is fixed when it wraps, so it wraps again
+            self.learner.activate(
+                active
+            )  # what DDP reduces is fixed when it wraps, so it wraps again
         self.learner.train()
         if self.config.runtime.compile and not self.no_compiler:
             teacher, momentum = self.guides.teacher, self.guides.momentum
@@ -204,7 +211,8 @@ class Stepper:
         places = torch.arange(len(learning), device=self.device)
         place = torch.where(torch.isfinite(norms), -1, places).amax()
         self.bad_gradient = torch.where(self.bad_gradient < 0, place, self.bad_gradient)
-        nn.utils.clip_grads_with_norm_(learning, largest, norm)
+        if math.isfinite(largest):  # else every gradient would be multiplied by one
+            nn.utils.clip_grads_with_norm_(learning, largest, norm)
         return norm
 
     def bad_gradient_name(self) -> str:
@@ -221,6 +229,12 @@ class Stepper:
             shown["teacher_image_mean"] = teacher_images.mean()
         weights, mask_config = self.weights_at(step), self.config.mask
         share = step / self.plan.total_steps
+        said = None
+        if (
+            self.cache is not None and not batch["bad"]
+        ):  # a replacement has the crop of what it replaces
+            seen = images if teacher_images is None else teacher_images
+            said = partial(self.cache.look, seen, batch["index"])
         with self.accelerator.autocast():
             mask, targets, logs = self.guides(
                 images,
@@ -228,6 +242,7 @@ class Stepper:
                 self.plan.n_mask,
                 weights,
                 teacher_images=teacher_images,
+                teacher_output=said,
                 random_mask=step < mask_config.random_until_epoch * self.plan.steps_per_epoch,
                 guided_share=mask_config.mix_random_start
                 + (mask_config.mix_random_end - mask_config.mix_random_start) * share,

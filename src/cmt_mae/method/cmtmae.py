@@ -7,6 +7,7 @@ Pixel MAE (Eq. 1) and the published relatives are settings of the same two class
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.masking import GUIDED, Mask, hide
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.method.vit import BeforeLast, encode_visible, forward_to_last
+from cmt_mae.method.teacher_cache import TeacherOutput
+from cmt_mae.method.vit import BeforeLast, encode_visible, forward_to_last, gather_tokens
 
 SOURCES = ("teacher", "momentum", "collab")
 
@@ -239,15 +241,18 @@ class Guides(nn.Module):
         weights: Weights,
         *,
         teacher_images: Tensor | None = None,
+        teacher_output: Callable[[], TeacherOutput] | None = None,
         random_mask: bool = False,
         guided_share: float = 1.0,
     ) -> tuple[Mask, dict[str, Tensor], dict[str, Tensor]]:
         """The mask, the normalised targets by name, and numbers to log.
 
         images (B, C, H, W) normalised; noise (B, noise_length) uniform; teacher_images: the same crop at the
-        teacher's size where it is cut from the photo again. random_mask: ignore attention at this step.
+        teacher's size where it is cut from the photo again. teacher_output: called in place of the teacher, when
+        it is wanted (``TeacherCache``). random_mask: ignore attention at this step.
         """
-        look = Looks(self, images, images if teacher_images is None else teacher_images)
+        seen = images if teacher_images is None else teacher_images
+        look = Looks(self, images, seen, teacher_output)
         logs: dict[str, Tensor] = {}
         rule = "random" if random_mask and self.mask.rule in GUIDED else self.mask.rule
         scores = self._scores(look, weights.mask, logs) if rule in GUIDED else None
@@ -348,9 +353,24 @@ def shares(source: str, alpha: float) -> dict[str, float]:
 class Looks:
     """Forward passes of the guides on one batch, each run at most once and only when something asks."""
 
-    def __init__(self, guides: Guides, images: Tensor, teacher_images: Tensor) -> None:
+    def __init__(
+        self,
+        guides: Guides,
+        images: Tensor,
+        teacher_images: Tensor,
+        teacher_output: Callable[[], TeacherOutput] | None = None,
+    ) -> None:
         self.guides, self.images, self.teacher_images = guides, images, teacher_images
+        self.teacher_output = teacher_output
         self.states: dict[str, BeforeLast] = {}
+        self.known: TeacherOutput | None = None
+
+    def teacher_said(self) -> TeacherOutput | None:
+        """What the teacher said of these images before, where somebody knows."""
+        if self.known is None and self.teacher_output is not None:
+            with self.guides.whole_precision():
+                self.known = self.teacher_output()
+        return self.known
 
     def state(self, name: str) -> BeforeLast:
         """All but the last block of the named network."""
@@ -371,11 +391,17 @@ class Looks:
         """Raw map (B, L) and prefix mass (B,) of the named network."""
         if name == "teacher":
             assert self.guides.teacher is not None
+            known = self.teacher_said()
+            if known is not None:
+                return known.attention, known.mass
             return self.guides.teacher.attention(self.state(name), heads)
         return attention_map(self.guides.momentum_runs(), self.state(name), heads)  # type: ignore[arg-type]
 
     def features(self, name: str, ids: Tensor | None, class_token: bool) -> Tensor:
         """Targets before normalisation, (B, N, D)."""
+        known = self.teacher_said() if name == "teacher" else None
+        if known is not None:
+            return known.features if ids is None else gather_tokens(known.features, ids)
         state = self.state(name)
         with self.guides.whole_precision():
             if name == "teacher":

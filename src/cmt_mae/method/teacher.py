@@ -38,6 +38,9 @@ class TeacherConfig:
     pixels: str = "auto"
     """resize (the student's crop, resized on the device) | crop (the same crop cut again from the photo) |
     auto (crop where the teacher's input is larger than the student's)."""
+    cache: bool = False
+    """Keep the teacher's outputs in OUT/teacher_cache, so that it runs once an image; needs data.crops fixed
+    and about 4 bytes x patches x features an image on the disk."""
     channels: list[int] = field(default_factory=list)
     """Which of the student's channels the teacher sees; empty: all three, or a grey channel three times."""
 

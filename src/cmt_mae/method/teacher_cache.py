@@ -1,0 +1,158 @@
+"""The teacher's outputs on disk, for runs whose crops are fixed: each image goes through the teacher once.
+
+Exact: attention and features are kept in fp32 as they came. An image counts as kept only once ``save`` has
+written so, after its numbers have reached the disk; what a kill loses is computed again, with the same batch.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmt_mae.errors import InputError
+from cmt_mae.method.teacher import Teacher
+from cmt_mae.training.files import write_atomically, writing
+
+
+@dataclass
+class TeacherOutput:
+    """What the teacher says of a batch; takes the place of its forward pass."""
+
+    attention: Tensor
+    """(B, L) fp32, raw map on the student's grid."""
+    mass: Tensor
+    """(B,) fp32, attention on prefix tokens."""
+    features: Tensor
+    """(B, L, E) fp32 before normalisation, or (B, 1 + L, E) with the class token's in front."""
+
+
+class TeacherCache:
+    """``attention.npy`` (N, L), ``mass.npy`` (N,), ``features.npy`` (N, T, E) in one folder, memory-mapped.
+
+    Several processes of one machine may share it: each writes images of its own and notes them in a file of
+    its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Teacher,
+        *,
+        images: int,
+        heads: str,
+        class_token: bool,
+        rank: int = 0,
+    ) -> None:
+        """images: N, of the training data. heads: see MaskConfig.heads. Nothing is touched before ``open``."""
+        self.folder, self.teacher, self.heads, self.class_token = (
+            folder,
+            teacher,
+            heads,
+            class_token,
+        )
+        self.rank, self.images = rank, images
+        patches = teacher.grid[0] * teacher.grid[1]
+        self.shapes = {
+            "attention": (images, patches),
+            "mass": (images,),
+            "features": (images, patches + class_token, teacher.width),
+        }
+        self.arrays: dict[str, np.ndarray] = {}
+        self.kept = np.zeros(images, dtype=bool)
+
+    def create(self) -> None:
+        """Make the files (sparse) unless they are there. Raises InputError where the disk is too small."""
+        missing = [name for name in self.shapes if not self._path(name).exists()]
+        need = sum(4 * int(np.prod(self.shapes[name])) for name in missing)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise InputError(
+                f"the teacher's outputs of {self.images} images need {need / 1e9:.1f} GB in {self.folder}, where "
+                f"{free / 1e9:.1f} GB are free: make room, or set teacher.cache to false"
+            )
+        for name in missing:
+            aside = self._path(name).with_suffix(".partial")
+            with writing(aside):
+                np.lib.format.open_memmap(
+                    aside, mode="w+", dtype=np.float32, shape=self.shapes[name]
+                )
+                os.replace(aside, self._path(name))
+
+    def open(self) -> None:
+        """Map the files and read which images are kept. Raises InputError where they are of another shape."""
+        for name, shape in self.shapes.items():
+            try:
+                array = np.load(self._path(name), mmap_mode="r+")
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{self._path(name)} cannot be read ({error}): delete it"
+                ) from None
+            if array.shape != shape:
+                raise InputError(
+                    f"{self._path(name)} holds {array.shape}, wanted {shape}: delete {self.folder}"
+                )
+            self.arrays[name] = array
+        self.read_kept()
+
+    def read_kept(self) -> None:
+        """Learn which images any process has kept up to its last ``save``."""
+        for path in sorted(self.folder.glob("kept_*.npy")):
+            try:
+                kept = np.load(path)
+            except (OSError, ValueError, EOFError):
+                continue  # as if nothing were kept: computed again
+            if kept.shape == self.kept.shape and kept.dtype == bool:
+                self.kept |= kept
+
+    def look(self, images: Tensor, index: Tensor) -> TeacherOutput:
+        """Outputs for a batch: images (B, C, H, W) normalised for the student, index (B,) their numbers.
+
+        Where any image is new, the teacher runs on the whole batch; what was kept before stays as it is.
+        """
+        rows = index.numpy()
+        new = ~self.kept[rows]
+        if new.any():
+            fresh = self.run(images)
+            values = {name: getattr(fresh, name).cpu().numpy() for name in self.shapes}
+            finite = [np.isfinite(v.reshape(len(rows), -1)).all(1) for v in values.values()]
+            if not np.logical_and.reduce(finite)[new].all():
+                return fresh  # the step will be skipped; nothing of it is kept
+            for name, array in self.arrays.items():
+                array[rows[new]] = values[name][new]
+            self.kept[rows[new]] = True
+        return TeacherOutput(
+            **{
+                name: torch.from_numpy(array[rows]).to(images.device, non_blocking=True)
+                for name, array in self.arrays.items()
+            }
+        )
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> TeacherOutput:
+        """The teacher's forward pass, every token finished."""
+        state = self.teacher.look(images)
+        attention, mass = self.teacher.attention(state, self.heads)
+        features = self.teacher.features(state, None, self.class_token)
+        return TeacherOutput(attention.float(), mass.float(), features.float())
+
+    def save(self) -> None:
+        """Bring numbers to the disk, then the note of which images have them."""
+        for array in self.arrays.values():
+            assert isinstance(array, np.memmap)
+            array.flush()
+        path = self.folder / f"kept_{self.rank}.npy"
+
+        def write(aside: Path) -> None:
+            with open(aside, "wb") as file:
+                np.save(file, self.kept)
+
+        write_atomically(path, write)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
