@@ -23,6 +23,7 @@ from benchmarks.ladder import REPOSITORY, RESULTS
 from benchmarks.speed_data import compare_loader
 from benchmarks.speed_memory import compare_memory
 from benchmarks.speed_page import page
+from benchmarks.speed_profile import compare_profile
 from benchmarks.speed_readout import compare_features, compare_knn, compare_sweep
 from benchmarks.speed_steps import SIZES, compare_cmt, compare_cost, compare_mae
 from benchmarks.speed_timing import SHARED, Options, say
@@ -32,6 +33,7 @@ from cmt_mae.training.run_dir import environment
 PARTS: dict[str, Callable[[Options], Iterator[dict[str, Any]]]] = {
     "mae": compare_mae,
     "cmt": compare_cmt,
+    "profile": compare_profile,
     "cost": compare_cost,
     "memory": compare_memory,
     "loader": compare_loader,

@@ -9,6 +9,7 @@ from cmt_mae.training.files import write_atomically
 TITLES = {
     "mae": "MAE's step",
     "cmt": "CMT-MAE's step",
+    "profile": "Where a step's time goes, and the limit",
     "cost": "Cost against multiplications",
     "memory": "Memory",
     "loader": "Loading images",
@@ -98,6 +99,8 @@ def section(entry: dict[str, Any]) -> list[str]:
             f"| {name} | {row['above_start_gb']:.2f} | {row['frozen_gb']:.2f} |"
             for name, row in entry["peaks"].items()
         ]
+    elif "milliseconds" in entry:
+        lines += profile_table(entry)
     else:
         lines += table(entry)
     lines += ["", f"{entry['date']}, {entry['threads']} thread(s){rounds(entry)}{known(entry)}."]
@@ -126,6 +129,28 @@ def table(entry: dict[str, Any]) -> list[str]:
         seconds = f"{row['median']:.4g} ({row['low']:.4g} to {row['high']:.4g})"
         lines.append(f"| {name} | {seconds} | {row['rate']:.4g} | {end} |")
     return lines
+
+
+def profile_table(entry: dict[str, Any]) -> list[str]:
+    """Kinds of operations in rows."""
+    columns, facts = entry["milliseconds"], entry["facts"]
+    totals = {name: sum(kinds.values()) for name, kinds in columns.items()}
+    lines = ["| ms a step | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for kind in next(iter(columns.values())):
+        cells = [
+            f"{kinds[kind]:.1f} ({kinds[kind] / totals[name]:.0%})"
+            for name, kinds in columns.items()
+        ]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    lines.append("| together | " + " | ".join(f"{total:.1f}" for total in totals.values()) + " |")
+    reach = "can" if facts["limit"] >= facts["wanted_ratio"] else "cannot"
+    return [
+        *lines,
+        "",
+        f"Wanted: {facts['wanted_ratio']:g} x {facts['rival']}. With nothing but the matrix products left, our "
+        f"step would be {facts['limit']:.2f} x as fast: the wanted ratio {reach} be reached with these products "
+        "in fp32.",
+    ]
 
 
 def rounds(entry: dict[str, Any]) -> str:
