@@ -11,7 +11,7 @@ from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any
 
-from cmt_mae.errors import InputError, Stopped
+from cmt_mae.errors import InputError, LostProcess, Stopped
 from cmt_mae.parsing import expand, hint, parse, take, take_flag, with_positional
 from cmt_mae.text import one_line, printable
 
@@ -40,6 +40,7 @@ SHORT = {
     "device": "runtime.device",
     "workers": "data.workers",
     "probe_data": "runtime.probe_data",
+    "deterministic": "runtime.deterministic",
 }
 USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows them)
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dispatch(arguments)
     except InputError as error:
         return fail(str(error), 2, debug)
+    except LostProcess:  # it has said so itself
+        return 75
     except Stopped as stopped:
         return fail(str(stopped), 75, debug)
     except BrokenPipeError:
@@ -92,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             1,
             debug,
         )
+    finally:
+        if "cmt_mae.training.processes" in sys.modules:
+            sys.modules["cmt_mae.training.processes"].leave_processes()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early on purpose."""
+"""The ways in which a command ends early on purpose."""
 
 
 class InputError(Exception):
@@ -7,3 +7,7 @@ class InputError(Exception):
 
 class Stopped(Exception):
     """A signal asked the run to stop and the checkpoint is written. Exit status 75."""
+
+
+class LostProcess(Stopped):
+    """Another process of the run is gone. Told on stderr at once: torchrun is about to end this one too."""

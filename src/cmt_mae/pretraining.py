@@ -118,7 +118,8 @@ class Training:
         tracking = Trackers(self.run, runtime.tracker, plain(config), self.step)
         bar = training_bar(runtime.progress and main)
         # closing ends the loader's processes here; left to the interpreter's exit, they would be waited for
-        with closing(self.open_batches()) as batches, StopRequest() as stop, tracking, bar:
+        others = stopping_with_the_others(self.accelerator, self.run.path)
+        with closing(self.open_batches()) as batches, StopRequest() as stop, tracking, bar, others:
             task = bar.add_task(
                 "", total=plan.total_steps, completed=self.step, images_per_step=config.batch_size
             )

@@ -30,7 +30,12 @@ from cmt_mae.training.checkpoint import (
 )
 from cmt_mae.training.meters import Bad, Meters
 from cmt_mae.training.optim import skip_unless
-from cmt_mae.training.processes import agree, any_process, peak_memory
+from cmt_mae.training.processes import (
+    agree,
+    any_process,
+    peak_memory,
+    stopping_with_the_others,
+)
 from cmt_mae.training.progress import training_bar
 from cmt_mae.training.run_dir import RunDir
 from cmt_mae.training.settings import TaskSettings
@@ -139,7 +144,14 @@ class _Fit:
         bar = training_bar(settings.progress and main)
         # step by step the same numbers on one process or many: only the wrapped model talks to the others
         self.model = self.accelerator.prepare_model(job.model)
-        with closing(job.batches(self.step)) as batches, StopRequest() as stop, tracking, bar:
+        others = stopping_with_the_others(self.accelerator, self.run.path)
+        with (
+            closing(job.batches(self.step)) as batches,
+            StopRequest() as stop,
+            tracking,
+            bar,
+            others,
+        ):
             task = bar.add_task(
                 "", total=job.total_steps, completed=self.step, images_per_step=job.batch_size
             )
@@ -166,8 +178,10 @@ class _Fit:
                 bar.update(task, completed=self.step)
                 asked = any_process(self.accelerator, stop.asked)
                 # before an evaluation too: one that is cut off costs no training
-                if asked or over or any(
-                    map(self.falls_due, (settings.checkpoint_every, settings.eval_every))
+                if (
+                    asked
+                    or over
+                    or any(map(self.falls_due, (settings.checkpoint_every, settings.eval_every)))
                 ):
                     self.checkpoint()
         assert self.last is not None

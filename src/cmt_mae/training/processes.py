@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from cmt_mae.errors import InputError, Stopped
+from cmt_mae.errors import InputError, LostProcess
 
 # What gloo and NCCL say when a process at the other end is gone, in lower case.
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused",
@@ -58,17 +59,25 @@ def make_deterministic() -> None:
 
 @contextlib.contextmanager
 def stopping_with_the_others(accelerator: Accelerator, run: Path) -> Iterator[None]:
-    """Raise Stopped, one line, where another process of this run has gone and its part does not come."""
+    """Say in one line, and raise LostProcess, where another process has gone and its part does not come."""
     try:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if accelerator.num_processes == 1 or not any(word in text.lower() for word in LOST):
             raise
-        raise Stopped(
+        message = (
             f"process {accelerator.process_index} of {accelerator.num_processes}: another process of this run "
             f"is gone, so this one stops; the last checkpoint in {run} is whole: run the same command to continue"
-        ) from error
+        )
+        print(f"cmt-mae: {message}", file=sys.stderr, flush=True)
+        raise LostProcess(message) from error
+
+
+def leave_processes() -> None:
+    """Close the connections to the other processes before the interpreter tears them down in any order."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
