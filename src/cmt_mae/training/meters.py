@@ -31,32 +31,52 @@ class Meters:
     def __init__(self, device: torch.device, accelerator: Accelerator | None = None) -> None:
         self.device = device
         self.accelerator = accelerator
-        self.rows: dict[str, Tensor] = {}  # name -> [sum, count, non-finite count]
-        self.firsts: dict[str, Tensor] = {}  # name -> step of the first non-finite one, or infinity
+        self.places: dict[str, int] = {}  # name -> row of the table
+        # sum, count, non-finite count, step of the first non-finite one or infinity
+        self.table = torch.empty((0, 4), device=device)
+        self._known: dict[tuple[str, ...], Tensor] = {}  # names of a call -> their places
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """name -> [sum, count, non-finite count]."""
+        return {name: self.table[place, :3] for name, place in self.places.items()}
 
     @torch.no_grad()
     def add(self, numbers: dict[str, Tensor], step: int = 0) -> None:
-        """Scalars on the device, by name, of this step."""
-        for name, number in numbers.items():
-            finite = torch.isfinite(number)
-            row = torch.stack(
-                [torch.where(finite, number, 0.0).float(), finite.float(), (~finite).float()]
-            )
-            self.rows[name] = self.rows[name] + row if name in self.rows else row
-            first = torch.where(finite, math.inf, float(step))
-            known = self.firsts.get(name)
-            self.firsts[name] = first if known is None else torch.minimum(known, first)
+        """Scalars on the device, by name, of this step: a handful of operations for all of them."""
+        if not numbers:
+            return
+        places = self._places(tuple(numbers))
+        values = torch.stack([number.detach().float() for number in numbers.values()])
+        finite = torch.isfinite(values)
+        sums = torch.stack([torch.where(finite, values, 0.0), finite.float(), (~finite).float()], 1)
+        first = torch.where(finite, math.inf, float(step))
+        self.table[:, :3].index_add_(0, places, sums)
+        self.table[places, 3] = torch.minimum(self.table[places, 3], first)
+
+    def _places(self, names: tuple[str, ...]) -> Tensor:
+        """Rows of these names, new ones at the end."""
+        if names not in self._known:
+            new = [name for name in names if name not in self.places]
+            self.places |= {name: len(self.places) + i for i, name in enumerate(new)}
+            empty = torch.tensor([[0.0, 0.0, 0.0, math.inf]], device=self.device)
+            self.table = torch.cat([self.table, empty.expand(len(new), -1)])
+            self._known[names] = torch.tensor([self.places[n] for n in names], device=self.device)
+        return self._known[names]
+
+    def _forget(self) -> None:
+        self.places, self._known = {}, {}
+        self.table = torch.empty((0, 4), device=self.device)
 
     def read(self) -> tuple[dict[str, float], dict[str, Bad]]:
         """(means, the numbers that were not finite) by name, and forget them. One wait for the device.
 
         A number that was never finite has the mean nan.
         """
-        if not self.rows:
+        if not self.places:
             return {}, {}
-        names = list(self.rows)
-        table = torch.stack([torch.stack([*self.rows[n], self.firsts[n]]) for n in names])
-        self.rows, self.firsts = {}, {}
+        names, table = list(self.places), self.table
+        self._forget()
         each = table[None]
         if self._processes() > 1:
             assert self.accelerator is not None
@@ -72,7 +92,7 @@ class Meters:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What a checkpoint in the middle of a window needs: the rows of each process."""
-        own = {name: [*row.tolist(), self.firsts[name].item()] for name, row in self.rows.items()}
+        own = dict(zip(self.places, self.table.tolist(), strict=True))
         if self._processes() == 1:
             return [own]
         everyone: list[dict[str, Any]] = gather_object([own])
@@ -90,8 +110,10 @@ class Meters:
                     before = own[name]
                     added = [a + b for a, b in zip(before[:3], sums, strict=True)]
                     own[name] = [*added, min(before[3], first)]
-        self.rows = {n: torch.tensor(row[:3], device=self.device) for n, row in own.items()}
-        self.firsts = {n: torch.tensor(row[3], device=self.device) for n, row in own.items()}
+        self._forget()
+        self.places = {name: place for place, name in enumerate(own)}
+        if own:
+            self.table = torch.tensor(list(own.values()), device=self.device)
 
     def _processes(self) -> int:
         return 1 if self.accelerator is None else self.accelerator.num_processes
