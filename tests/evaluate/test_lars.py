@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmt_mae.evaluate.lars import LARS
+from cmt_mae.evaluate.lars import LARS, SideBySideSGD
 
 
 def steps(value, gradient, **settings):
@@ -65,3 +65,29 @@ def test_groups_closure_and_state():
     assert torch.equal(again.state[a]["momentum"], optimizer.state[a]["momentum"])
     with pytest.raises(ValueError, match="trust"):
         LARS([a], lr=0.1, trust=-1)
+
+
+@pytest.mark.parametrize("decays", [(0.0, 0.0), (0.1, 0.0), (0.02, 0.3)])
+def test_side_by_side_sgd_equals_torchs(decays: tuple[float, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (3,))
+    ]
+    found = []
+    for kind in (torch.optim.SGD, SideBySideSGD):
+        parameters = [torch.nn.Parameter(t.clone()) for t in start]
+        groups = [
+            {"params": [p], "lr": lr, "weight_decay": decay}
+            for p, lr, decay in zip(parameters, (0.5, 2.0), decays, strict=True)
+        ]
+        optimizer = kind(groups, lr=0.0, momentum=0.9)
+        for step in range(5):
+            for group in optimizer.param_groups:
+                group["lr"] *= 1 - 0.1 * step
+            optimizer.zero_grad()
+            sum((p**3).sum() for p in parameters).mul(0.01).backward()  # type: ignore[union-attr]
+            optimizer.step()
+        found.append([p.detach() for p in parameters])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+        assert not torch.equal(ours, start[0] if ours.ndim == 2 else start[1])

@@ -1,4 +1,4 @@
-"""LARS, the optimizer of MAE's linear probe (specification 6.1)."""
+"""Optimizers of linear probes: LARS (MAE, specification 6.1), and SGD for many heads side by side."""
 
 from __future__ import annotations
 
@@ -69,4 +69,44 @@ class LARS(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 p.sub_(group["lr"] * state["momentum"].mul_(group["momentum"]).add_(d))
+        return loss
+
+
+class SideBySideSGD(torch.optim.Optimizer):
+    """SGD with momentum for many small groups at once: torch's SGD takes them one after another.
+
+    Per tensor p with gradient g and the settings of its own group::
+
+        m = momentum * m + (g + weight_decay * p)
+        p = p - lr * m
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.9
+    ) -> None:
+        """Take groups, each with its own ``lr`` and ``weight_decay``; every tensor must get a gradient."""
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        self.momentum = momentum
+        self.tensors = [p for group in self.param_groups for p in group["params"]]
+        self.buffers = [torch.zeros_like(p) for p in self.tensors]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every tensor; ``closure`` recomputes the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        each = [(g["lr"], g["weight_decay"]) for g in self.param_groups for _ in g["params"]]
+        changes = [p.grad for p in self.tensors]
+        if any(decay for _, decay in each):
+            decays = torch._foreach_mul(self.tensors, [decay for _, decay in each])
+            changes = list(torch._foreach_add(changes, decays))
+        torch._foreach_mul_(self.buffers, self.momentum)
+        torch._foreach_add_(self.buffers, changes)
+        torch._foreach_add_(self.tensors, torch._foreach_mul(self.buffers, [-lr for lr, _ in each]))
         return loss

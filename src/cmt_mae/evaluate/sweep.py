@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmt_mae.evaluate.lars import LARS
+from cmt_mae.evaluate.lars import LARS, SideBySideSGD
 
 if TYPE_CHECKING:
     from cmt_mae.evaluate.features import Features
@@ -148,7 +148,7 @@ def train_heads(
         {"params": [w, b], "lr": head.blr * scale, "weight_decay": head.weight_decay}
         for head, w, b in zip(heads, model.weights, model.biases, strict=True)
     ]
-    kind = LARS if training.optimizer == "lars" else torch.optim.SGD
+    kind = LARS if training.optimizer == "lars" else SideBySideSGD
     optimizer: torch.optim.Optimizer = kind(groups, lr=0.0, momentum=0.9)
     full = [group["lr"] for group in groups]
     last = torch.zeros(len(heads), device=device)
