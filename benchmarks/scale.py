@@ -7,6 +7,7 @@ writes docs/results/scale.json and, from it, the tables of docs/scale.md (benchm
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -73,7 +74,8 @@ class Group:
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             assert worker.stdin
-            worker.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # of a worker that is gone
+                worker.stdin.close()
         for worker in self.workers:
             worker.wait(timeout=60)
 
