@@ -1,6 +1,7 @@
 """ADE20K's layout: class lists, masks of every kind, wrong pairs, each told in one line; and the crops."""
 
 import colorsys
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,23 @@ def test_a_fault_is_one_line(tmp_path: Path, what: str, wanted: str) -> None:
     with pytest.raises(InputError, match=wanted) as caught:
         everything()
     assert "\n" not in str(caught.value)
+
+
+def test_links_to_nothing_pipes_and_long_words(tmp_path: Path) -> None:
+    root = layout(tmp_path)
+    image = root / "images" / "training" / "0.jpg"
+    image.unlink()
+    image.symlink_to("nowhere.jpg")
+    with pytest.raises(InputError, match=r"0\.jpg: No such file"):
+        open_ade20k(root)
+    image.unlink()
+    os.mkfifo(image)
+    data = open_ade20k(root)
+    with pytest.raises(InputError, match=r"0\.jpg: .*not a regular file"):
+        check_pairs(data.train, 2, range(2))
+    for words in ("9" * 5000, "x" * 5000):
+        with pytest.raises(InputError, match="is no file"):
+            read_classes(root, words)
 
 
 def test_a_missing_folder() -> None:

@@ -1,5 +1,6 @@
 """Reading DAVIS folders: what is right, and one clear line for everything that is wrong."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,3 +208,17 @@ def test_generated_scenes_are_davis(tmp_path):
     (sequence,) = open_davis(str(tmp_path / "scenes"))
     assert sequence.size == (48, 85)
     assert sequence.objects in ((1, 2), (1, 2, 3))
+
+
+def test_pipes_are_not_waited_for(root):
+    for path in (frame(root), root / "ImageSets/2017/val.txt"):
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(InputError, match="not a regular file"):
+            open_davis(str(root))
+    with pytest.raises(InputError, match="not a regular file"):
+        read_frame(frame(root))
+    mask(root).unlink()
+    os.mkfifo(mask(root))
+    with pytest.raises(InputError, match="not a regular file"):
+        read_mask(mask(root))

@@ -380,7 +380,7 @@ def test_stopped_workers_with_answers_on_the_way_are_noticed(
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     expected = batches(Arrays(64), 10)
     stream = pretrain_batches(
-        Arrays(64), CROPS, noise_length=6, seed=3, batch_size=8, micro_batch=8, workers=1,
+        Arrays(64), CROPS, noise_length=5, seed=3, batch_size=8, micro_batch=8, workers=1,
         timeout_s=0.5,
     )  # fmt: skip
     found = [next(stream)]

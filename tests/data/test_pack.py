@@ -159,3 +159,54 @@ def test_channels_of_a_pack(data: Path, tmp_path: Path) -> None:
     assert np.ptp(load_image(grey, 0, 3), axis=2).max() == 0
     with pytest.raises(InputError, match="--channels 4"):
         load_image(grey, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        *[({key: None}, f"{key} is missing") for key in ("names", "classes", "size", "count")],
+        ({"names": [1, 2, 3]}, "names is missing or no such thing"),
+        ({"names": ["\ud800"] * 14}, "a name is no text"),
+        ({"size": "16"}, "size is missing or no such thing"),
+        ({"size": 2**70}, "size is missing or no such thing"),
+        ({"classes": {}}, "classes is missing or no such thing"),
+        ({"source_fingerprint": 3}, "source_fingerprint is missing or no such thing"),
+    ],
+)
+def test_meta_that_makes_no_sense(
+    data: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    out = tmp_path / "out"
+    pack(PackConfig(str(data / "train"), str(out), size=8, workers=0))
+    meta = json.loads((out / "meta.json").read_text())
+    for key, value in changes.items():
+        meta[key] = value
+        if value is None:
+            del meta[key]
+    (out / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=words) as info:
+        open_source(str(out))
+    assert "\n" not in str(info.value)
+
+
+def test_labels_that_make_no_sense(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(PackConfig(str(data / "train"), str(out), size=8, workers=0))
+    path, n = out / "labels.npy", 10
+    wrong = [np.full(n, np.nan), np.array(["a"] * n), np.array(5), np.arange(n), np.full(n, -2)]
+    for labels in wrong:  # arange: more classes than the names
+        np.save(path, labels)
+        with pytest.raises(InputError, match=r"labels\.npy"):
+            open_source(str(out))
+    with open(path, "wb") as file:  # 73 TiB, says the header
+        fields = {"descr": "<i8", "fortran_order": False, "shape": (10**13,)}
+        np.lib.format.write_array_header_1_0(file, fields)
+    with pytest.raises(InputError, match="damaged pack"):
+        open_source(str(out))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="not a regular file"):
+        open_source(str(out))
+    (out / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read"):
+        open_source(str(out))

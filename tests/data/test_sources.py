@@ -192,3 +192,22 @@ def test_imagenette(shared: Path) -> None:
     theirs = ImageFolder(str(shared / "data/imagenette/val"))
     assert source.classes == theirs.classes
     assert [source.label(i) for i in range(len(source))] == theirs.targets
+
+
+def test_names_and_classes_are_one_printable_line(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/a\xff\x1b[2J"
+    os.mkdir(folder)
+    with open(folder + b"/two\nlines\t.png", "wb") as file:
+        file.write(put(tmp_path / "x" / "a.png").read_bytes())
+    source = open_source(str(tmp_path))
+    assert source.classes == ["a\\xff\\x1b[2J", "x"]
+    assert source.name(0) == "a\\xff\\x1b[2J/two\\nlines\\t.png"
+    assert [source.label(0), source.label(1)] == [0, 1]
+    assert isinstance(source.read(0), bytes)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_a_pipe_in_place_of_a_shard(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="not a regular file"):
+        open_source(str(tmp_path / name))

@@ -167,3 +167,11 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         open_source("hf://own/flowers")
     with pytest.raises(InputError, match="ConnectionError: no network"):
         open_source("hf://own/other")
+
+
+def test_labels_that_are_no_class_numbers(tmp_path: Path) -> None:
+    columns = {"image": [png(1)] * 3, "label": pa.array([2**64 - 1] * 3, pa.uint64())}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="column label holds no class numbers") as info:
+        open_source(str(tmp_path / "a.parquet"))
+    assert "\n" not in str(info.value)

@@ -184,8 +184,43 @@ def test_links_and_traversal_are_only_names(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     source = open_source(str(path))
-    assert len(source) == 1
+    assert len(source) == 2
     assert source.read(0) == jpeg(1)
+    assert source.name(1) == "a.tar/link.jpg"
+    with pytest.raises(BadImage, match="a link to another member"):
+        source.read(1)
+
+
+def test_archives_joined_and_cut_between_members(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = shard(tmp_path / "a.tar")
+    whole = path.read_bytes()
+    path.write_bytes(whole * 2)
+    with pytest.raises(InputError, match="more data after its end"):
+        open_source(str(path))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        end = list(tar)[4].offset
+    path.write_bytes(whole[:end])
+    assert not caplog.records
+    assert len(open_source(str(path))) == 2
+    assert "does not end with zeros" in caplog.text
+
+
+def test_headers_made_to_fill_the_memory_or_the_stack(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+        info = tarfile.TarInfo("long")
+        info.type, info.size = kind, 2**30
+        with open(path, "wb") as file:
+            file.write(info.tobuf(tarfile.GNU_FORMAT))
+            file.truncate(2**30 + 4096)  # a sparse file
+        with pytest.raises(InputError, match="a header of 1073741824 bytes"):
+            open_source(str(path))
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    path.write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * 5000)
+    with pytest.raises(InputError, match="broken or not a tar file"):
+        open_source(str(path))
 
 
 def test_a_shard_that_shrinks_or_goes_during_the_run(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ import numpy as np
 from PIL import Image
 
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import read_file
+from cmt_mae.data.folder import open_file, read_file
 from cmt_mae.errors import InputError
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
 LISTS = ("objectInfo.txt", "objectInfo150.txt", "objectInfo.csv", "objectInfo150.csv")
 MOST_CLASSES = 32000
+MOST_LIST_BYTES = 2**24
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
@@ -62,7 +63,11 @@ def open_ade20k(root: str | Path, classes: str | None = None) -> Ade20k:
     digest = hashlib.sha256("\n".join(names).encode())
     for path in (*train.images, *train.masks, *val.images, *val.masks):
         name = os.path.relpath(path, folder)
-        digest.update(f"{name}\0{os.path.getsize(path)}\n".encode(errors="surrogateescape"))
+        try:
+            size = os.path.getsize(path)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; mend or remove it") from None
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
     return Ade20k(str(root), tuple(names), train, val, digest.hexdigest())
 
 
@@ -104,9 +109,9 @@ def read_classes(folder: Path, given: str | None) -> list[str]:
                 f"{folder}: no class list ({', '.join(LISTS[:2])}); give --classes a file, names with commas "
                 "between them, or their number"
             )
-    elif given.isdecimal():
+    elif given.isdecimal() and len(given) < 10:
         return _counted([f"class {k + 1}" for k in range(min(int(given), MOST_CLASSES + 1))], given)
-    elif Path(given).is_file():
+    elif os.path.isfile(given):  # unlike Path.is_file, silent about names that are too long
         path = Path(given)
     elif "," in given:
         return _counted([name.strip() for name in given.split(",") if name.strip()], given)
@@ -115,8 +120,8 @@ def read_classes(folder: Path, given: str | None) -> list[str]:
             f"classes '{given}' is no file: give a file, names with commas between them, or their number"
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(path, MOST_LIST_BYTES).decode("utf-8-sig").splitlines()
+    except (BadImage, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}); mend the class list") from None
     return _counted(_parse_list([line for line in lines if line.strip()], path), str(path))
 
@@ -201,13 +206,14 @@ def check_pair(image: str, mask: str, classes: int) -> int:
     """
     try:
         labels = read_mask(mask, classes)
-        with Image.open(io.BytesIO(read_file(os.fsencode(image)))) as header:
+    except BadImage as error:
+        raise InputError(f"{error}; mend or remove it") from None
+    try:
+        with open_file(image) as file, Image.open(file) as header:
             width, height = header.size
             if header.getexif().get(0x0112, 1) in _TURNED:
                 width, height = height, width
-    except BadImage as error:
-        raise InputError(f"{error}; mend or remove it") from None
-    except Exception as error:
+    except Exception as error:  # BadImage, and all that Pillow's plug-ins raise
         raise InputError(
             f"{image}: no image that can be read ({' '.join(str(error).split())}); mend or remove it"
         ) from None

@@ -21,12 +21,18 @@ from PIL import Image
 
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.detection_crops import Example
-from cmt_mae.data.folder import read_file
+from cmt_mae.data.folder import open_file, read_file
 from cmt_mae.errors import InputError
 
 LARGEST_ID = 2**53
 """Ids from here on are not the same number in every JSON reader, and overflow in the evaluation."""
 LARGEST_COORDINATE = 100_000.0
+LARGEST_FILE = 2**31
+"""Bytes of an annotation file. (COCO's largest has 0.45 GB; read, it takes up to thirty times as much.)"""
+LONGEST_OUTLINE = 1e6
+"""Pixels along the polygons of one object: rasterising takes 80 bytes and more for each."""
+LARGEST_MASKS = 2**31
+"""Bytes of all masks of one image, a byte a pixel and object."""
 
 
 class CocoSplit:
@@ -61,6 +67,7 @@ class CocoSplit:
         self.counts = np.array(
             [sum(not a["iscrowd"] for a in by_image[i]) for i in range(len(images))], dtype=np.int64
         )
+        self._check_counts()
         self.crowds = sum(a["iscrowd"] for rows in by_image.values() for a in rows)
         # One block of bytes: objects would be copied into every loader process as they are touched.
         texts = [json.dumps(by_image[i]).encode() for i in range(len(images))]
@@ -72,6 +79,15 @@ class CocoSplit:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def _check_counts(self) -> None:
+        """Raises InputError where the masks of an image would not fit into the memory."""
+        for name, (height, width), count in zip(self.names, self.sizes, self.counts, strict=True):
+            if int(count) * height * width > LARGEST_MASKS:
+                raise InputError(
+                    f"{self.path}: {name} has {count} objects of {width} x {height} pixels; their masks would "
+                    f"take over {LARGEST_MASKS >> 30} GiB: cut the image up, or remove objects"
+                )
 
     def fingerprint(self) -> str:
         """sha256 over the annotation file and the sizes in bytes of the images, in its order."""
@@ -212,10 +228,10 @@ def run_lengths(text: str) -> list[int]:
 def _read(path: Path) -> tuple[dict[str, Any], Any]:
     """The file's content with its three lists, and a running sha256 that has seen its bytes."""
     try:
-        raw = path.read_bytes()
+        raw = read_file(path, LARGEST_FILE)
         content = json.loads(raw)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except BadImage as error:
+        raise InputError(f"cannot read {path}: {error}") from None
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is no JSON ({reason}): download or write it again") from None
@@ -356,6 +372,10 @@ def _segmentation(raw: Any, where: str, height: int, width: int) -> Any:
             f"{where}: 'segmentation' must be polygons [[x, y, x, y, ...], ...] in pixels or an RLE, "
             f"not {raw!r:.60}"
         )
+    if sum(map(_outline, raw)) > LONGEST_OUTLINE:
+        raise InputError(
+            f"{where}: the outline of its mask is over {LONGEST_OUTLINE:g} pixels long; mend it or give an RLE"
+        )
     polygons = [polygon for polygon in raw if len(polygon) >= 6]
     if not polygons:
         raise InputError(
@@ -363,6 +383,12 @@ def _segmentation(raw: Any, where: str, height: int, width: int) -> Any:
             "for every box: give it one or remove it"
         )
     return polygons
+
+
+def _outline(polygon: list[float]) -> float:
+    """Length of a polygon, the longer of the two directions for each side."""
+    corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1, initial=0).sum())
 
 
 def check_files(
@@ -380,13 +406,14 @@ def check_files(
         except (OSError, ValueError):
             return -1, ""
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
+            with open_file(path) as file, Image.open(file) as image:
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
                 return about.st_size, image.size if turned else image.size[::-1]
-        except Exception as error:  # Pillow's plug-ins raise all kinds
+        except Exception as error:  # BadImage, and all that Pillow's plug-ins raise
             return about.st_size, " ".join(str(error).split())[:150]
 
-    with ThreadPoolExecutor(8) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("ignore")  # of size and of broken EXIF
         found = list(pool.map(look, names))
     absent = [name for name, (size, _) in zip(names, found, strict=True) if size < 0]
     if absent:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
+from cmt_mae.data.folder import open_file, read_file
 from cmt_mae.data.scenes.video import palette
 from cmt_mae.errors import InputError
 
 RESOLUTION = "480p"
+LIST_BYTES = 2**24
+"""A list of sequences above this is none."""
 VOID = 255
 """Pixels that nobody labelled; the evaluation takes them as background (spec 9.3)."""
 
@@ -91,13 +95,13 @@ def read_list(root: Path) -> list[str]:
         InputError: the file is missing, unreadable or names nothing.
     """
     file = list_file(root)
-    try:
-        names = list(dict.fromkeys(file.read_text(encoding="utf-8").split()))
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         raise InputError(
             f"{file} is missing; the layout of DAVIS-2017 needs it, with one sequence a line"
-        ) from None
-    except (OSError, ValueError) as error:
+        )
+    try:
+        names = list(dict.fromkeys(read_file(file, LIST_BYTES).decode().split()))
+    except (BadImage, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     if not names:
         raise InputError(f"{file} is empty; it needs one sequence a line")
@@ -178,9 +182,9 @@ def header_size(file: Path) -> tuple[int, int]:
         InputError: not an image.
     """
     try:
-        with Image.open(file) as image:
+        with open_file(file) as opened, Image.open(opened) as image:
             return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # BadImage, and all that Pillow's plug-ins raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file} is not an image that can be read ({reason})") from None
 
@@ -206,11 +210,9 @@ def read_frame(file: Path, channels: int = 3) -> NDArray[np.uint8]:
         InputError: it cannot be decoded whole.
     """
     try:
-        return decode_image(file.read_bytes(), channels)
+        return decode_image(read_file(file), channels)
     except BadImage as error:
         raise InputError(f"{file}: {error}; put the frame right, then run again") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def read_mask(file: Path, keep_void: bool = False) -> Mask:
@@ -223,7 +225,7 @@ def read_mask(file: Path, keep_void: bool = False) -> Mask:
         InputError: it cannot be decoded, or a colour or value stands for no object.
     """
     try:
-        with Image.open(file) as image:
+        with open_file(file) as opened, Image.open(opened) as image:
             image.load()
             mode = image.mode
             if mode in ("RGB", "RGBA"):
@@ -232,7 +234,9 @@ def read_mask(file: Path, keep_void: bool = False) -> Mask:
                 pixels = np.asarray(image.getchannel(0) if mode == "LA" else image)
             else:
                 raise InputError(f"{file}: a mask cannot be of mode {mode}; save an indexed PNG")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # BadImage, and all that Pillow's plug-ins raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file}: the mask cannot be read ({reason})") from None
     if pixels.ndim == 3:

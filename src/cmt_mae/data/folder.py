@@ -5,11 +5,13 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
 from cmt_mae.errors import InputError
+from cmt_mae.text import printable
 
 # An image file above this is not an image: memory stays bounded whatever lies in the folder.
 MAX_BYTES = 2**30
@@ -37,8 +39,13 @@ class Names:
         return self._blob[start : int(self._ends[index])]
 
     def __getitem__(self, index: int) -> str:
-        """The name for people: bytes that are not UTF-8 are shown escaped, so it always prints."""
-        return self.raw(index).decode("utf-8", "backslashreplace")
+        """The name for people, on one line: what is not UTF-8 or cannot be printed is escaped."""
+        return shown(self.raw(index))
+
+
+def shown(name: str | bytes) -> str:
+    """A file's name as it can be printed."""
+    return printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def fingerprint_of(names: Names, sizes: Iterable[int]) -> str:
@@ -66,20 +73,21 @@ class FolderSource:
                 "folder of images, tar or parquet files, or a folder made by cmt-mae pack"
             )
         self._names = Names(found)
-        self.classes = None
+        self.classes: list[str] | None = None
         self._labels = np.full(len(found), -1, dtype=np.int64)
         split_up = [name.split("/") for name in found]
         if all(len(parts) == 2 for parts in split_up):
             present = sorted({parts[0] for parts in split_up})
             if not SPLIT_NAMES.issuperset(present):
-                self.classes = classes if classes is not None else present
-                unknown = sorted(set(present) - set(self.classes))
+                known = classes if classes is not None else present
+                unknown = sorted(set(present) - set(known))
                 if unknown:
                     raise InputError(
-                        f"{root}: class folder {unknown[0]!r} is not in the training split; "
+                        f"{root}: class folder {shown(unknown[0])!r} is not in the training split; "
                         "both splits need the same class names"
                     )
-                number = {name: i for i, name in enumerate(self.classes)}
+                self.classes = [shown(name) for name in known]
+                number = {name: i for i, name in enumerate(known)}
                 self._labels[:] = [number[parts[0]] for parts in split_up]
 
     def __len__(self) -> int:
@@ -104,20 +112,28 @@ class FolderSource:
         return fingerprint_of(self._names, map(_size, paths))
 
 
-def read_file(path: bytes) -> bytes:
-    """A whole regular file. Raises BadImage: gone, unreadable, far too large, a pipe or device."""
+def open_file(path: str | bytes | Path) -> BinaryIO:
+    """A regular file, open for reading. Raises BadImage: gone, unreadable, a pipe or device."""
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(file, "rb", buffering=0) as stream:
-            about = os.fstat(file)
-            if not stat.S_ISREG(about.st_mode):
-                raise BadImage("not a regular file")
-            if about.st_size > MAX_BYTES:
-                raise BadImage(f"file larger than {MAX_BYTES >> 20} MiB")
-            return stream.readall()
-    except OSError as error:
-        raise BadImage(error.strerror or type(error).__name__) from None
+        file = os.open(os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise BadImage("not a regular file")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise BadImage(getattr(error, "strerror", None) or str(error)) from None
+    return open(file, "rb", buffering=2**16)
+
+
+def read_file(path: str | bytes | Path, limit: int = MAX_BYTES) -> bytes:
+    """A whole regular file. Raises BadImage as `open_file`, and where it is larger than `limit` bytes."""
+    with open_file(path) as file:
+        try:
+            if os.fstat(file.fileno()).st_size > limit:
+                raise BadImage(f"file larger than {limit / 2**20:g} MiB")
+            return file.read()
+        except OSError as error:
+            raise BadImage(error.strerror or type(error).__name__) from None
 
 
 def _size(path: bytes) -> int:
@@ -149,7 +165,7 @@ def _walk(root: str) -> list[str]:
             entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except OSError as error:
             raise InputError(
-                f"{folder}: {error.strerror}; mend its permissions or remove it"
+                f"{shown(folder)}: {error.strerror}; mend its permissions or remove it"
             ) from None
         folders = []
         for entry in entries:

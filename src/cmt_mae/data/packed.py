@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cmt_mae.data.folder import Names
+from cmt_mae.data.decode import BadImage
+from cmt_mae.data.folder import Names, open_file, read_file
 from cmt_mae.errors import InputError
+from cmt_mae.text import one_line
 
 FORMAT = "cmt-mae pack 1"
 
@@ -16,12 +19,35 @@ FORMAT = "cmt-mae pack 1"
 def read_meta(root: Path) -> dict[str, Any]:
     """meta.json of a packed folder. Raises InputError when it is missing or not ours."""
     try:
-        meta = json.loads((root / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        meta = json.loads(read_file(root / "meta.json"))
+    except (BadImage, ValueError, RecursionError) as error:
         raise InputError(f"{root}/meta.json: cannot be read ({error}); pack again") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise InputError(f"{root}/meta.json: not written by cmt-mae pack; pack again")
+    for key, right in _FIELDS.items():
+        if key not in meta or not right(meta[key]):
+            raise InputError(f"{root}/meta.json: {key} is missing or no such thing; pack again")
     return meta
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "names": _names,
+    "classes": lambda value: value is None or _names(value),
+    "count": _whole,
+    "size": _whole,
+    "channels": _whole,
+    "source": lambda value: isinstance(value, str),
+    "source_fingerprint": lambda value: isinstance(value, str),
+    "bad": lambda value: isinstance(value, list),
+}
 
 
 class PackedSource:
@@ -34,7 +60,10 @@ class PackedSource:
         self.root = Path(root).absolute()
         self._meta = read_meta(self.root)
         names = self._meta.pop("names")
-        self._names = Names(names)
+        try:
+            self._names = Names(names)
+        except UnicodeEncodeError:  # half a character, which JSON can hold
+            raise InputError(f"{self.root}/meta.json: a name is no text; pack again") from None
         self.classes: list[str] | None = self._meta["classes"]
         self._open()
         size, channels = self._meta["size"], self._meta["channels"]
@@ -44,20 +73,28 @@ class PackedSource:
                 f"{self.root}/images.npy: holds {self._images.dtype} {self._images.shape} but "
                 f"meta.json says uint8 {wanted}; pack again"
             )
-        if self._labels.shape != wanted[:1]:
+        if self._labels.shape != wanted[:1] or self._labels.dtype != np.int64:
             raise InputError(
-                f"{self.root}/labels.npy: {self._labels.shape[0]} labels for "
+                f"{self.root}/labels.npy: holds {self._labels.dtype} {self._labels.shape} for "
                 f"{wanted[0]} images; pack again"
             )
+        most = len(self.classes) if self.classes is not None else 10**9
+        if wanted[0] and not -1 <= self._labels.min() <= self._labels.max() < most:
+            raise InputError(f"{self.root}/labels.npy: a label is out of range; pack again")
 
     def _open(self) -> None:
         try:
+            for name in ("images.npy", "labels.npy"):
+                open_file(self.root / name).close()  # reading a pipe would wait for ever
             # "c": private pages, so the array counts as writable for torch; the file never changes.
             mapped = np.load(self.root / "images.npy", mmap_mode="c", allow_pickle=False)
-            self._labels = np.load(self.root / "labels.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{self.root}: damaged pack ({error}); pack again") from None
+            # mapped too: unlike reading, that compares the length with the header's shape first
+            labels = np.load(self.root / "labels.npy", mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # NumPy raises all kinds for a broken header
+            reason = one_line(error)
+            raise InputError(f"{self.root}: damaged pack ({reason}); pack again") from None
         self._images = np.asarray(mapped)  # plain ndarray: indexing a memmap object is slower
+        self._labels = np.array(labels)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -148,6 +148,9 @@ def _open_folder(root: Path) -> Source:
 
 def _open_files(path: str, files: list[Path]) -> Source:
     """Tar or parquet files, by their suffix."""
+    special = [file for file in files if file.exists() and not file.is_file()]
+    if special:  # reading a pipe would wait for ever
+        raise InputError(f"{special[0]}: not a regular file; give a folder, .tar or .parquet file")
     name = files[0].name.lower()
     if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise InputError(f"{path}: a compressed tar cannot be read at random; unpack it to .tar")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cmt_mae.data.decode import BadImage
-from cmt_mae.data.folder import Names, fingerprint_of, read_file
+from cmt_mae.data.folder import Names, fingerprint_of, read_file, shown
 from cmt_mae.errors import InputError
 
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
@@ -40,7 +40,12 @@ class TableSource:
         if label is not None:
             feature = data.features[label]
             self.classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-            parts = [_integers(table[label]) for table in _tables(data, label)]
+            try:
+                parts = [_integers(table[label]) for table in _tables(data, label)]
+            except Exception as error:  # pyarrow has many
+                raise InputError(
+                    f"{where}: column {label} holds no class numbers ({_line(error)})"
+                ) from None
             self._labels = np.concatenate(parts)
         rows = data.select_columns([image])
         if isinstance(data.features[image], datasets.Image):
@@ -54,7 +59,7 @@ class TableSource:
         """The path that the row carries, or its number."""
         cell = self._rows[index][self._image]
         path = cell.get("path") if isinstance(cell, dict) else None
-        return str(path) if path else f"row {index}"
+        return shown(str(path)) if path else f"row {index}"
 
     def label(self, index: int) -> int | None:
         """Class number, None without."""

@@ -6,21 +6,26 @@ shuffling and resuming are as exact as over a folder. Nothing is ever unpacked t
 """
 
 import json
+import logging
 import os
 import re
 import tarfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
 from cmt_mae.data.folder import MAX_BYTES, Names, fingerprint_of
 from cmt_mae.errors import InputError
+from cmt_mae.text import one_line
 
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _LABEL_BYTES = 2**20  # a label file above this is not a label
+_HEADER_BYTES = 2**24  # a long name or a PAX header above this is none; tarfile would read it whole
+_LINK = -1  # in place of a size: the member is a link, which is never followed
 _LABEL_FIELDS = ("label", "cls", "class", "class_id")
 
 Member = tuple[str, int, int]  # suffix, offset, size
@@ -77,6 +82,8 @@ class TarSource:
     def read(self, index: int) -> bytes:
         """The member's bytes. Raises BadImage when the shard is gone or has changed."""
         size = int(self._sizes[index])
+        if size == _LINK:
+            raise BadImage("a link to another member, which is not followed; store the file itself")
         if size > MAX_BYTES:
             raise BadImage(f"member larger than {MAX_BYTES >> 20} MiB")
         try:
@@ -115,49 +122,84 @@ def _samples(shard: str) -> Iterator[tuple[str, list[Member], int]]:
                 if members:
                     yield key, members, _label(shard, raw.fileno(), key, members)
                 key, members = match[1], []
-            members.append((match[2], info.offset_data, info.size))
+            size = info.size if info.isreg() else _LINK
+            members.append((match[2], info.offset_data, size))
         if members:
             yield key, members, _label(shard, raw.fileno(), key, members)
 
 
 def _members(shard: str) -> Iterator[tarfile.TarInfo]:
-    """Regular members of a shard, every header and the end checked.
+    """Files and links of a shard, every header and the end checked.
 
-    The tarfile module takes garbage after the first member for the end of the archive; here the
-    archive must end with zeros or at the end of the file.
+    The tarfile module takes garbage after the first member for the end of the archive; here nothing
+    but zeros may follow. Where they are missing, the last members may be too: a warning.
     """
     try:
         total = os.path.getsize(shard)
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(shard, "rb") as file:
+            limited: Any = _Headers(file)
+            tar = tarfile.open(fileobj=limited, mode="r:")  # noqa: SIM115 (it opens nothing)
             before = -1
             while (info := tar.next()) is not None:
                 # A hostile header may carry a negative size and lead backwards for ever.
-                if info.size < 0 or tar.offset <= before or info.offset_data + info.size > total:
+                link = info.islnk() or info.issym()
+                size = 0 if link else info.size
+                if size < 0 or tar.offset <= before or info.offset_data + size > total:
                     raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end")
                 before = tar.offset
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
-                if info.isreg() and not info.issparse():
+                if link or (info.isreg() and not info.issparse()):
                     yield info
-            file.seek(tar.offset)
-            if file.read(512).strip(b"\0"):
-                raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
-    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            _check_end(shard, file, tar.offset)
+    except (
+        Exception
+    ) as error:  # headers made to break it raise all kinds, RecursionError among them
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        )
         raise InputError(
             f"{shard}: broken or not a tar file ({reason}); make or download it again"
         ) from None
 
 
+class _Headers:
+    """The file as tarfile reads it, headers only, with a limit on what it reads at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self.file.read(size)
+
+
+def _check_end(shard: str, file: BinaryIO, offset: int) -> None:
+    """What follows the last member, from `offset` on."""
+    file.seek(offset)
+    if file.read(512).strip(b"\0"):
+        raise tarfile.ReadError(f"no valid header at byte {offset}")
+    if file.tell() == offset:
+        logging.getLogger(__name__).warning(
+            "%s: does not end with zeros as tar files do; if it was cut, images are missing", shard
+        )
+    while block := file.read(2**20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"more data after its end at byte {offset}: archives written one after another"
+            )
+
+
 def _label(shard: str, file: int, key: str, members: list[Member]) -> int:
     """The sample's label from its .cls, else from its .json; -1 without."""
     for suffix, offset, size in members:
-        if suffix.lower() == "cls":
+        if suffix.lower() == "cls" and size != _LINK:
             text = os.pread(file, min(size, 64), offset).decode("utf-8", "replace").strip()
             if not re.fullmatch(r"\d{1,9}", text):
                 raise InputError(f"{shard}: {key}.cls holds {text[:40]!r}, not a class number")
             return int(text)
     for suffix, offset, size in members:
-        if suffix.lower() == "json" and size <= _LABEL_BYTES:
+        if suffix.lower() == "json" and 0 <= size <= _LABEL_BYTES:
             try:
                 fields = json.loads(os.pread(file, size, offset))
             except (ValueError, RecursionError):

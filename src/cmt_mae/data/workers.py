@@ -4,11 +4,12 @@ import atexit
 import contextlib
 import fcntl
 import logging
+import math
 import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -20,9 +21,12 @@ from cmt_mae.errors import InputError
 
 TIMEOUT_S = 300.0
 """Default time limit of a worker's answer: below the 10 minutes after which NCCL gives a process up."""
+MAX_WORKERS = 1024  # processes; far above what any machine feeds, far below what stops one
 MAX_RESTARTS = 3
 """Restarts of the workers without an item in between, after which the run stops."""
 _PIPE_BYTES = 2**20
+_LOOK_S = 1.0  # seconds between two looks at whether the workers live
+_SILENT = "DataLoader timed out"  # torch's words
 _LIVE: set[BaseProcess] = set()
 
 
@@ -56,6 +60,8 @@ def iterate(
     """
     if timeout_s < 0:
         raise InputError(f"timeout_s {timeout_s:g} must not be negative (0: no time limit)")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise InputError(f"workers {workers}: give 0 (in the main process) to {MAX_WORKERS}")
     done = failures = 0
     while True:
         found = once(items, keys_from(done), workers, pin_memory, timeout_s)
@@ -83,7 +89,7 @@ def few(names: Sequence[str]) -> str:
 def once(
     items: Items, keys: Iterable[Any], workers: int, pin_memory: bool, timeout_s: float
 ) -> Generator[Any, None, None]:
-    """As `iterate`, but raises WorkerFailed within 5 s of a worker's death or 2 s of its time limit."""
+    """As `iterate`, but raises WorkerFailed, within 2 s of a worker's death or of its time limit."""
     loader: DataLoader[Any] = DataLoader(
         items,  # type: ignore[arg-type]  # a Dataset in all but name
         batch_size=None,
@@ -91,7 +97,8 @@ def once(
         collate_fn=_keep,
         num_workers=workers,
         pin_memory=pin_memory,
-        timeout=timeout_s if workers else 0,
+        # torch looks after its workers only when its time limit ends: ours is kept by _fetch
+        timeout=min(_LOOK_S, timeout_s / 4 or _LOOK_S) if workers else 0,
         worker_init_fn=_start_worker if workers else None,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # without it torch would draw from the run's global stream
@@ -111,8 +118,7 @@ def once(
     count = 0
     try:
         while True:
-            with deadline:
-                item = next(batches, None)
+            item = _fetch(batches, deadline)
             if item is None:
                 return
             if isinstance(item, InputError):
@@ -144,6 +150,17 @@ def _end_workers() -> None:
         process.kill()
 
 
+def _fetch(batches: Iterator[Any], deadline: "_Deadline") -> Any:
+    """The next item, None at the end. Raises what torch makes of a worker that died or is late."""
+    with deadline:
+        while True:
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                if _SILENT not in str(error) or deadline.left() <= 0:
+                    raise
+
+
 class _Deadline:
     """Kills all workers when fetching one item takes longer than it may: `with deadline: next(...)`.
 
@@ -165,11 +182,16 @@ class _Deadline:
     def __exit__(self, *_: object) -> None:
         self.begun = None
 
+    def left(self) -> float:
+        """Seconds."""
+        begun = self.begun
+        if begun is None or not self.seconds:
+            return math.inf
+        return begun + self.seconds - time.monotonic()
+
     def _watch(self) -> None:
-        while not self.over.wait(min(0.5, self.seconds / 4)):
-            begun = self.begun
-            # a second later than torch, whose way to tell is the quieter one
-            if begun is not None and time.monotonic() - begun > self.seconds + 1:
+        while not self.over.wait(min(_LOOK_S, self.seconds / 4)):
+            if self.left() < -_LOOK_S:  # later than _fetch, whose way is the quieter one
                 self.passed = True
                 for process in self.processes:
                     process.kill()
@@ -180,7 +202,7 @@ def _failure(
     error: Exception, processes: list[BaseProcess], count: int, deadline: _Deadline
 ) -> str | None:
     """What happened to the workers after `count` items; None where the error is not about them."""
-    if deadline.passed or "DataLoader timed out" in str(error):
+    if deadline.passed or _SILENT in str(error):
         number = count % len(processes)  # torch hands the keys out in turn
         return (
             f"loader worker {number} (process {processes[number].pid}) gave no answer within "
