@@ -1,7 +1,6 @@
 """Training steps against public code (mae, cmt), and their cost against the count of multiplications (cost)."""
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.naive_cmt import Materialise, NaiveCMT, make_optimizer, train_step
+from benchmarks.speed_lightly import lightly_step, why_not
 from benchmarks.speed_timing import OURS, Comparison, Options, alternate
 from cmt_mae import assemble
 from cmt_mae.backbones import Backbone
@@ -76,29 +76,24 @@ def images_of(config: PretrainConfig) -> Tensor:
 
 
 def compare_mae(options: Options) -> Iterator[dict[str, Any]]:
-    """Our `mae` against transformers' ViTMAEForPreTraining."""
+    """Our `mae` against transformers' ViTMAEForPreTraining and lightly's MAE."""
     for size in options.sizes:
         config = settings("mae", size, quick=options.quick)
         _, ours = our_step(config, "one")
-        theirs = transformers_step(config)
+        contestants = {OURS: ours, "transformers": transformers_step(config)}
+        missing = why_not()
+        if not missing:
+            contestants["lightly"] = lightly_step(config, images_of(config))
         comparison = Comparison(
             "mae", f"mae/{size}",
             f"One optimizer step of MAE on {config.batch_size} images, {describe(config)}: ours from uint8, "
-            "transformers' ViTMAEForPreTraining (its default attention, SDPA) with fused AdamW from normalised "
-            "images.",
-            config.batch_size, target={"transformers": 1.25}, absent={"lightly": lightly()},
+            "transformers' ViTMAEForPreTraining (SDPA, its default) and lightly's MAE (timm's blocks, raw "
+            "pixels as target) with fused AdamW from normalised images.",
+            config.batch_size, target={name: 1.25 for name in contestants if name != OURS},
+            absent={"lightly": missing} if missing else {},
             facts={"dtype": "fp32"},
         )  # fmt: skip
-        yield comparison.measured(
-            alternate({OURS: ours, "transformers": theirs}, options.rounds, comparison.name)
-        )
-
-
-def lightly() -> str:
-    """Why lightly is not compared."""
-    if importlib.util.find_spec("lightly") is None:
-        return "not installed on the machine of this measurement"
-    return "installed, but this script has no comparison with it (written where it was not at hand)"
+        yield comparison.measured(alternate(contestants, options.rounds, comparison.name))
 
 
 def transformers_step(config: PretrainConfig) -> Step:
