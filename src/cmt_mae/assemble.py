@@ -147,7 +147,7 @@ def crop_settings(config: PretrainConfig, teacher: Teacher | None) -> CropSettin
         )
     return CropSettings(
         size=size, second_size=second, scale=(config.data.scale[0], config.data.scale[1]),
-        channels=config.student.in_chans, fixed=config.data.crops == "fixed",
+        channels=config.student.in_chans, fixed=config.data.crops == "fixed", shrink=config.data.shrink,
     )  # fmt: skip
 
 

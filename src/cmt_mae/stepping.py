@@ -266,7 +266,9 @@ class Stepper:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> fp32 with the student's mean and std."""
-        return (images.float() / 255 - self.guides.mean) / self.guides.std
+        # The loader's batches are channels last in memory, the networks want planes.
+        planes = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return (planes / 255 - self.guides.mean) / self.guides.std
 
     def weights_at(self, step: int) -> Weights:
         """alpha of Eqs. 3 and 4: 0 in stage one, then constant or (by choice) growing."""

@@ -183,6 +183,15 @@ def test_pixel_limits() -> None:
         decode_image(bomb)
 
 
+def test_a_jpeg_of_a_thousand_scans() -> None:
+    """Each takes a few bytes of the file and the time of a whole picture."""
+    raw = encode(Image.fromarray(COLOUR), "JPEG", progressive=True)
+    last = raw.rfind(b"\xff\xda")
+    assert decode_image(raw[:-2] + raw[last:-2] * 50 + raw[-2:]).shape == (22, 31, 3)
+    with pytest.raises(BadImage, match="over 100 scans"):
+        decode_image(raw[:-2] + raw[last:-2] * 1000 + raw[-2:])
+
+
 def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)

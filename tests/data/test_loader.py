@@ -157,7 +157,7 @@ def test_workers_change_nothing() -> None:
     assert plain[0]["images"].shape == (4, 3, 8, 8)
     assert plain[0]["second"].shape == (4, 3, 12, 6)
     assert plain[0]["images"].dtype == plain[0]["second"].dtype == torch.uint8
-    assert plain[0]["images"].is_contiguous()
+    assert plain[0]["images"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_noise_and_flips_are_uniform() -> None:

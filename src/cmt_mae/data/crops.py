@@ -62,8 +62,10 @@ def crop_box(
 def cut(image: np.ndarray, box: Box) -> torch.Tensor:
     """The box of `image` (H, W, C) uint8 as (1, C, h, w) uint8, channels last in memory."""
     top, left, h, w = box
-    # copy: a read-only or strided view would make torch warn and copy anyway.
-    return torch.from_numpy(image[top : top + h, left : left + w].copy()).permute(2, 0, 1)[None]
+    # copy: a read-only or strided view would make torch warn and copy anyway. None first: torch knows
+    # a batch as channels last by its strides, the batch's too, and then writes the same layout.
+    piece = image[None, top : top + h, left : left + w].copy()
+    return torch.from_numpy(piece).permute(0, 3, 1, 2)
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

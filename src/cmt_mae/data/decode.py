@@ -8,11 +8,12 @@ Pillow's and torchvision's RGB loaders do); a file that ends early is refused, n
 import functools
 import io
 import warnings
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cmt_mae.data import jpeg
+from cmt_mae.data.jpeg import orientation_of, read_header
 from cmt_mae.errors import InputError
 
 # What Pillow refuses by itself (twice its MAX_IMAGE_PIXELS): one limit, and no global is changed.
@@ -52,6 +53,8 @@ def decode_image(raw: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) ->
             return _fit_channels(_decode_npy(raw, max_pixels), channels)
         if channels not in (1, 3) and raw[:4] in (b"II*\0", b"MM\0*"):
             return _fit_channels(_decode_tiff(raw, max_pixels), channels)
+        if channels == 3 and (picture := _decode_jpeg(raw, max_pixels)) is not None:
+            return picture
         with warnings.catch_warnings():
             # Pillow warns of broken EXIF and of size; both are dealt with here.
             warnings.simplefilter("ignore")
@@ -65,6 +68,12 @@ def decode_image(raw: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) ->
         raise BadImage(f"{type(error).__name__}: {reason}") from None
 
 
+def _decode_jpeg(raw: bytes, max_pixels: int) -> np.ndarray | None:
+    """An ordinary JPEG by simplejpeg, with Pillow's pixels; None: for Pillow, or for it to refuse."""
+    header = read_header(raw, max_pixels) if jpeg.simplejpeg is not None else None
+    return None if header is None else jpeg.decode(raw, header)
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """The allowed formats that this build of Pillow has."""
@@ -74,21 +83,15 @@ def _formats() -> tuple[str, ...]:
 
 def _decode_pillow(raw: bytes, channels: int, max_pixels: int) -> np.ndarray:
     """Decode through Pillow; its exceptions pass through."""
+    if raw[:2] == b"\xff\xd8" and jpeg.too_many_scans(raw):
+        raise BadImage(f"JPEG of over {jpeg.MAX_SCANS} scans, which would take minutes")
     with Image.open(io.BytesIO(raw), formats=_formats()) as image:
         if image.width * image.height > max_pixels:
             raise BadImage(f"{image.width} x {image.height} pixels, over the limit of {max_pixels}")
         image.load()
-        turn = _TURNS.get(_orientation(image))
+        turn = _TURNS.get(orientation_of(image))
         upright = image.transpose(turn) if turn is not None else image
         return _to_array(upright, channels)
-
-
-def _orientation(image: Image.Image) -> Any:
-    """The EXIF orientation; 1 when there is none or the EXIF block, not the picture, is broken."""
-    try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:
-        return 1
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:

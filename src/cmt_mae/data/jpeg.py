@@ -11,7 +11,6 @@ simplejpeg (libjpeg-turbo without detours) decodes where it is installed, else P
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,6 +38,9 @@ _TURNS = {
     7: (True, True, True),
     8: (False, True, True),
 }
+MAX_SCANS = 100
+# A row that no picture has.
+_MARK = np.random.default_rng(0).integers(0, 256, 3 * 64, dtype=np.uint8)
 _FRAMES = (0xC0, 0xC1, 0xC2)  # Huffman code: baseline, extended, progressive
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 
@@ -72,17 +74,27 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def read_header(raw: bytes) -> Header | None:
+def read_header(raw: bytes, max_pixels: int) -> Header | None:
     """The header of a whole JPEG file of an ordinary kind: 8 bit, Huffman code, grey or three channels.
 
-    None for every other file, and for one that ends early: these are for `decode.decode_image`.
+    None for every other file, for one that ends early and for one of over max_pixels: these are for
+    `decode.decode_image`.
     """
     if raw[:2] != b"\xff\xd8":
         return None
     try:
-        return _walk(raw)
+        header = _walk(raw)
     except IndexError:  # ends within the header
         return None
+    if header is None or header.stored[0] * header.stored[1] > max_pixels:
+        return None
+    return header
+
+
+def too_many_scans(raw: bytes) -> bool:
+    """Whether the file holds more than MAX_SCANS: cameras and programs write up to 20 for a picture, and a
+    thousand empty ones, a few bytes each, would keep the decoder busy for minutes."""
+    return raw.count(b"\xff\xda") > MAX_SCANS
 
 
 def _walk(raw: bytes) -> Header | None:
@@ -107,6 +119,8 @@ def _walk(raw: bytes) -> Header | None:
     height = raw[frame + 5] << 8 | raw[frame + 6]
     width = raw[frame + 7] << 8 | raw[frame + 8]
     if precision != 8 or count not in (1, 3) or not height or not width:
+        return None
+    if raw[frame + 1] == 0xC2 and too_many_scans(raw):
         return None
     vertical = [raw[frame + 11 + 3 * one] & 15 for one in range(count)]
     return Header((height, width), _described(raw) if described else 1, frame, 8 * max(vertical))
@@ -144,10 +158,10 @@ def stored_box(header: Header, box: Box, shrink: int = 1) -> Box:
         left = width - left - w
     if shrink == 1:
         return top, left, h, w
-    h, w = max(1, round(h / shrink)), max(1, round(w / shrink))
-    top = min(round(top / shrink), max(0, height // shrink - h))
-    left = min(round(left / shrink), max(0, width // shrink - w))
-    return top, left, h, w
+    # A last row or column of which the picture has only a part is left out.
+    height, width = max(1, height // shrink), max(1, width // shrink)
+    h, w = min(max(1, round(h / shrink)), height), min(max(1, round(w / shrink)), width)
+    return min(round(top / shrink), height - h), min(round(left / shrink), width - w), h, w
 
 
 def decode(
@@ -165,9 +179,11 @@ def decode(
     top, left, h, w = place
     # The rows after the last one needed bear on it where colour has half the rows: one step more.
     rows = (-(-((top + h) * shrink) // header.step) + 1) * header.step
-    data = _shortened(raw, header.frame, rows) if rows < height else raw
     try:
-        array = _decode(data, min(rows, height), width, shrink)
+        if rows < height:
+            array = _decode(_shortened(raw, header.frame, rows), rows, width, shrink, strict=False)
+        else:
+            array = _decode(raw, height, width, shrink, strict=True)
     except Exception:  # ValueError, OSError, SyntaxError, struct.error, ...: the plain path tells
         return None
     down, back, swap = _TURNS[header.orientation]
@@ -183,14 +199,16 @@ def _shortened(raw: bytes, frame: int, rows: int) -> bytearray:
     return data
 
 
-def _decode(raw: bytes | bytearray, height: int, width: int, shrink: int) -> np.ndarray:
-    """The stored picture, height x width, at 1/shrink, rounded up. Exceptions pass through."""
+def _decode(
+    raw: bytes | bytearray, height: int, width: int, shrink: int, strict: bool
+) -> np.ndarray:
+    """The stored picture, height x width, at 1/shrink, rounded up. Exceptions pass through.
+
+    strict: what libjpeg warns of is an error (with Pillow it never is).
+    """
     wanted = (-(-height // shrink), -(-width // shrink), 3)
     if simplejpeg is not None:
-        # Not strict: a shortened picture leaves bytes over, of which libjpeg warns.
-        array: Any = simplejpeg.decode_jpeg(
-            raw, "RGB", min_height=wanted[0], min_width=wanted[1], min_factor=shrink, strict=False
-        )
+        array = _decode_turbo(raw, wanted, shrink, strict)
     else:
         with Image.open(io.BytesIO(raw), formats=("JPEG", "MPO")) as image:
             image.draft("RGB", (width // shrink, height // shrink))
@@ -198,3 +216,24 @@ def _decode(raw: bytes | bytearray, height: int, width: int, shrink: int) -> np.
     if array.shape != wanted:
         raise ValueError(f"decoded to {array.shape} where the header says {wanted}")
     return array
+
+
+def _decode_turbo(
+    raw: bytes | bytearray, wanted: tuple[int, int, int], shrink: int, strict: bool
+) -> np.ndarray:
+    """As `_decode`, by simplejpeg.
+
+    Of a shortened file libjpeg warns, for bytes are left over; and where simplejpeg lets warnings pass
+    it lets an error pass that comes after one. But rows are written from the top: once the last one
+    has been, there was no error.
+    """
+    array = np.empty(wanted, dtype=np.uint8)
+    mark = np.resize(_MARK, wanted[1:])
+    array[-1] = mark
+    found: np.ndarray = simplejpeg.decode_jpeg(
+        raw, "RGB", min_height=wanted[0], min_width=wanted[1], min_factor=shrink, buffer=array,
+        strict=strict,
+    )  # fmt: skip
+    if found.shape == wanted and np.array_equal(found[-1], mark):
+        raise ValueError("the code breaks off")
+    return found

@@ -11,8 +11,9 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
+from cmt_mae.data import jpeg
 from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize, sample_rng
-from cmt_mae.data.decode import BadImage, decode_image
+from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.sources import Source
 from cmt_mae.data.steps import Steps, order
 from cmt_mae.data.workers import TIMEOUT_S, few, iterate
@@ -50,15 +51,17 @@ class CropSettings:
     """Channels of an image."""
     fixed: bool = False
     """The same crop and flip of an image in every epoch (the noise still changes)."""
+    shrink: bool = False
+    """Decode a JPEG at 1/2, 1/4 or 1/8 where its crop is much larger than wanted (`data.jpeg`)."""
 
 
 class Batch(TypedDict):
     """A micro-batch of B samples on the CPU."""
 
     images: torch.Tensor
-    """uint8 (B, C, H, W), not flipped."""
+    """uint8 (B, C, H, W), channels last in memory, not flipped."""
     second: torch.Tensor | None
-    """uint8 (B, C, h, w): the same crops at the second size, not flipped."""
+    """uint8 (B, C, h, w), channels last: the same crops at the second size, not flipped."""
     flip: torch.Tensor
     """bool (B,): which samples the consumer flips left to right (p = 1/2)."""
     noise: torch.Tensor
@@ -72,7 +75,11 @@ class Batch(TypedDict):
 def load_image(source: Source, index: int, channels: int) -> np.ndarray:
     """Image `index` as uint8 (H, W, channels). Raises BadImage; InputError for a pack made with
     other channels."""
-    data = source.read(index)
+    return _pixels(source.read(index), channels)
+
+
+def _pixels(data: bytes | np.ndarray, channels: int) -> np.ndarray:
+    """What a source read as uint8 (H, W, channels)."""
     if isinstance(data, bytes):
         return decode_image(data, channels)
     have = data.shape[2]
@@ -104,10 +111,10 @@ class _Micro:
 
     def _batch(self, epoch: int, indexes: np.ndarray) -> Batch:
         crops, count = self.crops, len(indexes)
-        images = torch.empty((count, crops.channels, *crops.size), dtype=torch.uint8)
+        images = _empty(count, crops.channels, crops.size)
         second = None
         if crops.second_size is not None:
-            second = torch.empty((count, crops.channels, *crops.second_size), dtype=torch.uint8)
+            second = _empty(count, crops.channels, crops.second_size)
         flip = np.empty(count, dtype=bool)
         noise = np.empty((count, self.noise_length), dtype=np.float32)
         used = np.empty(count, dtype=np.int64)
@@ -115,9 +122,7 @@ class _Micro:
         for row, index in enumerate(indexes.tolist()):
             rng = sample_rng(self.seed, NO_EPOCH if crops.fixed else epoch, index)
             flip[row] = rng.random() < 0.5
-            image, used[row] = self._read(rng, index, bad)
-            height, width = image.shape[:2]
-            piece = cut(image, crop_box(rng, height, width, crops.scale, crops.ratio))
+            piece, used[row] = self._read(rng, index, bad)
             images[row] = resize(piece, crops.size)
             if second is not None and crops.second_size is not None:
                 second[row] = resize(piece, crops.second_size)
@@ -136,12 +141,12 @@ class _Micro:
 
     def _read(
         self, rng: np.random.Generator, index: int, bad: list[tuple[int, str, str]]
-    ) -> tuple[np.ndarray, int]:
-        """Image `index`, or in place of a broken one another drawn from the sample's stream."""
+    ) -> tuple[torch.Tensor, int]:
+        """A crop of image `index`, or in place of a broken one of another, drawn by the sample."""
         failed: list[tuple[int, str, str]] = []
         while len(failed) < MAX_REPLACED:
             try:
-                return load_image(self.source, index, self.crops.channels), index
+                return self._crop(rng, index), index
             except BadImage as error:
                 failed.append((index, self.source.name(index), str(error)))
                 bad.append(failed[-1])
@@ -150,6 +155,35 @@ class _Micro:
         raise InputError(
             f"{MAX_REPLACED} images in a row cannot be read ({named}; ...); check the data"
         )
+
+    def _crop(self, rng: np.random.Generator, index: int) -> torch.Tensor:
+        """A random crop of image `index`, (1, C, h, w) uint8, not yet resized. Raises BadImage.
+
+        Both ways draw the same box; the first decodes only what it needs.
+        """
+        crops = self.crops
+        data = self.source.read(index)
+        header = None
+        if isinstance(data, bytes) and crops.channels == 3:
+            header = jpeg.read_header(data, MAX_PIXELS)
+        if isinstance(data, bytes) and header is not None:
+            before = rng.bit_generator.state
+            box = crop_box(rng, *header.size, crops.scale, crops.ratio)
+            sizes = [crops.size] if crops.second_size is None else [crops.size, crops.second_size]
+            shrink = jpeg.choose_shrink(box, sizes) if crops.shrink else 1
+            piece = jpeg.decode(data, header, box, shrink)
+            if piece is not None:
+                return cut(piece, (0, 0, *piece.shape[:2]))
+            rng.bit_generator.state = before  # as if this had not been tried
+        image = _pixels(data, crops.channels)
+        height, width = image.shape[:2]
+        return cut(image, crop_box(rng, height, width, crops.scale, crops.ratio))
+
+
+def _empty(count: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """A batch to be filled, in the layout that `resize` writes."""
+    shape = (count, channels, *size)
+    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
 
 def pretrain_batches(
@@ -215,7 +249,7 @@ class _Centre:
         return few([self.source.name(index) for index in key[:4].tolist()])
 
     def __getitem__(self, indexes: np.ndarray) -> Any:
-        images = torch.empty((len(indexes), self.channels, *self.size), dtype=torch.uint8)
+        images = _empty(len(indexes), self.channels, self.size)
         labels = torch.full((len(indexes),), -1, dtype=torch.int64)
         for row, index in enumerate(indexes.tolist()):
             try:
@@ -249,14 +283,28 @@ def eval_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Centre crops of every image exactly once over all ranks; rank r takes r, r + world, ...
 
-    Yields images uint8 (B, C, H, W), labels int64 (B,) (-1: none) and indexes int64 (B,); the last
-    batch may be smaller, a rank without images yields nothing. timeout_s as in pretrain_batches.
-    Raises InputError naming the first image that cannot be read.
+    Yields images uint8 (B, C, H, W), channels last in memory, labels int64 (B,) (-1: none) and
+    indexes int64 (B,); the last batch may be smaller, a rank without images yields nothing.
+    timeout_s as in pretrain_batches. Raises InputError naming the first image that cannot be read.
     """
     mine = np.arange(rank, len(source), world, dtype=np.int64)
     keys = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     items = _Centre(source, size, channels, resize_ratio)
     yield from iterate(items, lambda done: keys[done:], workers, timeout_s=timeout_s)
+
+
+def readable(source: Source, channels: int, count: int, looked_at: int = 1000) -> list[int]:
+    """The first `count` images of a source that can be read, out of its first `looked_at`."""
+    found: list[int] = []
+    for index in range(min(len(source), looked_at)):
+        if len(found) == count:
+            break
+        try:
+            load_image(source, index, channels)
+        except BadImage:
+            continue
+        found.append(index)
+    return found
 
 
 def channel_stats(
