@@ -145,7 +145,9 @@ def normalise(images: Tensor, backbone: Backbone) -> Tensor:
     """uint8 images (B, C, H, W) as the backbone wants them: (x / 255 - mean) / std, float32."""
     mean = torch.tensor(backbone.mean, device=images.device).view(1, -1, 1, 1)
     std = torch.tensor(backbone.std, device=images.device).view(1, -1, 1, 1)
-    return (images.float() / 255 - mean) / std
+    # The loader's batches are channels last in memory, the networks want planes.
+    planes = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return (planes / 255 - mean) / std
 
 
 def pool_parts(pool: str, backbone: Backbone) -> list[str]:

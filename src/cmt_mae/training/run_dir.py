@@ -28,7 +28,9 @@ from cmt_mae.training.files import (
 )
 from cmt_mae.training.lock import Lock
 
-LIBRARIES = ("cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+LIBRARIES = (
+    "cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg",
+)  # fmt: skip
 
 
 class RunDir:
