@@ -17,9 +17,9 @@ import hypothesis
 import yaml
 from hypothesis import strategies as st
 
-from benchmarks.faults import small
 from benchmarks.faults.calling import Outcome, call, call_forked, fault_in, in_fork, inside
 from benchmarks.faults.campaign import Options, Verdict
+from benchmarks.faults.tiny import prepare
 from cmt_mae.cli import COMMANDS, EVALUATIONS
 from cmt_mae.evaluate.result import Result
 from cmt_mae.parsing import make_parser, types_of
@@ -105,7 +105,15 @@ ODD = st.sampled_from(
 NUMBER = st.one_of(st.integers(), st.integers(-3, 300), st.floats(), st.floats(-2, 2)).map(str)
 SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT)
 TREE = st.recursive(SCALAR, lambda c: st.lists(c, max_size=3) | st.dictionaries(TEXT, c, max_size=3), max_leaves=8)
+WORD = st.sampled_from(
+    ["cpu", "auto", "mean", "cls", "random", "none", "momentum", "embedded", "teacher", "quick"]
+)
 VALUE = st.one_of(ODD, NUMBER, TEXT, TREE.map(lambda t: json.dumps(t)))
+
+
+def listed(values: list[str]) -> str:
+    """A list as a word of the command line."""
+    return f"[{', '.join(values)}]"
 
 
 def mangled(name: str, how: int) -> str:
@@ -113,13 +121,15 @@ def mangled(name: str, how: int) -> str:
     return [name + "x", name[:-1], name.upper(), name + ".deeper", "." + name, name + "+", name[1:]][how % 7]
 
 
-def names_of(command: str) -> list[str]:
-    """All settings of a command, sections included, but for places."""
+def settings_of(command: str) -> dict[str, Any]:
+    """Type of all settings of a command, sections included, but for places."""
     module, settings, _ = {**COMMANDS, **EVALUATIONS}[command]
-    return sorted(set(types_of(make_parser("", getattr(import_module(module), settings)))) - PLACES - {"help"})
+    found = types_of(make_parser("", getattr(import_module(module), settings)))
+    return {name: kind for name, kind in sorted(found.items()) if name not in PLACES and name != "help"}
 
 
-COMMAND_NAMES = {name: names_of(name) for name in (*COMMANDS, *EVALUATIONS)}
+TYPES = {name: settings_of(name) for name in (*COMMANDS, *EVALUATIONS)}
+COMMAND_NAMES = {name: list(types) for name, types in TYPES.items()}
 
 
 def start_of(command: str) -> list[str]:
@@ -253,7 +263,11 @@ def case_of_work(files: "Files", tally: Tally) -> Callable[[st.DataObject], None
         words = list(started[command])
         for _ in range(data.draw(st.integers(1, 2))):
             name = data.draw(st.sampled_from(COMMAND_NAMES[command]))
-            words.append(f"--{name}={data.draw(ODD | NUMBER)}")
+            kind = str(TYPES[command][name])
+            right = WORD if "str" in kind or "Literal" in kind else st.sampled_from(["true", "false"])
+            right = NUMBER if "int" in kind or "float" in kind else right
+            right = st.lists(right, max_size=3).map(listed) if "list" in kind or "tuple" in kind else right
+            words.append(f"--{name}={data.draw(ODD if data.draw(st.integers(0, 3)) == 0 else right)}")
         tally.note("work", words, call_forked(words, Path(), limit_s=60))
 
     return case
@@ -300,14 +314,11 @@ class Files:
     """What the cases read: images, a teacher, a finished run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "files"
-        self.images, self.teacher = self.folder / "packed", self.folder / "teacher.safetensors"
-        self.run = self.folder / "run"
+        self.tiny = prepare(folder / "files")
+        self.images, self.run = Path(self.tiny.packed), folder / "files" / "run"
 
     def write(self) -> None:
-        """Make them; takes about a second."""
-        small.write_images(self.folder)
-        small.write_teacher(self.teacher)
+        """Make the run; takes about a second."""
         outcome = call(self.words(str(self.run)), limit_s=100)
         if outcome.status != 0:
             raise RuntimeError(outcome.err)
@@ -315,8 +326,8 @@ class Files:
 
     def words(self, out: str) -> list[str]:
         """A pre-training of two steps."""
-        return small.words(
-            small.settings(Path(out), self.images, self.teacher, epochs=0.4, optim__warmup_epochs=0.1)
+        return self.tiny.pretrain(
+            self.tiny.packed, Path(out), "--epochs=0.4", "--optim.warmup_epochs=0.1", "--runtime.log_every=1"
         )
 
     def result(self) -> Result:

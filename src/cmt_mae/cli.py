@@ -107,7 +107,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in name
         for name in names
-        for sign in ("OutOfMemoryError", "not enough memory", "out of memory")
+        for sign in ("OutOfMemoryError", "not enough memory", "out of memory", "allocate memory")
     )
 
 

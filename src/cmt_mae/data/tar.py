@@ -20,7 +20,7 @@ import numpy as np
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
 from cmt_mae.data.folder import MAX_BYTES, Names, fingerprint_of
 from cmt_mae.errors import InputError
-from cmt_mae.text import one_line
+from cmt_mae.text import one_line, printable
 
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _LABEL_BYTES = 2**20  # a label file above this is not a label
@@ -181,7 +181,8 @@ def _check_end(shard: str, file: BinaryIO, offset: int) -> None:
         raise tarfile.ReadError(f"no valid header at byte {offset}")
     if file.tell() == offset:
         logging.getLogger(__name__).warning(
-            "%s: does not end with zeros as tar files do; if it was cut, images are missing", shard
+            "%s: does not end with zeros as tar files do; if it was cut, images are missing",
+            printable(shard),
         )
     while block := file.read(2**20):
         if block.strip(b"\0"):

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cmt_mae.errors import InputError
+from cmt_mae.text import printable
 
 TIMEOUT_S = 300.0
 """Default time limit of a worker's answer: below the 10 minutes after which NCCL gives a process up."""
@@ -76,7 +77,7 @@ def iterate(
             what = f"{error} (it was to read {items.describe(next(iter(keys_from(done))))})"
             if failures > MAX_RESTARTS:
                 raise InputError(f"{failures} times in a row: {what}") from None
-            logging.getLogger(__name__).warning("%s; the workers are started again", what)
+            logging.getLogger(__name__).warning("%s; the workers are started again", printable(what))
         finally:
             found.close()
 

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_atomically
 
 NAMED = 40  # classes up to which each row is named
@@ -46,8 +47,8 @@ def confusion_picture(
     matrix.set_xlabel("prediction")
     matrix.set_ylabel("truth")
     if k <= NAMED:
-        matrix.set_xticks(range(k), names, rotation=90, fontsize=8)
-        matrix.set_yticks(range(k), names, fontsize=8)
+        matrix.set_xticks(range(k), names, rotation=90, fontsize=8, parse_math=False)
+        matrix.set_yticks(range(k), names, fontsize=8, parse_math=False)
     if k <= NUMBERED:
         for row in range(k):
             for column in range(k):
@@ -57,7 +58,7 @@ def confusion_picture(
                 )  # fmt: skip
     figure.colorbar(drawn, ax=matrix, shrink=0.7, pad=0.02, label="share of the row")
     _draw_mistakes(bars, confusion, names, mistakes)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
     write_atomically(
         path, lambda aside: figure.savefig(aside, format="png", dpi=110, bbox_inches="tight")
     )
@@ -76,14 +77,14 @@ def _draw_mistakes(axis: Axes, confusion: Tensor, names: list[str], count: int) 
         total = int(confusion[truth].sum())
         axis.barh(place, n, height=0.3, color="tab:red", alpha=0.75)
         text = f"{names[truth]} taken for {names[prediction]}"
-        axis.text(0, place - 0.24, text, fontsize=8, va="bottom")
+        axis.text(0, place - 0.24, text, fontsize=8, va="bottom", parse_math=False)
         axis.text(n + 0.02 * highest, place, f"{n} of {total}", fontsize=8, va="center")
     axis.set_xlim(-0.02 * highest, 1.35 * highest)
     axis.set_ylim(max(count, 1) - 0.4, -0.9)
 
 
 def _short(name: str) -> str:
-    """A class name that fits; ``$`` would begin a formula."""
+    """A class name that fits."""
     half = (LONGEST - 1) // 2
-    text = name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
-    return text.replace("$", r"\$")
+    name = printable(name)
+    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"

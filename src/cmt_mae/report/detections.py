@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cmt_mae.data.coco import CocoSplit, mask_of
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_atomically
 
 SHOWN_SCORE = 0.3
@@ -63,9 +64,9 @@ def detection_picture(
             for box, mask in found[:MOST_SHOWN]
         ]
         _draw(right, image, answers, split)
-        left.set_title(f"{split.names[index]}: {len(truth)} there", fontsize=8)
+        left.set_title(f"{printable(split.names[index])}: {len(truth)} there", fontsize=8, parse_math=False)
         right.set_title(f"{len(found)} found with score {SHOWN_SCORE} or more", fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
 
 
@@ -85,11 +86,11 @@ def _draw(axis: Any, image: np.ndarray, objects: list[Any], split: CocoSplit) ->
                 hatch="//" if heap else None,
             )
         )  # fmt: skip
-        name = split.classes[split.category_ids.index(record["category_id"])]
+        name = printable(split.classes[split.category_ids.index(record["category_id"])])
         text = name + (" (heap)" if heap else "") + ("" if score is None else f" {score:.2f}")
         axis.text(
             max(0.0, x), max(0.0, y), text, fontsize=6, color="white", va="bottom", clip_on=True,
-            bbox={"facecolor": colour, "alpha": 0.8, "pad": 0.8, "linewidth": 0},
+            parse_math=False, bbox={"facecolor": colour, "alpha": 0.8, "pad": 0.8, "linewidth": 0},
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_atomically
 
 NAMES = {"teacher": "teacher $A_t$", "momentum": "student $A_s$", "collab": "both $A_c$"}
@@ -54,7 +55,7 @@ def attention_picture(
     if drawn is not None:
         bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.01)
         bar.set_label("attention / uniform", fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_atomically
 
 NAMES_SHOWN = 20
@@ -72,12 +73,14 @@ def segmentation_picture(
     largest = [int(k) for k in np.argsort(-counts, kind="stable")[:NAMES_SHOWN] if counts[k]]
     handles = [Patch(color=colours[k], label=_short(classes[k])) for k in largest]
     handles.append(Patch(color=UNLABELLED, label="unlabelled"))
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=11)
+    legend = figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a class's name begins no formula
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
 
 
 def _short(name: str) -> str:
     """The first of several names of a class, at most 18 letters."""
-    first = name.replace(";", ",").split(",")[0].strip()
+    first = printable(name).replace(";", ",").split(",")[0].strip()
     return first if len(first) <= 18 else first[:17] + "…"

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from cmt_mae.errors import InputError
+from cmt_mae.text import printable
 from cmt_mae.training.files import sha256, write_atomically, write_text, writing
 
 NAME = re.compile(r"step_(\d{8,})\.pt")
@@ -114,7 +115,7 @@ def load_last(folder: Path) -> dict[str, Any] | None:
         try:
             return load_checkpoint(path)
         except DamagedError as error:
-            print(f"warning: {error}; falling back to the one before", file=sys.stderr)
+            print(f"warning: {printable(str(error))}; falling back to the one before", file=sys.stderr)
     if any(NAME.fullmatch(p.name) for p in folder.glob("step_*.pt")):
         raise InputError(
             f"no checkpoint in {folder} is whole with its .sha256 file beside it: bring one back from a copy, or "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_mae.errors import InputError
+from cmt_mae.text import printable
 from cmt_mae.training.files import is_alive, writing
 
 OWNER = re.compile(r"pid (\d+) on (\S+) \(started at tick (\d*)\)")
@@ -43,7 +44,10 @@ class Lock:
     def take(self) -> None:
         """Make this process the owner. Raises InputError while there is another, or on a full disk."""
         with writing(self.path):
-            self._file = open(self.path, "a+", errors="replace")  # noqa: SIM115 (held until the run ends)
+            # not through a link: its target would be emptied
+            self._file = open(  # noqa: SIM115 (held until the run ends)
+                self.path, "a+", errors="replace", opener=no_link
+            )
             self._file.seek(0)
             before = self._file.read().strip()
         _open_locks.add(self._file)
@@ -58,7 +62,8 @@ class Lock:
             known = OWNER.match(before)
             if known and known[2] != socket.gethostname():
                 print(
-                    f"warning: {self.path} names {before}, which did not say that it ended, but holds no lock: "
+                    f"warning: {printable(f'{self.path} names {before}')}, which did not say that it ended, "
+                    "but holds no lock: "
                     "taken as dead; if it does run (file systems may lock on one machine only), it will stop "
                     "before its next checkpoint",
                     file=sys.stderr,
@@ -101,6 +106,13 @@ class Lock:
         _open_locks.discard(self._file)
         self._file.close()
         self._file = None
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener that refuses symbolic links: a run directory may come from somebody else."""
+    if os.path.islink(path):
+        raise OSError(None, "it is a symbolic link; remove it")
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def name_of(process: int) -> str:

@@ -26,7 +26,7 @@ from cmt_mae.training.files import (
     write_text,
     writing,
 )
-from cmt_mae.training.lock import Lock
+from cmt_mae.training.lock import Lock, no_link
 
 LIBRARIES = (
     "cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg",
@@ -105,9 +105,12 @@ class RunDir:
             raise InputError(
                 f"{path} cannot be read: {error.strerror}; make it readable"
             ) from error
-        except ValueError:
+        except (ValueError, RecursionError):
             facts = None
-        if not isinstance(facts, dict):
+        kinds = {"starts": list, "data": dict, "backbone": dict}  # what is read from it
+        if not isinstance(facts, dict) or not all(
+            isinstance(facts.get(part, kind()), kind) for part, kind in kinds.items()
+        ):
             raise InputError(
                 f"{path} is damaged: bring it back from a copy, or delete it (data and backbone are then "
                 "not compared with those of the start)"
@@ -123,7 +126,7 @@ class RunDir:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        with writing(path), open(path, "a", encoding="utf-8") as file:
+        with writing(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(row) + "\n")
 
     def settle(self) -> None:
@@ -170,9 +173,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(row)
     return rows
 

@@ -15,6 +15,7 @@ from cmt_mae.data.davis import VideoSequence, read_frame, read_mask
 from cmt_mae.data.scenes.video import palette
 from cmt_mae.evaluate.video.metrics import outlines
 from cmt_mae.evaluate.video.sequence import Followed, Shelf
+from cmt_mae.text import printable
 from cmt_mae.training.files import write_atomically
 
 Row = tuple[str, list[NDArray[np.uint8] | None]]
@@ -59,7 +60,7 @@ def draw_strips(
 def short(name: str) -> str:
     """A backbone's name that fits beside a row: no folder or suffix, lines of 18, three at most."""
     lines = [""]
-    for part in re.split(r"(?<=[_.-])", Path(name).name.removesuffix(".safetensors")):
+    for part in re.split(r"(?<=[_.-])", printable(Path(name).name).removesuffix(".safetensors")):
         if lines[-1] and len(lines[-1]) + len(part) > 18:
             lines.append("")
         lines[-1] += part
@@ -84,7 +85,9 @@ def draw_strip(
             axis.imshow(frame if mask is None else painted(frame, mask), interpolation="lanczos")
             axis.set_xticks([])
             axis.set_yticks([])
-        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
+        line[0].set_ylabel(
+            name, fontsize=8, rotation=0, ha="right", va="center", labelpad=6, parse_math=False
+        )
     for number, axis in zip(numbers, axes[0], strict=True):
         axis.set_title(f"frame {number}", fontsize=8)
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
