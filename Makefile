@@ -5,14 +5,22 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?=
 DEMO ?= runs/demo
+# HASHED=1: every package must have the checksum in constraints-hashed.txt (Linux, x86-64, Python 3.11)
+HASHED ?=
+TOOLS := $(VENV)-tools
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean sbom audit
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt constraints-hashed.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+ifdef HASHED
+	$(BIN)/python -m pip install --quiet --require-hashes -r constraints-hashed.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+else
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+endif
 	touch $@
 
 demo: $(READY)
@@ -25,5 +33,20 @@ lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 
+# dist/cmt-mae.cdx.json: bill of materials (CycloneDX) of the environment that the tests run in
+sbom: $(READY) $(TOOLS)/.ready
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --mc-type library \
+	  --output-reproducible --of JSON -o dist/cmt-mae.cdx.json
+
+# known advisories of the pinned packages; needs the network, so it is no part of `make test`
+audit: $(TOOLS)/.ready
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip -r constraints-hashed.txt
+
+$(TOOLS)/.ready: Makefile
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache

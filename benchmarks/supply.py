@@ -1,6 +1,6 @@
 """What this project is made of: hashes of all pinned packages, and everybody's licence.
 
-    python -m benchmarks.supply hashes      # constraints.txt -> constraints-hashed.txt (asks the package index)
+    python -m benchmarks.supply hashes      # constraints.txt -> constraints-hashed.txt, from the package index
     python -m benchmarks.supply licences    # metadata of the installed packages, timm -> docs/licences.md
 
 The hashes are for Linux, x86-64, CPython 3.11, as the index states them: nothing is downloaded where the index
@@ -62,7 +62,7 @@ def pinned() -> dict[str, str]:
     """Name -> version, as constraints.txt has them."""
     lines = [line.strip() for line in CONSTRAINTS.read_text().splitlines()]
     pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
-    return {name: version for name, version in pairs}
+    return {name: version for name, version in pairs}  # noqa: C416 (pairs are lists)
 
 
 def canonical(name: str) -> str:
@@ -103,8 +103,8 @@ def licences() -> str:
         "",
         "As timm states them for the weights (`timm.get_pretrained_cfg(NAME).license`); the publisher's own text",
         "is what counts. A licence may bind what is learnt from the weights: cc-by-nc-4.0 forbids commercial use,",
-        "and dinov3-license has terms of its own. `cmt-mae pretrain` and `cmt-mae export` print the licence of the",
-        "teacher in use.",
+        "and dinov3-license has terms of its own. `cmt-mae pretrain` and `cmt-mae export` print that of",
+        "the teacher in use.",
         "",
         "| teacher | licence of its weights |",
         "| --- | --- |",
