@@ -1,0 +1,527 @@
+"""Numbers that are not finite or say nothing: named, skipped on every process alike, and the run survives.
+
+The faults are placed in forks of this process, which then runs the command (see tiny.py). What is computed
+here itself (attention at extreme activations) is in attention_extremes.py, a process of its own.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.faults import tiny
+from benchmarks.faults.campaign import Options, Verdict
+from benchmarks.faults.sameness import differences
+from cmt_mae.method import cmtmae
+from cmt_mae.method.decoder import Decoder
+from cmt_mae.stepping import Stepper
+from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.training.collapse import limit_of, signs
+
+PLAIN = ["--student.drop_path=0", "--runtime.log_every=1"]
+AT = 13
+"""Step (from 1) at which a fault is put: in stage two, where every part there is takes part."""
+STEPS = 20
+VALUES = (math.nan, math.inf, -math.inf)
+HEALTHY = Path(__file__).with_name("healthy_runs.json")
+"""Metrics of the demo's two runs (2000 scenes, 310 steps), recorded."""
+
+Now = Callable[[], bool]
+"""Whether this is the moment (and the process) for the fault."""
+
+
+def poison(tensor: Tensor, value: float) -> Tensor:
+    """A copy in which one number is spoilt."""
+    spoilt = tensor.clone()
+    spoilt.view(-1)[spoilt.numel() // 2] = value
+    return spoilt
+
+
+def poison_image(now: Now, value: float) -> None:
+    """One pixel of one image, as the device sees it."""
+    real = Stepper.to_device
+
+    def to_device(self: Stepper, batch: Any) -> Any:
+        images, second = real(self, batch)
+        return (poison(images, value), second) if now() else (images, second)
+
+    Stepper.to_device = to_device  # type: ignore[method-assign]
+
+
+def poison_guide(which: str) -> Callable[[Now, float], None]:
+    """One number of the target features of teacher or momentum student."""
+
+    def place(now: Now, value: float) -> None:
+        real = cmtmae.Looks.features
+
+        def features(self: Any, name: str, *args: Any) -> Tensor:
+            made = real(self, name, *args)
+            return poison(made, value) if name == which and now() else made
+
+        cmtmae.Looks.features = features  # type: ignore[method-assign]
+
+    return place
+
+
+def poison_student(now: Now, value: float) -> None:
+    """One number of the student's latents."""
+    real = cmtmae.encode_visible
+
+    def encode(*args: Any) -> Tensor:
+        made = real(*args)
+        return poison(made, value) if now() else made
+
+    cmtmae.encode_visible = encode
+
+
+def poison_decoder(now: Now, value: float) -> None:
+    """One number that leaves the decoder."""
+    real = Decoder.forward
+
+    def forward(self: Decoder, *args: Any, **more: Any) -> Tensor:
+        made = real(self, *args, **more)
+        return poison(made, value) if now() else made
+
+    Decoder.forward = forward  # type: ignore[method-assign]
+
+
+def poison_head(now: Now, value: float) -> None:
+    """One number that the momentum student's head predicts."""
+    real = cmtmae.Learner.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        real(self, *args)
+        self.heads["momentum"].register_forward_hook(
+            lambda _, __, made: poison(made, value) if now() else made
+        )
+
+    cmtmae.Learner.__init__ = init  # type: ignore[method-assign]
+
+
+POISONED_GRADIENT = "student.blocks.1.mlp.fc1.weight"
+
+
+def poison_gradient(now: Now, value: float) -> None:
+    """One number of one parameter's gradient, in the backward pass."""
+    real = cmtmae.Learner.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        real(self, *args)
+        parameter = self.get_parameter(POISONED_GRADIENT)
+        parameter.register_hook(lambda grad: poison(grad, value) if now() else grad)
+
+    cmtmae.Learner.__init__ = init  # type: ignore[method-assign]
+
+
+PLACES: dict[str, tuple[Callable[[Now, float], None], str]] = {
+    "image": (poison_image, "image"),
+    "teacher output": (poison_guide("teacher"), "teacher"),
+    "momentum output": (poison_guide("momentum"), "momentum student"),
+    "student": (poison_student, "student"),
+    "decoder": (poison_decoder, "decoder"),
+    "head": (poison_head, "head"),
+    "gradient": (poison_gradient, f"gradient of {POISONED_GRADIENT}"),
+}
+"""Where a number is spoilt -> (how, the words in which the warning must name it)."""
+
+
+def campaign(options: Options) -> Verdict:
+    """All of it."""
+    verdict = Verdict(
+        "A number that is not finite costs the steps that saw it and no more, on every process alike, and its "
+        "first part is named; collapse is told; the same seed gives the same bits"
+    )
+    work = tiny.prepare(options.folder / "data_")
+    spoilt_once(options, work, verdict)
+    if not options.quick:
+        spoilt_for_good(options, work, verdict)
+    spoilt_weights(options, work, verdict)
+    dull_data(options, work, verdict)
+    collapses(options, work, verdict)
+    same_bits(options, work, verdict)
+    extremes(options, verdict)
+    return verdict
+
+
+def moment(first: int, last: int, rank: int, hurt: int | None) -> Now:
+    """True in steps first..last (from 1) on process ``hurt`` (None: on all)."""
+    step = [0]
+    real = Stepper.step
+
+    def counting(self: Stepper, batches: Any, number: int) -> Any:
+        step[0] = number + 1
+        return real(self, batches, number)
+
+    Stepper.step = counting  # type: ignore[method-assign]
+    return lambda: first <= step[0] <= last and hurt in (None, rank)
+
+
+def learner_hash(out: Path, rank: int) -> None:
+    """Every process leaves the sum of its weights behind, exactly, for comparison."""
+    from cmt_mae.pretraining import Training
+
+    real = Training.run_to_the_end
+
+    def run(self: Training) -> Any:
+        last = real(self)
+        numbers = [
+            p.detach().double().sum().item().hex() for p in self.stepper.learner.parameters()
+        ]
+        (out.parent / f"{out.name}.weights{rank}").write_text(" ".join(numbers))
+        return last
+
+    Training.run_to_the_end = run  # type: ignore[method-assign]
+
+
+def spoilt_once(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
+    """One step sees the fault; the run goes on without it."""
+    values = VALUES[:1] if options.quick else VALUES
+    cases = [(p, v, None, 1) for p in PLACES for v in values]
+    cases += [(p, v, 1, 2) for p in PLACES for v in values]  # on process 1; process 0 speaks of it
+    if options.quick:
+        cases = [cases[-1]]
+    counts: Counter[str] = Counter()
+    for number, (place, value, hurt, processes) in enumerate(cases):
+        out = options.folder / f"once{number}"
+
+        def inject(rank: int, place: str = place, value: float = value, hurt: int | None = hurt,
+                   out: Path = out) -> None:  # fmt: skip
+            PLACES[place][0](moment(AT, AT, rank, hurt), value)
+            learner_hash(out, rank)
+
+        launch = tiny.Launch(
+            work.pretrain(work.packed, out, *PLAIN), out.with_suffix(".log"), processes, prepare=inject
+        ).start()  # fmt: skip
+        case = f"{value} in {place}, process {hurt} of {processes}"
+        broken = judge_once(launch.finish(), launch.said(), out, PLACES[place][1], processes)
+        verdict.failures += [f"{case}: {what}" for what in broken]
+        verdict.trials += 1
+        counts[f"{place}, {processes} process(es)"] += 1
+        tiny.remove(out)
+    verdict.figures["one step spoilt: trials by place"] = dict(counts)
+
+
+def judge_once(statuses: list[int], said: str, out: Path, part: str, processes: int) -> list[str]:
+    """What is wrong with a run of which one step was spoilt."""
+    if any(statuses):
+        return [f"exit {statuses}: {said.splitlines()[-1:]}"]
+    broken = []
+    if not re.search(
+        rf"1 step\(s\) .* skipped, not finite: first {re.escape(part)} at step {AT} ", said
+    ):
+        named = [line for line in said.splitlines() if "not finite" in line]
+        broken.append(f"'{part} at step {AT}' is not named: {named}")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    skipped = {row["step"]: row["skipped_steps"] for row in rows if row["skipped_steps"]}
+    if skipped != {AT: 1} or len(rows) != STEPS:
+        broken.append(f"{len(rows)} rows, skipped {skipped}")
+    state = load_checkpoint(list_checkpoints(out / "checkpoints")[-1])
+    taken = {int(entry["step"]) for entry in state["optimizer"]["state"].values()}
+    if max(taken) != STEPS - 1:
+        broken.append(f"the optimizer counts {max(taken)} steps")
+    if not all(
+        torch.isfinite(t).all() for part in ("learner", "momentum") for t in state[part].values()
+    ):
+        broken.append("weights that are not finite")
+    hashes = {out.with_name(f"{out.name}.weights{rank}").read_text() for rank in range(processes)}
+    if len(hashes) != 1:
+        broken.append("the processes' weights differ")
+    return broken
+
+
+def spoilt_for_good(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
+    """Every step from one on: the run stops with a good checkpoint and, mended, ends as if nothing had been."""
+    counts = 0
+    for place in ("image", "teacher output", "gradient"):
+        for processes, hurt in ((1, None), (2, 1)):
+            out = options.folder / f"good_{place.replace(' ', '_')}{processes}"
+            words = work.pretrain(work.packed, out, *PLAIN, "--runtime.max_nonfinite=4")
+
+            def inject(rank: int, place: str = place, hurt: int | None = hurt) -> None:
+                PLACES[place][0](moment(AT, STEPS, rank, hurt), math.nan)
+
+            launch = tiny.Launch(words, out.with_suffix(".log"), processes, prepare=inject).start()
+            statuses, said = launch.finish(), launch.said()
+            case = f"nan in {place} from step {AT} on, {processes} process(es)"
+            line = f"4 steps in a row up to step {AT + 3} .*first: {re.escape(PLACES[place][1])} at step {AT + 3} "
+            if set(statuses) != {2} or not re.search(line, said):
+                verdict.failures.append(f"{case}: exit {statuses}, {said.splitlines()[-1:]}")
+            state = load_checkpoint(list_checkpoints(out / "checkpoints")[-1])
+            if not all(torch.isfinite(t).all() for t in state["learner"].values()):
+                verdict.failures.append(f"{case}: the last checkpoint is not finite")
+            if max(int(e["step"]) for e in state["optimizer"]["state"].values()) > AT - 1:
+                verdict.failures.append(f"{case}: a spoilt step was taken")
+            counts += 1
+            tiny.remove(out)
+    verdict.trials += counts
+    verdict.figures["steps spoilt until the run stops"] = counts
+
+
+def spoilt_weights(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
+    """A weight that turns to nan in memory is named, never saved, and the run goes on from before it."""
+    whole = options.folder / "whole" / "run"
+    if not options.quick:
+        words = work.pretrain(work.packed, whole, *PLAIN, "--runtime.max_nonfinite=30")
+        tiny.Launch(words, options.folder / "whole.log").start().finish()
+    names = ["student.blocks.0.attn.qkv.weight", "decoder.mask_token", "heads.teacher.bias"]
+    cases = [(name, 1, None) for name in names] + [(name, 2, 1) for name in names]
+    for name, processes, hurt in cases[:1] if options.quick else cases:
+        out = options.folder / f"weight{processes}_{name}" / "run"
+
+        def inject(rank: int, name: str = name, hurt: int | None = hurt) -> None:
+            now = moment(AT, AT, rank, hurt)
+            real = Stepper.loss
+
+            def loss(self: Stepper, batch: Any, step: int) -> Tensor:
+                if now():
+                    with torch.no_grad():
+                        self.learner.get_parameter(name).view(-1)[0] = math.nan
+                return real(self, batch, step)
+
+            Stepper.loss = loss  # type: ignore[method-assign]
+
+        words = work.pretrain(work.packed, out, *PLAIN, "--runtime.max_nonfinite=30")
+        launch = tiny.Launch(words, out.with_suffix(".log"), processes, prepare=inject).start()
+        statuses, said = launch.finish(), launch.said()
+        case = f"weight {name}, {processes} process(es)"
+        if (
+            set(statuses) != {2}
+            or f"weight learner.{name}" not in said
+            or "no checkpoint was" not in said
+        ):
+            verdict.failures.append(f"{case}: exit {statuses}, {said.splitlines()[-3:]}")
+        again = tiny.Launch(words, out.with_suffix(".log"), processes).start()
+        if any(again.finish()):
+            verdict.failures.append(f"{case}: does not go on: {again.said().splitlines()[-1:]}")
+        elif processes == 1 and not options.quick:
+            found = [d for d in differences(whole, out) if "config.yaml" not in d]
+            verdict.failures += [f"{case}: after it, {what}" for what in found[:3]]
+        verdict.trials += 1
+        tiny.remove(out)
+    verdict.figures["weights spoilt in memory"] = len(cases[:1] if options.quick else cases)
+
+
+METHODS = {
+    "cmt": [],
+    "mae": ["--mask.rule=random", "--target.source=pixel", "--target.norm=mae"],
+    "hog": ["--mask.rule=random", "--target.source=hog", "--target.norm=none"],
+    "teacher": ["--mask.source=teacher", "--target.source=teacher"],
+    "momentum": ["--mask.source=momentum", "--target.source=momentum", "--stage1_epochs=0"],
+}  # fmt: skip
+
+
+def dull_data(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
+    """Constant images, images of one colour each, batches of one: finite, nothing skipped."""
+    black, plain = options.folder / "black", options.folder / "one_colour"
+    for folder in (black, plain):
+        (folder / "train" / "a").mkdir(parents=True)
+    rng = np.random.default_rng(options.seed)
+    for number in range(40):
+        colours = (np.zeros(3), rng.integers(0, 256, 3))
+        for folder, colour in zip((black, plain), colours, strict=True):
+            picture = np.broadcast_to(colour.astype(np.uint8), (40, 40, 3))
+            Image.fromarray(np.ascontiguousarray(picture)).save(
+                folder / "train/a" / f"{number}.png"
+            )
+    kinds = {
+        "black": (black, 8),
+        "one colour each": (plain, 8),
+        "batches of one": (Path(work.packed), 1),
+    }
+    counts = 0
+    for kind, (data, batch) in kinds.items():
+        if options.quick and batch != 1:
+            continue
+        for method, more in list(METHODS.items())[: 1 if options.quick else None]:
+            for precision in ("fp32", "bf16")[: 1 if options.quick else 2]:
+                out = options.folder / f"dull{counts}"
+                short = [f"--batch_size={batch}", f"--precision={precision}"]
+                short += ["--epochs=0.5"] if batch == 1 else []
+                words = work.pretrain(str(data), out, *PLAIN, *short, *more)
+                launch = tiny.Launch(words, out.with_suffix(".log")).start()
+                statuses, case = launch.finish(), f"{kind}, {method}, {precision}"
+                if any(statuses):
+                    verdict.failures.append(f"{case}: {launch.said().splitlines()[-1:]}")
+                    continue
+                if "not finite" in launch.said():
+                    verdict.failures.append(f"{case}: {launch.said().splitlines()[-1:]}")
+                text = (out / "metrics.jsonl").read_text()
+                if "NaN" in text or "Infinity" in text:
+                    verdict.failures.append(f"{case}: metrics that are not finite")
+                counts += 1
+                tiny.remove(out)
+    verdict.trials += counts
+    verdict.figures["runs on constant images, one-colour images, batches of one"] = counts
+
+
+def constant_teacher(_: int) -> None:
+    """A teacher whose features are the same for all images and places."""
+    real = cmtmae.Looks.features
+
+    def features(self: Any, name: str, *args: Any) -> Tensor:
+        made = real(self, name, *args)
+        return torch.ones_like(made) if name == "teacher" else made
+
+    cmtmae.Looks.features = features  # type: ignore[method-assign]
+
+
+def one_line_teacher(_: int) -> None:
+    """Features that differ, but all along one direction."""
+    real = cmtmae.Looks.features
+
+    def features(self: Any, name: str, *args: Any) -> Tensor:
+        made = real(self, name, *args)
+        return made[..., :1] * torch.ones_like(made) if name == "teacher" else made
+
+    cmtmae.Looks.features = features  # type: ignore[method-assign]
+
+
+def one_patch_attention(_: int) -> None:
+    """A teacher that looks at one patch alone."""
+    real = cmtmae.Looks.attention
+
+    def attention(self: Any, name: str, heads: str) -> tuple[Tensor, Tensor]:
+        raw, mass = real(self, name, heads)
+        sharp = torch.zeros_like(raw)
+        sharp[:, 3] = 1.0
+        return (sharp, mass) if name == "teacher" else (raw, mass)
+
+    cmtmae.Looks.attention = attention  # type: ignore[method-assign]
+
+
+def nothing(_: int) -> None:
+    """No fault: the settings alone do it."""
+
+
+# A student that predicts its own copy of the step before, unnormalised: a constant is the easiest answer.
+SELF = [*METHODS["momentum"], "--target.norm=none", "--momentum.start=0", "--momentum.end=0",
+        "--momentum.schedule=constant", "--optim.weight_decay=3", "--optim.blr=1", "--epochs=60"]  # fmt: skip
+COLLAPSES: dict[str, tuple[Callable[[int], None], list[str], str]] = {
+    "constant teacher": (constant_teacher, [], "spread_target_teacher"),
+    "teacher on one line": (one_line_teacher, [], "rank_target_teacher"),
+    "attention on one patch": (one_patch_attention, [], "entropy_teacher"),
+    "student that teaches itself": (nothing, SELF, "spread_target_momentum"),
+}
+"""What is done -> (how, with which settings, the number that must sound)."""
+
+
+def collapses(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
+    """Alarms sound where there is collapse, and in no healthy run."""
+    for name, (how, more, number) in COLLAPSES.items():
+        if options.quick and name != "constant teacher":
+            continue
+        out = options.folder / f"collapse_{number}"
+        words = work.pretrain(work.packed, out, *PLAIN, *more)
+        launch = tiny.Launch(words, out.with_suffix(".log"), prepare=how).start()
+        statuses, said = launch.finish(), launch.said()
+        told = [
+            line for line in said.splitlines() if "signs of collapse" in line and number in line
+        ]
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        recorded = sum(row["collapse_signs"] > 0 for row in rows)
+        if any(statuses) or not told or not recorded:
+            verdict.failures.append(f"{name}: exit {statuses}, told {told[:1]}, {recorded} rows")
+        verdict.figures[f"alarm of: {name}"] = told[0] if told else "none"
+        verdict.trials += 1
+        tiny.remove(out)
+    least: dict[str, float] = {}
+    runs = [(f"recorded {n}", rows) for n, rows in json.loads(HEALTHY.read_text())["runs"].items()]
+    for method, more in {} if options.quick else METHODS.items():
+        for seed in range(3):
+            out = options.folder / f"healthy_{method}{seed}"
+            words = work.pretrain(
+                work.packed, out, "--epochs=40", "--runtime.log_every=10", f"--seed={seed}", *more
+            )
+            tiny.Launch(words, out.with_suffix(".log")).start().finish()
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            runs.append((f"{method}, seed {seed}", [json.loads(line) for line in lines]))
+            tiny.remove(out)
+    for name, rows in runs:
+        sounding = [(row["step"], signs(row)) for row in rows if signs(row)]
+        verdict.failures += [f"alarm in the healthy run {name}: {sounding[:2]}"] if sounding else []
+        verdict.trials += 1
+        for row in rows:
+            for key, value in row.items():
+                if limit_of(key) is not None:
+                    least[key] = min(least.get(key, math.inf), round(value, 4))
+    verdict.figures["healthy runs without an alarm"] = len(runs)
+    verdict.figures["lines of metrics of them"] = sum(len(rows) for _, rows in runs)
+    verdict.figures["least values in healthy runs"] = dict(sorted(least.items()))
+
+
+def same_bits(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
+    """The same command twice: the same files; another seed: others; the seed is printed."""
+    runs = {
+        "a": [],
+        "b": [],
+        "c": ["--deterministic"],
+        "d": ["--deterministic"],
+        "other": ["--seed=1"],
+    }
+    if options.quick:
+        runs = {"c": runs["c"], "d": runs["d"]}
+    outs = {name: options.folder / f"bits_{name}" / "run" for name in runs}
+    for name, more in runs.items():
+        launch = tiny.Launch(
+            work.pretrain(work.packed, outs[name], *more), outs[name].with_suffix(".log"),
+            real=name in ("a", "b", "c") and not options.quick, prepare=strict if more else None,
+        ).start()  # fmt: skip
+        statuses, said = launch.finish(), launch.said()
+        if any(statuses) or f"seed {1 if name == 'other' else 0}" not in said:
+            verdict.failures.append(f"{name}: exit {statuses}, {said.splitlines()[-1:]}")
+        verdict.trials += 1
+    for one, two in (("a", "b"), ("a", "c"), ("c", "d"))[2 if options.quick else 0 :]:
+        found = [d for d in differences(outs[one], outs[two]) if "config.yaml" not in d]
+        verdict.failures += [f"the same seed, {one} and {two}: {what}" for what in found[:3]]
+    if not options.quick and not differences(outs["a"], outs["other"]):
+        verdict.failures.append("another seed gives the same result")
+    verdict.figures["runs compared bit for bit"] = len(runs)
+
+
+def strict(_: int) -> None:
+    """torch refuses what it cannot do alike; checked at the end of the first step."""
+    real = Stepper.step
+
+    def step(self: Stepper, batches: Any, number: int) -> Any:
+        asked = self.config.runtime.deterministic
+        assert torch.are_deterministic_algorithms_enabled() == asked
+        assert torch.backends.cudnn.deterministic == asked
+        return real(self, batches, number)
+
+    Stepper.step = step  # type: ignore[method-assign]
+
+
+def extremes(options: Options, verdict: Verdict) -> None:
+    """Attention at extreme activations, in a process of its own."""
+    program = [
+        sys.executable,
+        "-m",
+        "benchmarks.faults.attention_extremes",
+        str(int(options.quick)),
+    ]
+    done = subprocess.run(
+        program,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        timeout=300,
+    )
+    if done.returncode:
+        verdict.failures.append(
+            f"attention at extreme activations: {done.stderr.splitlines()[-1:]}"
+        )
+        return
+    found = json.loads(done.stdout)
+    verdict.failures += found["failures"]
+    verdict.trials += found["trials"]
+    verdict.figures |= found["figures"]
