@@ -1,4 +1,4 @@
-"""The numerics part of the fault campaign (numbers that are not finite), a few trials; and that it notices a broken promise."""
+"""The numerics part of the fault campaign, a few trials; and that it notices a broken promise."""
 
 import json
 import os

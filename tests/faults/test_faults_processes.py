@@ -1,4 +1,4 @@
-"""The processes part of the fault campaign (one result on any number of processes), a few trials; and that it notices a broken promise."""
+"""The processes part of the fault campaign, a few trials; and that it notices a broken promise."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The soak part of the fault campaign (nothing grows in a long run), a few trials; and that it notices a broken promise."""
+"""The soak part of the fault campaign, a few trials; and that it notices a broken promise."""
 
 import json
 import os

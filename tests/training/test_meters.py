@@ -89,7 +89,7 @@ class Two(Accelerator):
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    num_processes = property(lambda self: 2)
+    num_processes = property(lambda _: 2)
     process_index = property(lambda self: self.rank)
 
 
