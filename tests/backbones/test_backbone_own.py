@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from backbone_nets import DEPTH, PATCH, SIZE, TINY, WIDTH, headless, image, saved, tiny, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_safetensors
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from cmt_mae.backbones import ExportConfig, export, load_backbone, save_backbone
 from cmt_mae.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from cmt_mae.backbones.build import resize_positions
+from cmt_mae.backbones.save import same_bytes
 from cmt_mae.errors import InputError
 
 ARCH = "vit_base_patch16_224"
@@ -56,6 +58,22 @@ def test_run_directory_round_trip(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")), "no half-written file is left"
     with pytest.raises(InputError, match="key 'teacher' is unknown"):
         load_backbone(str(tmp_path), key="teacher")
+
+
+def test_the_same_weights_are_the_same_file(tmp_path: Path) -> None:
+    """safetensors orders metadata at random, anew in every process; the library still reads ours."""
+    model = tiny(num_classes=0)
+    write(tmp_path / "a.safetensors", model)
+    content = (tmp_path / "a.safetensors").read_bytes()
+    entries = {"format": "pt", "b": "é \\ ü", "a": "1", "c": "2", "d": "3", "e": "4"}
+    state = {"w": torch.arange(5.0), "v": torch.zeros(2, 3)}
+    written = {same_bytes(to_safetensors(state, entries)) for _ in range(8)}
+    assert len(written) == 1
+    assert same_bytes(content) == content
+    (tmp_path / "c.safetensors").write_bytes(written.pop())
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        assert file.metadata() == entries
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in state.items())
 
 
 def test_loading_leaves_the_random_numbers_alone(tmp_path: Path) -> None:

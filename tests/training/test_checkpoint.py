@@ -149,6 +149,30 @@ def test_a_whole_one_that_may_not_be_read_is_not_passed_over(
         load_last(tmp_path)
 
 
+def test_content_and_checksum_are_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves is what was flushed: the order of flushes and names, as the kernel is told."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(number: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{number}")).name
+        done.append("flush " + name.split(".")[2] if name.startswith(".") else "flush the folder")
+        fsync(number)
+
+    def rename(source: Path, goal: Path) -> None:
+        done.append(f"name {Path(goal).suffix[1:]}")
+        replace(source, goal)
+
+    monkeypatch.setattr(files.os, "fsync", flush)
+    monkeypatch.setattr(files.os, "replace", rename)
+    saved(tmp_path, 1)
+    assert done == [
+        "flush sha256", "name sha256", "flush the folder", "flush pt", "name pt", "flush the folder",
+    ]  # fmt: skip
+
+
 def test_those_passed_over_are_forgotten(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3)
     forget_after(tmp_path, 1)

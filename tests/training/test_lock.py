@@ -22,9 +22,9 @@ lock = Lock(Path(sys.argv[1]))
 lock.take()
 child = os.fork()
 if child == 0:  # as a loader's worker: outlives its parent
+    print(os.getpid(), flush=True)
     time.sleep(30)
     os._exit(0)
-print(child, flush=True)
 time.sleep(30)
 """
 

@@ -1,7 +1,7 @@
 """What a run directory survives: torn and damaged files, a folder left half made, a full disk."""
 
 import json
-import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,15 @@ def test_a_full_disk_under_metrics_or_curves_is_one_line(
 ) -> None:
     run = open_run(tmp_path)
     run.claim()
-    os.symlink("/dev/full", tmp_path / "metrics.jsonl")
-    with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl: No space left"):
-        run.append_metrics({"step": 1})
-    (tmp_path / "metrics.jsonl").unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))  # the kernel's own refusal
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl: File too large"):
+            run.append_metrics({"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 5  # torn, as a full disk leaves it
+    assert run.read_metrics() == []
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,21 @@ def save_backbone(
         "self_check": features_of_fixed_picture(as_stored(model, dtype), mean, std, pair(img_size)),
     }
     metadata = {"format": "pt", HEADER: json.dumps(header)}
-    write_atomically(Path(path), to_safetensors(state, metadata))
+    write_atomically(Path(path), same_bytes(to_safetensors(state, metadata)))
     return digest
+
+
+def same_bytes(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order of their names, as the library leaves that to chance.
+
+    So the same weights are the same file, with the same checksum.
+    """
+    (size,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
 def as_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:

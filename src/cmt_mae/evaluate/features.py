@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -21,6 +21,7 @@ from cmt_mae.data.loader import eval_batches
 from cmt_mae.data.sources import Source, open_split
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
+from cmt_mae.training.files import sweep, write_atomically
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16"]
 CACHE_VERSION = 1  # raise it when the same key would stand for other numbers
 GATHER_ROWS = 16384  # rows a process sends at a time, so that gathering needs little device memory
+WIDEST_GAP = 1000  # labels from here on must not be ten times as many as the classes that occur
 
 
 @dataclass
@@ -89,7 +91,12 @@ def open_labelled(path: str) -> tuple[Source, Source]:
         if set(a) == set(b):
             gap = "the same names in another order"
         raise InputError(f"{path}: train and val have different classes ({gap}); make them equal")
-    unknown = set(label_list(val, path)) - set(label_list(train, path))
+    known = set(label_list(train, path))
+    if max(known) >= max(WIDEST_GAP, 10 * len(known)):  # a head has an output for every number up to it
+        raise InputError(
+            f"{path}: label {max(known)} among {len(known)} different ones; number the classes 0, 1, 2, ..."
+        )
+    unknown = set(label_list(val, path)) - known
     if unknown:
         raise InputError(
             f"{path}: val has labels that train lacks ({_few(unknown)}); "
@@ -366,15 +373,15 @@ def _read_cache(files: dict[str, Path], world: int) -> tuple[dict[str, Tensor], 
 
 
 def _write_cache(path: Path, features: Tensor, labels: Tensor) -> None:
-    """Store one part, written aside and renamed, so that a half-written file is never read."""
-    from safetensors.torch import save_file
+    """Store one part atomically, so that a half-written file is never read."""
+    from safetensors.torch import save
 
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    data = save({"features": features.contiguous(), "labels": labels})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features.contiguous(), "labels": labels}, aside)
-        os.replace(aside, path)
-    except OSError as error:
-        raise InputError(
-            f"features cannot be kept in {path.parent}: {error.strerror}; give another --cache"
-        ) from None
+        with contextlib.suppress(
+            OSError
+        ):  # what killed processes left; the writing says what is wrong
+            sweep(path.parent)
+        write_atomically(path, lambda aside: aside.write_bytes(data))
+    except InputError as error:
+        raise InputError(f"features cannot be kept: {error}; or give another --cache") from None

@@ -14,6 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from cmt_mae.backbones import Backbone, save_backbone
+from cmt_mae.backbones.save import same_bytes
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate.finetune_protocols import Pool
 from cmt_mae.evaluate.pyramid import trainable_copy
@@ -153,7 +154,7 @@ def save_classifier(
     write_atomically(
         folder / "classifier.safetensors",
         # not save_file, whose own kind of error hides a full disk
-        lambda aside: aside.write_bytes(to_safetensors(state, metadata)),
+        lambda aside: aside.write_bytes(same_bytes(to_safetensors(state, metadata))),
     )
     vit.head = nn.Identity()
     with torch.no_grad():

@@ -42,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             make_folder(path.parent)
             write(aside)
             with open(aside, "rb") as file:
-                os.fsync(file.fileno())
+                flush(file.fileno())
             os.replace(aside, path)
             flush_folder(path.parent)
         except BaseException:
@@ -73,12 +73,21 @@ def flush_folder(folder: Path) -> None:
     """Names made, changed and deleted in it so far survive a power cut. Raises OSError."""
     number = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
-            raise
+        flush(number)
     finally:
         os.close(number)
+
+
+def flush(number: int) -> None:
+    """An open file's content to the disk, where its file system can do that. Raises OSError."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # folders of some network file systems, devices
+            raise
 
 
 def sweep(folder: Path) -> None:

@@ -19,6 +19,7 @@ from cmt_mae.parsing import read_settings
 from cmt_mae.training.checkpoint import list_checkpoints
 from cmt_mae.training.files import (
     ASIDE,
+    flush,
     flush_folder,
     make_folder,
     sweep,
@@ -140,7 +141,7 @@ class RunDir:
         with writing(path):
             if path.exists():
                 with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                    flush(file.fileno())
                 flush_folder(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
