@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.ladder import REPOSITORY, RESULTS
 from benchmarks.speed_data import compare_loader
+from benchmarks.speed_masks import compare_masks
 from benchmarks.speed_memory import compare_memory
 from benchmarks.speed_page import page
 from benchmarks.speed_profile import compare_profile
@@ -40,6 +41,7 @@ PARTS: dict[str, Callable[[Options], Iterator[dict[str, Any]]]] = {
     "features": compare_features,
     "knn": compare_knn,
     "sweep": compare_sweep,
+    "masks": compare_masks,
 }
 
 

@@ -16,6 +16,7 @@ TITLES = {
     "features": "Extracting features",
     "knn": "k-NN",
     "sweep": "Linear sweep",
+    "masks": "J and F of video masks",
 }
 
 
@@ -47,6 +48,11 @@ def page(content: dict[str, Any]) -> str:
             lines += [f"## {title}", ""]
         for entry in chosen:
             lines += section(entry)
+    lines += [
+        "The propagation of masks through videos is measured apart: docs/results/davis_speed.json, from "
+        "`python -m benchmarks.davis`.",
+        "",
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 

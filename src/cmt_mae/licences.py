@@ -9,8 +9,10 @@ NOT_STATED = "not stated"
 def licence_of(name: str) -> str:
     """What a distribution's metadata say: its SPDX expression, its one-line licence, or its classifiers."""
     about = metadata.metadata(name)
-    stated = (about.get("License-Expression") or "").strip()
-    short = (about.get("License") or "").strip()
+    stated, short = (
+        next(iter(about.get_all(field) or []), "").strip()
+        for field in ("License-Expression", "License")
+    )
     if not stated and "\n" not in short and 0 < len(short) <= 60:
         stated = short
     kinds = [c for c in about.get_all("Classifier") or [] if c.startswith("License ::")]

@@ -79,16 +79,29 @@ class SideBySideSGD(torch.optim.Optimizer):
 
         m = momentum * m + (g + weight_decay * p)
         p = p - lr * m
+
+    All tensors and their gradients become pieces of one long vector each, so a step is four operations.
     """
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.9
     ) -> None:
-        """Take groups, each with its own ``lr`` and ``weight_decay``; every tensor must get a gradient."""
+        """Take groups of tensors on one device, each with its own ``lr`` and ``weight_decay``."""
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
         self.momentum = momentum
-        self.tensors = [p for group in self.param_groups for p in group["params"]]
-        self.buffers = [torch.zeros_like(p) for p in self.tensors]
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        self.vector = torch.cat([p.detach().flatten() for p in tensors])
+        self.gradient, self.buffer = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
+        sizes = [p.numel() for p in tensors]
+        pieces = (self.vector.split(sizes), self.gradient.split(sizes))
+        for p, value, gradient in zip(tensors, *pieces, strict=True):
+            p.data, p.grad = value.view_as(p), gradient.view_as(p)
+        counts = [sum(p.numel() for p in group["params"]) for group in self.param_groups]
+        self.counts = torch.tensor(counts, device=self.vector.device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 (torch's signature)
+        """To zero and never to None: gradients are pieces of one vector."""
+        self.gradient.zero_()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -101,12 +114,14 @@ class SideBySideSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        each = [(g["lr"], g["weight_decay"]) for g in self.param_groups for _ in g["params"]]
-        changes = [p.grad for p in self.tensors]
-        if any(decay for _, decay in each):
-            decays = torch._foreach_mul(self.tensors, [decay for _, decay in each])
-            changes = list(torch._foreach_add(changes, decays))
-        torch._foreach_mul_(self.buffers, self.momentum)
-        torch._foreach_add_(self.buffers, changes)
-        torch._foreach_add_(self.tensors, torch._foreach_mul(self.buffers, [-lr for lr, _ in each]))
+        change = self.gradient
+        if any(group["weight_decay"] for group in self.param_groups):
+            change = change + self._each("weight_decay") * self.vector
+        self.buffer.mul_(self.momentum).add_(change)
+        self.vector.sub_(self._each("lr") * self.buffer)
         return loss
+
+    def _each(self, setting: str) -> Tensor:
+        """A setting of the groups, for every element."""
+        values = [group[setting] for group in self.param_groups]
+        return self.vector.new_tensor(values).repeat_interleave(self.counts)
