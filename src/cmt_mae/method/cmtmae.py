@@ -9,7 +9,6 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -334,8 +333,8 @@ class Guides(nn.Module):
 
 def own_parts(network: nn.Module) -> list[Tensor]:
     """The parameters' numbers; of a network sharded over processes those on this one."""
-    parts: list[Any] = list(network.parameters())  # a DTensor is no Tensor to the type checker
-    return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parts]
+    parts = [p.detach() for p in network.parameters()]
+    return [p.to_local() if isinstance(p, DTensor) else p for p in parts]
 
 
 def shares(source: str, alpha: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -58,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         with open(aside, "wb") as file:
             hashed = _Hashed(file)
             try:
-                torch.save(state, hashed)
+                torch.save(state, cast(IO[bytes], hashed))  # it has what torch's writer calls
             except RuntimeError as error:  # torch's writer hides a full disk behind one of its own
                 raise hashed.refusal or error from error
         return hashed.checksum.hexdigest()
@@ -115,7 +115,9 @@ def load_last(folder: Path) -> dict[str, Any] | None:
         try:
             return load_checkpoint(path)
         except DamagedError as error:
-            print(f"warning: {printable(str(error))}; falling back to the one before", file=sys.stderr)
+            print(
+                f"warning: {printable(str(error))}; falling back to the one before", file=sys.stderr
+            )
     if any(NAME.fullmatch(p.name) for p in folder.glob("step_*.pt")):
         raise InputError(
             f"no checkpoint in {folder} is whole with its .sha256 file beside it: bring one back from a copy, or "
