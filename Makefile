@@ -9,7 +9,7 @@ DEMO ?= runs/demo
 HASHED ?=
 TOOLS := $(VENV)-tools
 
-.PHONY: demo test lint clean sbom audit
+.PHONY: demo test test-faults lint clean sbom audit
 
 $(READY): pyproject.toml constraints.txt constraints-hashed.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -26,8 +26,12 @@ endif
 demo: $(READY)
 	$(BIN)/cmt-mae demo --out $(DEMO) $(if $(DATA),--data $(DATA))
 
+# the campaigns' own tests (tests/faults) take several minutes more: `make test-faults`
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/faults
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks

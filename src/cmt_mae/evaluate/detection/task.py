@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,28 +81,28 @@ def evaluate_coco(config: CocoConfig) -> Result:
     }
     about = {"name": config.backbone, "architecture": backbone.architecture}
     facts = {"backbone": {**about, "digest": backbone.digest}, "data": data}
-    evaluation = fit(config, job, accelerator, run, facts)
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    settings = describe(config, protocol, changed, precision) | {"steps": job.total_steps}
-    result = make_result(
-        task="coco",
-        metrics=evaluation.metrics,
-        protocol=settings,
-        name=f"{config.backbone} ({config.key})" if config.key else config.backbone,
-        backbone=backbone,
-        data=data,
-        seed=config.seed,
-        device=accelerator.device,
-        processes=accelerator.num_processes,
-        started=started,
-        details={**evaluation.details, "run": str(out)},
-    )
-    for package in ("faster-coco-eval", "accelerate"):
-        result.versions[package] = version(package)
-    if accelerator.is_main_process:
-        result.save(out)
-        save_where(result, None, config.backbone)
-    run.close()
+    with closing(run):
+        evaluation = fit(config, job, accelerator, run, facts)
+        precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+        settings = describe(config, protocol, changed, precision) | {"steps": job.total_steps}
+        result = make_result(
+            task="coco",
+            metrics=evaluation.metrics,
+            protocol=settings,
+            name=f"{config.backbone} ({config.key})" if config.key else config.backbone,
+            backbone=backbone,
+            data=data,
+            seed=config.seed,
+            device=accelerator.device,
+            processes=accelerator.num_processes,
+            started=started,
+            details={**evaluation.details, "run": str(out)},
+        )
+        for package in ("faster-coco-eval", "accelerate"):
+            result.versions[package] = version(package)
+        if accelerator.is_main_process:
+            result.save(out)
+            save_where(result, None, config.backbone)
     return result
 
 
