@@ -1,92 +1,148 @@
 """Our loader against torchvision and timm, one process, one thread: images/s of a core."""
 
 import itertools
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import timm.data
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.speed_timing import OURS, Comparison, Options, alternate
+from cmt_mae.data import jpeg
 from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.sources import open_source
 
 SIZE = 224
 SCALE = (0.2, 1.0)
+MOSAIC = (4000, 3000)
+WHOLE = "ours, whole pictures"
+PILLOW = "ours, by Pillow"
+PACKED = "ours, packed at 256 px"
 
 
 def compare_loader(options: Options) -> Iterator[dict[str, Any]]:
-    """Random crops of 224 px from full-size photos and from Imagenette, and from packed arrays."""
+    """Random crops of 224 px from full-size photos, packed arrays, Imagenette, and pictures of 12 megapixels."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sets = {"photos": ("photos", 60), "imagenette": ("imagenette/train", 240)}
+    data = options.shared / "data"
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, (place, count) in sets.items():
-                path = options.shared / "data" / place
-                yield loader_entry(
-                    name, path, 20 if options.quick else count, Path(folder), options
-                )
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
+            yield photos_entry(data / "photos", 20 if options.quick else 60, folder, options)
+            yield imagenette_entry(data / "imagenette/train", 20 if options.quick else 240, options)
+            yield camera_entry(data / "photos", 1 if options.quick else 10, folder, options)
     finally:
         torch.set_num_threads(threads)
 
 
-def loader_entry(
-    name: str, path: Path, count: int, folder: Path, options: Options
-) -> dict[str, Any]:
-    """One set of images. ``count`` images a run, in batches of 20."""
-    view = folder / f"{name}_view"  # ImageFolder wants class folders: photos gets one
-    if any(child.is_dir() for child in path.iterdir()):
-        view = path
-    else:
-        view.mkdir()
-        (view / "all").symlink_to(path, target_is_directory=True)
-    packed = folder / f"{name}_packed"
-    pack_first(path, packed, max(count, 200), folder / f"{name}_first")
+HOW = (
+    f"random crops of {SIZE} px (scale 0.2 to 1, bicubic, flip) as uint8 batches, in one process with one thread. "
+    "torchvision: ImageFolder, v2.RandomResizedCrop on PIL images. timm: its create_loader. Both stop at uint8 "
+    "here, which spares them the normalisation that they usually do in the loader. "
+)
+
+
+def photos_entry(path: Path, count: int, folder: Path, options: Options) -> dict[str, Any]:
+    """Photos of the usual size of ImageNet, and each means alone."""
+    view = folder / "view"  # ImageFolder wants class folders
+    view.mkdir()
+    (view / "all").symlink_to(path, target_is_directory=True)
+    pack(PackConfig(data=str(path), out=str(folder / "packed"), size=256, workers=0))
     contestants = {
         OURS: ours(path, count),
-        "ours, packed at 256 px": ours(packed, count),
+        WHOLE: with_patch("read_header", lambda *_: None, ours(path, count)),
+        PILLOW: with_patch("simplejpeg", None, ours(path, count)),
+        PACKED: ours(folder / "packed", count),
         "torchvision": torchvision_loader(view, count),
         "timm": timm_loader(view, count),
     }
     comparison = Comparison(
-        "loader", f"loader/{name}",
-        f"{count} random crops of {SIZE} px (scale 0.2 to 1, bicubic, flip) from {path.name} as uint8 batches of "
-        "20, in one process with one thread. torchvision: ImageFolder, v2.RandomResizedCrop on PIL images. timm: "
-        "its create_loader. Both stop at uint8 here, which spares them the normalisation that they usually do in "
-        "the loader.",
+        "loader", "loader/photos",
+        f"{count} photos of about 500 x 375 px, 20 a batch: {HOW}'{WHOLE}' decodes no part, '{PILLOW}' "
+        f"does without simplejpeg, '{PACKED}' reads what `cmt-mae pack` made of the same photos.",
         count, target={"torchvision": 2.0}, facts={"size": SIZE},
     )  # fmt: skip
     entry = comparison.measured(alternate(contestants, options.rounds, comparison.name))
     rows = entry["contestants"]
-    entry["facts"]["packed_over_torchvision"] = (
-        rows["torchvision"]["median"] / rows["ours, packed at 256 px"]["median"]
-    )
+    ratios = [
+        a / b for a, b in zip(rows["torchvision"]["seconds"], rows[PACKED]["seconds"], strict=True)
+    ]
+    entry["facts"]["packed_over_torchvision"] = statistics.median(ratios)
     entry["facts"]["packed_over_torchvision_wanted"] = 20.0
     return entry
 
 
-def pack_first(path: Path, out: Path, count: int, few: Path) -> None:
-    """Pack at most ``count`` images at 256 px."""
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-    step = max(1, len(files) // count)
-    few.mkdir()
-    for number, file in enumerate(files[::step][:count]):
-        (few / f"{number:05d}{file.suffix}").symlink_to(file)
-    pack(PackConfig(data=str(few), out=str(out), size=256, workers=0))
+def imagenette_entry(path: Path, count: int, options: Options) -> dict[str, Any]:
+    """Pictures of just the size wanted."""
+    contestants = {
+        OURS: ours(path, count),
+        "torchvision": torchvision_loader(path, count),
+        "timm": timm_loader(path, count),
+    }
+    comparison = Comparison(
+        "loader", "loader/imagenette", f"{count} pictures of 224 x 224 px, 20 a batch: {HOW}", count,
+        target={"torchvision": 2.0}, facts={"size": SIZE},
+    )  # fmt: skip
+    return comparison.measured(alternate(contestants, options.rounds, comparison.name))
 
 
-def ours(path: Path, count: int, batch: int = 20) -> Callable[[], object]:
+def camera_entry(path: Path, count: int, folder: Path, options: Options) -> dict[str, Any]:
+    """Pictures as large as a camera's: mosaics of photos, for no such photos are at hand."""
+    view = folder / "camera"
+    mosaics(path, view / "all", count)
+    contestants = {
+        OURS: ours(view, count, batch=count),
+        "ours, not shrunk": ours(view, count, batch=count, shrink=False),
+        "torchvision": torchvision_loader(view, count, batch=count),
+        "timm": timm_loader(view, count, batch=count),
+    }
+    comparison = Comparison(
+        "loader", "loader/camera",
+        f"{count} JPEG mosaics of photos, {MOSAIC[0]} x {MOSAIC[1]} px, {count} a batch: {HOW}'ours, not shrunk' "
+        "decodes the rows of a crop at full size.",
+        count, target={"torchvision": 2.0}, facts={"size": SIZE},
+    )  # fmt: skip
+    return comparison.measured(alternate(contestants, options.rounds, comparison.name))
+
+
+def mosaics(path: Path, out: Path, count: int) -> None:
+    """``count`` pictures of MOSAIC pixels laid out with photos at their own size."""
+    photos = [Image.open(file).convert("RGB") for file in sorted(path.iterdir())]
+    out.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        whole = Image.new("RGB", MOSAIC)
+        for left in range(0, MOSAIC[0], 500):
+            for top in range(0, MOSAIC[1], 375):
+                whole.paste(photos[random.integers(len(photos))], (left, top))
+        whole.save(out / f"{number}.jpg", quality=90)
+
+
+def with_patch(name: str, value: object, run: Callable[[], object]) -> Callable[[], object]:
+    """The run with another value of ``cmt_mae.data.jpeg.NAME``, in the decoder and in the loader."""
+
+    def patched() -> object:
+        with mock.patch.object(jpeg, name, value):
+            return run()
+
+    return patched
+
+
+def ours(path: Path, count: int, batch: int = 20, shrink: bool = True) -> Callable[[], object]:
     """Batches as `pretrain` reads them; an endless stream, so each run goes on where the last one stopped."""
     batches = pretrain_batches(
-        open_source(str(path)), CropSettings((SIZE, SIZE), scale=SCALE), noise_length=0, seed=0,
-        batch_size=batch, micro_batch=batch, workers=0,
+        open_source(str(path)), CropSettings((SIZE, SIZE), scale=SCALE, shrink=shrink),
+        noise_length=0, seed=0, batch_size=batch, micro_batch=batch, workers=0,
     )  # fmt: skip
     return lambda: [next(batches) for _ in range(count // batch)]
 

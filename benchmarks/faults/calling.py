@@ -1,6 +1,7 @@
 """One command of cmt-mae, called and judged: in this process, or in a fork that may crash, hang or eat memory."""
 
 import contextlib
+import ctypes
 import io
 import os
 import re
@@ -96,6 +97,9 @@ def call_forked(
         try:
             for number, place in enumerate(places, start=1):
                 os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+            # pytest has put others in their place
+            sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
             used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
             if prepare is not None:
@@ -104,12 +108,18 @@ def call_forked(
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush()
             os._exit(status)
     status = wait(pid, limit_s)
     out, err = (place.read_text(errors="backslashreplace") for place in places)
     return Outcome(status, out, err)
+
+
+def flush() -> None:
+    """Python's buffers, and those of C and C++."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ctypes.CDLL(None).fflush(None)
 
 
 def wait(pid: int, limit_s: float) -> int:
@@ -135,6 +145,7 @@ def in_fork(work: Callable[[], None], limit_s: float = 120) -> None:
                 work()
             status = 0
         finally:
+            flush()
             os._exit(status)
     if (status := wait(pid, limit_s)) != 0:
         raise RuntimeError(f"preparation ended with status {status}")

@@ -26,12 +26,12 @@ from cmt_mae.parsing import make_parser, types_of
 
 PROMISE = "every failure is exit 2 with one line, never a traceback"
 SIZES = {  # cases of each kind: full, quick
-    "settings": (1500, 25),
-    "words": (800, 20),
-    "recipes": (500, 15),
-    "results": (500, 15),
-    "runs": (250, 4),
-    "work": (300, 4),
+    "settings": (1500, 20),
+    "words": (800, 12),
+    "recipes": (500, 10),
+    "results": (500, 10),
+    "runs": (250, 3),
+    "work": (300, 3),
 }
 PLACES = {"out", "data", "data.path", "data_root", "backbone", "cache", "runs", "init_from"}
 """Settings that say where to read and write: they are not drawn, so that a case stays in its folder."""
@@ -249,7 +249,7 @@ def case_of_work(files: "Files", tally: Tally) -> Callable[[st.DataObject], None
     """Commands that have all they need, with one or two settings of any value."""
     started = {
         "pretrain": files.words("o"),
-        "bench": ["bench", *files.words("o")[1:], "--data.path=", "--steps=1", "--warmup=0"],
+        "bench": ["bench", *files.words("o")[1:], "--data.path=", "--steps=1", "--rounds=1", "--images=8"],
         "export": ["export", "--backbone", str(files.run), "--out", "o/x.safetensors"],
         "pack": ["pack", "--data", str(files.images), "--out", "o", "--size", "16", "--workers", "0"],
     }

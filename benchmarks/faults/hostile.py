@@ -5,6 +5,7 @@ unguarded way. Every command runs in a fork and must end with status 2 and one l
 a bad image among good ones), with no file of a payload and nothing changed outside its own folder.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -153,8 +154,8 @@ def make_runs(stage: Stage) -> None:
     from cmt_mae.cli import main
     from cmt_mae.data.scenes import write_coco, write_davis
 
-    write_coco(stage.folder / "coco", 8, 4, 64)
     write_davis(stage.folder / "davis", 1, 4, 48)
+    write_coco(stage.folder / "coco", 8, 4, 64)
     assert main(short_pretrain(stage, stage.folder / "run")) == 0
     if not stage.quick:
         assert main(short_finetune(stage, stage.folder / "finetuned")) == 0
@@ -221,7 +222,7 @@ def pickles(stage: Stage) -> None:
         file = cell / f"weights{suffix}"
         write(file, payloads(stage.marker)[name])
         for at, (place, words) in enumerate(places(stage, file)):
-            if stage.quick and number != (at * 5) % len(pairs):
+            if stage.quick and (at % 2 or number != (at * 5) % len(pairs)):
                 continue
             stage.refuses(
                 "pickles",
@@ -275,7 +276,7 @@ def arrays(stage: Stage) -> None:
         words = stage.tiny.pretrain(str(data), stage.cell / "out", "--epochs=0.8", "--data.max_bad=0.1")
         stage.refuses("arrays", trial, words)
 
-    for name in ("images.npy", "labels.npy"):
+    for name in stage.some(("images.npy", "labels.npy"), 1):
         pack = stage.fresh() / "packed"
         shutil.copytree(stage.tiny.packed, pack)
         np.save(pack / "train" / name, objects, allow_pickle=True)
@@ -329,7 +330,8 @@ def constructors(stage: Stage) -> None:
     for value in stage.some(tags, 1):
         cell = stage.fresh()
         recipe = cell / "r.yaml"
-        for text in (f"epochs: {value}\n", f"{value}\n", f"mask: {{ratio: {value}}}\n", f"? {value}\n: 3\n"):
+        texts = (f"epochs: {value}\n", f"{value}\n", f"mask: {{ratio: {value}}}\n", f"? {value}\n: 3\n")
+        for text in stage.some(texts, 2):
             recipe.write_text(text)
             words = short_pretrain(stage, cell / "out", f"--recipe={recipe}")
             stage.refuses("yaml", f"recipe, {text!r}", words, says="recipe")
@@ -374,11 +376,11 @@ def scripts(stage: Stage) -> None:
     said = stage.cell / "said"
 
     def load_unguarded() -> None:
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
-        torch.jit.load(str(file))
+        with open(said, "w") as text, contextlib.redirect_stdout(text):
+            torch.jit.load(str(file))
 
     in_fork(load_unguarded)
     real = "foreign code ran" in said.read_text()
     stage.count("TorchScript", "control", [] if real else ["torch.jit.load runs nothing: proves nothing"])
-    for place, words in stage.some(places(stage, file), 2):
+    for place, words in stage.some(places(stage, file), 1):
         stage.refuses("TorchScript", place, words, says="speaks.pt")

@@ -84,7 +84,7 @@ def shards(stage: Stage) -> None:
     """Tar members whose names climb, and members that are links, devices and pipes."""
     names = ["../../climbs", "/abs/olute", "a/../../b", "..", "./.", "C:\\w", "new\nline", "\x1b[2J", "<b>", "~/x"]
     picture = jpeg()
-    for command in ("pretrain", "pack"):
+    for command in stage.some(("pretrain", "pack"), 1):
         for name in stage.some(names, 1):
             cell = stage.fresh()
             (cell / "other").mkdir()
@@ -116,7 +116,7 @@ def listed_names(stage: Stage) -> None:
         (davis / "ImageSets/2017/val.txt").write_text(name + "\n")
         words = ["evaluate", "davis", *where, f"--data={davis}"]
         inside_only(stage, "names in lists", f"DAVIS, {name!a}", words, (2,))
-        if name[0] in "/.a":
+        if name[0] in "/.a" and not stage.quick:
             shutil.copytree(stage.folder / "coco", coco)
             for path in coco.glob("annotations/*.json"):
                 content = json.loads(path.read_text())
@@ -162,7 +162,7 @@ def links(stage: Stage) -> None:
     (photos / "passwd.jpg").symlink_to("/etc/passwd")
     (photos / "zero.jpg").symlink_to("/dev/zero")
     os.mkfifo(photos / "pipe.jpg")
-    for command in ("pretrain", "pack"):
+    for command in stage.some(("pretrain", "pack"), 1):
         inside_only(stage, "links", f"images, {command}", of(stage, command, photos), (0, 2))
     for name in stage.some(("x.pth", "x.json", "x.safetensors", "x.yaml"), 2):
         for target in stage.some(("pipe", "/dev/zero", "/dev/stdin", "/etc/passwd"), 1):
@@ -228,7 +228,7 @@ def pages(stage: Stage) -> None:
     from cmt_mae.text import printable
 
     render = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render
-    for name in stage.some(NASTY, 4):
+    for name in stage.some(NASTY, 2):
         folder = stage.fresh() / "results"
         for seed in range(2):
             result = Result(
@@ -239,7 +239,7 @@ def pages(stage: Stage) -> None:
             )  # fmt: skip
             result.save(stage.cell)
         files = sorted(str(path) for path in folder.glob("*.json"))
-        for form in ("markdown", "table", "json"):
+        for form in stage.some(("markdown", "table", "json"), 2):
             outcome = call_forked(["compare", *files, "--format", form], stage.folder)
             faults = [f for f in [fault_in(outcome)] if f]
             if outcome.status != 0:
@@ -280,7 +280,7 @@ def file_names(stage: Stage) -> None:
             "export": (["export", f"--backbone={weights}", f"--out={out}.pth", "--format=torch"], (0,)),
             "unknown": (["evaluate", "knn", "--backbone", name, f"--data={data}"], (2,)),
         }  # fmt: skip
-        for command, (words, statuses) in stage.some(commands.items(), 4):
+        for command, (words, statuses) in stage.some(commands.items(), 3):
             outcome = call_forked(words, stage.folder)
             faults = [f for f in [fault_in(outcome)] if f]
             if outcome.status not in statuses:

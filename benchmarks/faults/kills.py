@@ -7,6 +7,7 @@ n-th micro-batch, or after its n-th decoded image (in a loader's worker, where t
 
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -170,6 +171,7 @@ def _scenario(
             verdict.failures += [f"{where}: {line}" for line in differences(whole, run)]
         remove(run)
     remove(whole)
+    print(f"  {sum(tally.kills.values())} kills, {scenario.name}", file=sys.stderr)
 
 
 def _kill(

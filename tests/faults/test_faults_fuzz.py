@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.faults import fuzz
-from benchmarks.faults.calling import call, call_forked, fault_in
+from benchmarks.faults.calling import MEMORY, call, call_forked, fault_in
 from benchmarks.faults.campaign import Options
 
 from cmt_mae import cli, parsing
@@ -41,9 +41,7 @@ def test_a_crash_and_a_hang_are_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cli, "dispatch", lambda _: time.sleep(30))
     assert call_forked([], tmp_path, limit_s=0.3).status == 999
     assert call([], limit_s=1).status == 999
-    monkeypatch.setattr(
-        cli, "dispatch", lambda _: bytearray(fuzz.call_forked.__globals__["MEMORY"])
-    )
+    monkeypatch.setattr(cli, "dispatch", lambda _: bytearray(2 * MEMORY))
     outcome = call_forked([], tmp_path)
     assert outcome.status == 2
     assert "out of memory" in outcome.line()

@@ -16,7 +16,7 @@ from cmt_mae.text import one_line, printable
 def test_quick_campaign_finds_nothing(tmp_path: Path) -> None:
     verdict = hostile.campaign(Options(tmp_path, quick=True))
     assert verdict.failures == []
-    assert verdict.trials == sum(verdict.figures.values()) > 60
+    assert verdict.trials == sum(verdict.figures.values()) > 50
     assert {"controls", "pickles", "checkpoints", "arrays", "yaml", "TorchScript", "tar names", "links",
             "names in lists", "result names", "pages", "file names"} <= verdict.figures.keys()  # fmt: skip
 
