@@ -2,13 +2,14 @@
 
 import re
 from importlib import metadata
+from typing import Any
 
 NOT_STATED = "not stated"
 
 
 def licence_of(name: str) -> str:
     """What a distribution's metadata say: its SPDX expression, its one-line licence, or its classifiers."""
-    about = metadata.metadata(name)
+    about: Any = metadata.metadata(name)  # an email.message.Message in all but its declared type
     stated, short = (
         next(iter(about.get_all(field) or []), "").strip()
         for field in ("License-Expression", "License")

@@ -16,6 +16,7 @@ from cmt_mae.errors import InputError
 from cmt_mae.text import one_line
 
 WORDS_OF = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+MAX_DEPTH = 20
 PLURALS = {float: "numbers", int: "whole numbers", str: "words"}
 SAMPLES = {float: "[0.2, 1.0]", int: "[10, 20]", str: "[one, two]"}
 
@@ -191,7 +192,12 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
     can stand for gigabytes), dates, keys that are no text, and what is no YAML.
     """
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:  # PyYAML's time grows with the square of it
+                raise InputError(f"{where} has sections over {MAX_DEPTH} deep: no settings are")
             if isinstance(event, yaml.AliasEvent):
                 raise InputError(f"{where} uses the anchor '*{event.anchor}': write the value out")
         content = yaml.safe_load(text)

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from cmt_mae import assemble
-from cmt_mae.data.loader import eval_batches, pretrain_batches
+from cmt_mae.data.loader import eval_batches, pretrain_batches, readable
 from cmt_mae.data.sources import Source, open_split
 from cmt_mae.errors import InputError, Stopped
+from cmt_mae.evaluate.few_shot import Subset
 from cmt_mae.evaluate.online import OnlineProbe
 from cmt_mae.method.masking import noise_length
 from cmt_mae.report.pictures import attention_picture
@@ -46,6 +47,7 @@ from cmt_mae.training.signals import StopRequest
 from cmt_mae.training.trackers import Trackers
 from cmt_mae.writing import as_backbone, save_student
 
+ENOUGH_SEEN = 1000  # images after which the share of broken ones is judged (an epoch where it is shorter)
 PICTURED = 6  # images in a picture of attention and mask
 
 
@@ -243,7 +245,7 @@ class Training:
         """Weights that hold nan or inf, in any process; called by all of them."""
         guides, learner = self.stepper.guides, self.stepper.learner
         names = bad_weights(
-            {"teacher": guides.teacher, "momentum": guides.momentum, "learner": learner}
+            {"learner": learner, "teacher": guides.teacher, "momentum": guides.momentum}
         )
         if self.accelerator.num_processes > 1:
             names = gather_object(names)
@@ -258,6 +260,9 @@ class Training:
             lines = [f"{name}\t{reason}\n" for _, (name, reason) in sorted(bad.items())]
             write_text(self.run.path / "bad_images.txt", "".join(lines))
         seen = min(len(self.source), self.step * self.config.batch_size)
+        epoch = self.plan.steps_per_epoch * self.config.batch_size
+        if seen < min(epoch, ENOUGH_SEEN) and self.step < self.plan.total_steps:
+            return  # one broken image among the first eight says nothing of the data
         if len(bad) > self.config.data.max_bad * seen:
             names = ", ".join(name for name, _ in list(bad.values())[:3])
             raise InputError(
@@ -299,11 +304,14 @@ class Training:
         sizes = [self.config.student.size()] + (
             [self.crops.second_size] if self.crops.second_size else []
         )
+        photos = Subset(self.source, readable(self.source, self.config.student.in_chans, PICTURED))
+        if not len(photos):
+            return
         shown = [
             next(
                 iter(
                     eval_batches(
-                        self.source,
+                        photos,
                         size=s,
                         channels=self.config.student.in_chans,
                         batch_size=PICTURED,

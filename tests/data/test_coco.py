@@ -20,7 +20,8 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tv
 
-from cmt_mae.data.coco import CocoSplit, mask_of, open_coco, run_lengths, same_classes
+from cmt_mae.data.coco import CocoSplit, open_coco, same_classes
+from cmt_mae.data.coco_masks import mask_of, run_lengths
 from cmt_mae.data.detection_crops import (
     Example,
     boxes_of,

@@ -14,7 +14,15 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from cmt_mae.data.crops import center_crop, crop_box, resized_crop, sample_rng
+from cmt_mae.data.crops import (
+    center_crop,
+    crop_box,
+    cut,
+    resize,
+    resize_into,
+    resized_crop,
+    sample_rng,
+)
 
 
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -148,6 +156,30 @@ def test_sample_streams_depend_on_all_three(seed: int, epoch: int, index: int) -
     assert sample_rng(seed, epoch, index).random(4).tolist() == first
     for other in [(seed + 1, epoch, index), (seed, epoch + 1, index), (seed, epoch, index + 1)]:
         assert sample_rng(*other).random(4).tolist() != first
+
+
+def test_a_generator_used_again_begins_the_stream_anew() -> None:
+    used = sample_rng(1, 2, 3)
+    used.random(3, dtype=np.float32)  # leaves half a word over
+    used.integers(7)
+    for seed, epoch, index in [(4, 5, 6), (2**63 - 1, 2**63, 0), (0, 0, 2**40)]:
+        new = sample_rng(seed, epoch, index)
+        assert sample_rng(seed, epoch, index, again=used) is used
+        assert np.array_equal(used.random(5, dtype=np.float32), new.random(5, dtype=np.float32))
+        assert used.random(9).tolist() == new.random(9).tolist()
+        assert used.integers(1000, size=5).tolist() == new.integers(1000, size=5).tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7])
+@pytest.mark.parametrize("size", [(16, 16), (7, 40), (30, 31)])
+def test_resizing_into_a_batch(channels: int, size: tuple[int, int]) -> None:
+    piece = cut(picture(50, 40, channels), (3, 4, 30, 31))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        batch = torch.full((3, channels, *size), 9, dtype=torch.uint8).to(memory_format=layout)
+        resize_into(piece, batch[1:2])
+        assert torch.equal(batch[1], resize(piece, size))
+        assert (batch[[0, 2]] == 9).all()
+        assert batch.is_contiguous(memory_format=layout)
 
 
 def test_neighbouring_samples_are_independent() -> None:

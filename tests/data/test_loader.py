@@ -178,7 +178,7 @@ def test_noise_is_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
                 out[:] = 0
             return 0.0 if size is None else np.zeros(size)
 
-    monkeypatch.setattr("cmt_mae.data.loader.sample_rng", lambda *_: Lowest())
+    monkeypatch.setattr("cmt_mae.data.loader.sample_rng", lambda *_, **__: Lowest())
     assert batches(Arrays(8), 1)[0]["noise"].min() > 0
 
 

@@ -257,6 +257,7 @@ class Stub:
         (Stub([0, None], None), Stub([0], None), "image1 has no label"),
         (Stub([0, 1], ["a", "b"]), Stub([None], ["a", "b"]), "image0 has no label"),
         (Stub([0, -1], None), Stub([0], None), "image1 has no label"),
+        (Stub([0, 10**9], None), Stub([0], None), r"label 1000000000 among 2 different"),
     ],
 )
 def test_splits_that_do_not_fit(monkeypatch, train, val, message):

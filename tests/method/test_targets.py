@@ -17,6 +17,7 @@ from cmt_mae.method.targets import (
     distance,
     effective_rank,
     entropy,
+    image_share,
     normalise_target,
     overlap,
     patchify,
@@ -201,6 +202,20 @@ def test_effective_rank_by_hand() -> None:
     assert effective_rank(torch.ones(2, 3, 4)).item() == 0
     even = torch.eye(8)[None].repeat(1, 100, 1)  # 800 tokens, of which 256 at most are taken
     assert effective_rank(even).item() == pytest.approx(7.0, rel=0.05)
+
+
+def test_image_share_by_hand() -> None:
+    """Two images, two places: 0 and 2 at the first, 5 and 9 at the second."""
+    features = torch.tensor([[[0.0], [5.0]], [[2.0], [9.0]]])
+    # within places 2 + 8 with 4 - 2 degrees; in all 0, 5, 2, 9 about 4: 16 + 1 + 4 + 25 with 3
+    assert image_share(features, None, 2).item() == pytest.approx((10 / 2) / (46 / 3), rel=1e-6)
+    swapped = torch.stack([features[0], features[1].flip(0)])
+    ids = torch.tensor([[0, 1], [1, 0]])
+    assert image_share(swapped, ids, 7).item() == pytest.approx(15 / 46, rel=1e-6)
+    places = random(1, 6, 8).expand(4, 6, 8)  # every image looks the same
+    assert image_share(places, None, 6).item() == pytest.approx(0, abs=1e-6)
+    assert image_share(1e18 * random(64, 6, 8), None, 6).item() == pytest.approx(1, abs=0.05)
+    assert image_share(random(1, 6, 8), None, 6).item() == 1  # one image: cannot be told
 
 
 def test_entropy_by_hand() -> None:

@@ -100,8 +100,8 @@ def test_what_is_missing_and_what_a_recipe_holds() -> None:
         ("1: 2", "'1' is no name"),
         ("- 1", "holds no settings"),
         ("", "holds no settings"),
-        ("[" * 3000, "no valid YAML"),
-        ("a: {b: " * 800, "no valid YAML"),
+        ("[" * 1_000_000, "over 20 deep"),
+        ("{b: " * 800, "over 20 deep"),
         ("a: \x1b", "no valid YAML"),
         ("a: !!set {b}", "is a set"),
         ("a: !!binary aGk=", "is a bytes"),
@@ -172,33 +172,34 @@ def test_a_result_with_markup_in_its_names_is_shown(capsys: pytest.CaptureFixtur
     assert text.count(r"[/x][red]\x1b[2J") >= 3
 
 
-def test_under_torchrun_one_line_for_all_ranks_and_a_line_for_one_alone(tmp_path: Path) -> None:
-    """torchrun ends the others as soon as one has failed; only rank 1 fails in the second case."""
+def test_under_torchrun_one_line_for_all_ranks(tmp_path: Path) -> None:
+    """torchrun ends the others as soon as rank 0 has failed, before they speak."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, time\n"
-        "from cmt_mae.cli import main\n"
-        "alone = sys.argv[1] == 'alone'\n"
-        "if alone and os.environ['RANK'] == '0':\n"
-        "    time.sleep(30)\n"
-        "sys.exit(main(['compare', '/nowhere']))\n"
+        "import sys\nfrom cmt_mae.cli import main\nsys.exit(main(['recipes', 'nowhere']))\n"
     )
-    lines = {}
-    for case in ("all", "alone"):
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-        ]
-        done = subprocess.run(
-            [*launch, str(program), case], capture_output=True, text=True, timeout=100, check=False
-        )
-        assert done.returncode != 0
-        lines[case] = [line for line in done.stderr.splitlines() if line.startswith("cmt-mae: ")]
-    assert len(lines["all"]) == len(lines["alone"]) == 1
-    assert "/nowhere" in lines["all"][0]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(program)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("cmt-mae: ")]
+    assert len(lines) == 1
+    assert "recipe 'nowhere' is unknown" in lines[0]
+
+
+def test_a_rank_that_fails_alone_speaks_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank, times in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["recipes", "nowhere"]) == 2
+        assert len(waited) == times
+        assert capsys.readouterr().err.count("cmt-mae: ") == 1
 
 
 def test_results_stay_in_their_folder(tmp_path: Path) -> None:

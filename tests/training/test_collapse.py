@@ -25,6 +25,7 @@ def test_recorded_healthy_runs_are_silent() -> None:
         ("spread_prediction_teacher", 0.0001),
         ("spread_student", 0.0),
         ("rank_target_teacher", 1.01),
+        ("image_share_momentum", 0.0001),
         ("entropy_collab", 0.01),
     ],
 )

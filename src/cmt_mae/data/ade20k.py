@@ -140,7 +140,7 @@ def _parse_list(lines: list[str], path: Path) -> list[str]:
         (line for line, row in zip(lines[1:], rows, strict=True) if len(row) <= place), None
     )
     if short is not None:
-        raise InputError(f"{path}: the line '{short.strip()}' has no name; mend the class list")
+        raise InputError(f"{path}: the line {short.strip()[:60]!a} has no name; mend the class list")
     names = [row[place].strip().strip('"') for row in rows]
     if "Idx" not in columns:
         return names
@@ -153,8 +153,10 @@ def _parse_list(lines: list[str], path: Path) -> list[str]:
 def _counted(names: list[str], where: str) -> list[str]:
     if not 2 <= len(names) <= MOST_CLASSES:
         raise InputError(
-            f"class list '{where}' has {len(names)} class(es); give 2 to {MOST_CLASSES}"
+            f"class list '{where[:200]}' has {len(names)} class(es); give 2 to {MOST_CLASSES}"
         )
+    if long := next((name for name in names if len(name) > 200), None):
+        raise InputError(f"class list '{where}': the name {long[:60]!a}... is too long; shorten it")
     return names
 
 

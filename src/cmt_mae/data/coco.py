@@ -19,6 +19,7 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
+from cmt_mae.data.coco_masks import checked_segmentation, coordinates, mask_of, rle_of
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.detection_crops import Example
 from cmt_mae.data.folder import open_file, read_file
@@ -26,11 +27,8 @@ from cmt_mae.errors import InputError
 
 LARGEST_ID = 2**53
 """Ids from here on are not the same number in every JSON reader, and overflow in the evaluation."""
-LARGEST_COORDINATE = 100_000.0
 LARGEST_FILE = 2**31
 """Bytes of an annotation file. (COCO's largest has 0.45 GB; read, it takes up to thirty times as much.)"""
-LONGEST_OUTLINE = 1e6
-"""Pixels along the polygons of one object: rasterising takes 80 bytes and more for each."""
 LARGEST_MASKS = 2**31
 """Bytes of all masks of one image, a byte a pixel and object."""
 
@@ -184,47 +182,6 @@ def same_classes(train: CocoSplit, val: CocoSplit) -> None:
         )
 
 
-def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A checked polygon list or RLE -> (height, width) uint8, rasterised as COCO's tools do it."""
-    array: np.ndarray = coco_mask.decode(_rle(segmentation, height, width))
-    return array
-
-
-def _rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """COCO's compressed RLE of a segmentation."""
-    if isinstance(segmentation, list):
-        parts = coco_mask.frPyObjects(segmentation, height, width)
-        merged: dict[str, Any] = coco_mask.merge(parts)
-        return merged
-    if isinstance(segmentation["counts"], list):
-        packed: dict[str, Any] = coco_mask.frPyObjects(segmentation, height, width)
-        return packed
-    plain: dict[str, Any] = segmentation
-    return plain
-
-
-def run_lengths(text: str) -> list[int]:
-    """Counts of COCO's compressed RLE: six bits a character, from the third on as differences.
-
-    Raises ValueError for what no encoder writes.
-    """
-    counts: list[int] = []
-    place = 0
-    while place < len(text):
-        value, shift, more = 0, 0, True
-        while more:
-            code = ord(text[place]) - 48 if place < len(text) else -1
-            if not 0 <= code < 64 or shift > 60:
-                raise ValueError("not COCO's run lengths")
-            value |= (code & 31) << shift
-            more = bool(code & 32)
-            place, shift = place + 1, shift + 5
-        if code & 16:
-            value -= 1 << shift
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-    return counts
-
-
 def _read(path: Path) -> tuple[dict[str, Any], Any]:
     """The file's content with its three lists, and a running sha256 that has seen its bytes."""
     try:
@@ -317,15 +274,15 @@ def _annotation(
     height, width = sizes[places[image]]
     crowd = _integer({"iscrowd": 0} | raw, "iscrowd", where, 0, 2)
     box = raw.get("bbox")
-    if not _coordinates(box) or len(box) != 4 or box[2] < 0 or box[3] < 0:
+    if not coordinates(box) or len(box) != 4 or box[2] < 0 or box[3] < 0:
         raise InputError(
             f"{where}: 'bbox' must be [x, y, width, height] in pixels, not {box!r:.60}"
         )
-    segmentation = _segmentation(raw.get("segmentation"), where, height, width)
+    segmentation = checked_segmentation(raw.get("segmentation"), where, height, width)
     area = raw.get("area")
     if area is None:
-        area = float(coco_mask.area(_rle(segmentation, height, width)))
-    if not _coordinates([area], largest=math.inf) or area < 0:
+        area = float(coco_mask.area(rle_of(segmentation, height, width)))
+    if not coordinates([area], largest=math.inf) or area < 0:
         raise InputError(f"{where}: 'area' must be a number of pixels, not {area!r:.60}")
     return {
         "id": _integer(raw, "id", where),
@@ -336,59 +293,6 @@ def _annotation(
         "bbox": [float(side) for side in box],
         "segmentation": segmentation,
     }
-
-
-def _coordinates(values: Any, largest: float = LARGEST_COORDINATE) -> bool:
-    """Whether it is a list of finite numbers no larger than ``largest``."""
-    return isinstance(values, list) and all(
-        isinstance(v, int | float)
-        and not isinstance(v, bool)
-        and abs(v) <= largest
-        and abs(v) < 2**1000
-        for v in values
-    )
-
-
-def _segmentation(raw: Any, where: str, height: int, width: int) -> Any:
-    """Polygons of three corners or more, or an RLE of the image's size."""
-    if isinstance(raw, dict):
-        if raw.get("size") != [height, width]:
-            raise InputError(
-                f"{where}: its mask is of size {str(raw.get('size'))[:40]}, its image of "
-                f"[{height}, {width}]; the two must be equal"
-            )
-        counts: Any = raw.get("counts")
-        try:
-            lengths: Any = run_lengths(counts) if isinstance(counts, str) else counts
-            right = all(isinstance(n, int) and 0 <= n <= height * width for n in lengths)
-            right = right and sum(lengths) == height * width
-        except (TypeError, ValueError):
-            right = False
-        if not right:
-            raise InputError(f"{where}: the run lengths of its mask do not fill {width} x {height}")
-        return {"size": [height, width], "counts": counts}
-    if not isinstance(raw, list) or not all(_coordinates(p) and len(p) % 2 == 0 for p in raw):
-        raise InputError(
-            f"{where}: 'segmentation' must be polygons [[x, y, x, y, ...], ...] in pixels or an RLE, "
-            f"not {raw!r:.60}"
-        )
-    if sum(map(_outline, raw)) > LONGEST_OUTLINE:
-        raise InputError(
-            f"{where}: the outline of its mask is over {LONGEST_OUTLINE:g} pixels long; mend it or give an RLE"
-        )
-    polygons = [polygon for polygon in raw if len(polygon) >= 6]
-    if not polygons:
-        raise InputError(
-            f"{where}: it has no mask (no polygon of three corners or more), and Mask R-CNN needs one "
-            "for every box: give it one or remove it"
-        )
-    return polygons
-
-
-def _outline(polygon: list[float]) -> float:
-    """Length of a polygon, the longer of the two directions for each side."""
-    corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-    return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1, initial=0).sum())
 
 
 def check_files(

@@ -14,17 +14,28 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 # An epoch number that no run reaches: the stream of crops that do not change over epochs.
 NO_EPOCH = 2**63
+_NO_BUFFER = np.zeros(4, dtype=np.uint64)
 
 
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+def sample_rng(
+    seed: int, epoch: int, index: int, again: np.random.Generator | None = None
+) -> np.random.Generator:
     """The random stream of one sample in one epoch, the same on any rank and in any worker.
 
     Philox is counter-based: key = (seed, epoch), highest counter word = index, so streams of
-    different samples can never overlap. Each argument lies in [0, 2**64).
+    different samples can never overlap. Each argument lies in [0, 2**64). again: a generator made here
+    that is no longer needed; it is set to the stream and returned, 4 times as fast as making one.
     """
     key = np.array([seed, epoch], dtype=np.uint64)
     counter = np.array([0, 0, 0, index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    if again is None:
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    again.bit_generator.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": counter, "key": key},
+        "buffer": _NO_BUFFER, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+    }  # fmt: skip
+    return again
 
 
 def crop_box(
@@ -73,6 +84,16 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if image.shape[-2:] == size:
         return image[0]
     return F.interpolate(image, size=size, mode="bicubic", antialias=True)[0]
+
+
+def resize_into(image: torch.Tensor, row: torch.Tensor) -> None:
+    """As `resize`, written into `row` (1, C, *size) uint8, a row of a batch."""
+    size = row.shape[-2:]
+    if image.shape[-2:] == size:
+        row.copy_(image)
+        return
+    # The operator behind F.interpolate, which cannot write into a given place.
+    torch.ops.aten._upsample_bicubic2d_aa.out(image, list(size), False, None, None, out=row)
 
 
 def resized_crop(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:

@@ -106,7 +106,7 @@ def read_list(root: Path) -> list[str]:
     if not names:
         raise InputError(f"{file} is empty; it needs one sequence a line")
     for name in names:  # they become names of folders: no ../, no control characters, no markup
-        if not re.fullmatch(r"\w[\w.()+,=@-]*", name):
+        if not re.fullmatch(r"\w[\w.()+,=@-]{0,199}", name):
             raise InputError(f"{file}: {name[:80]!a} cannot be the name of a sequence; rename it")
     return names
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cmt_mae.data import jpeg
-from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize, sample_rng
+from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize_into, sample_rng
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.sources import Source
 from cmt_mae.data.steps import Steps, order
@@ -119,13 +119,14 @@ class _Micro:
         noise = np.empty((count, self.noise_length), dtype=np.float32)
         used = np.empty(count, dtype=np.int64)
         bad: list[tuple[int, str, str]] = []
+        rng = None
         for row, index in enumerate(indexes.tolist()):
-            rng = sample_rng(self.seed, NO_EPOCH if crops.fixed else epoch, index)
+            rng = sample_rng(self.seed, NO_EPOCH if crops.fixed else epoch, index, again=rng)
             flip[row] = rng.random() < 0.5
             piece, used[row] = self._read(rng, index, bad)
-            images[row] = resize(piece, crops.size)
-            if second is not None and crops.second_size is not None:
-                second[row] = resize(piece, crops.second_size)
+            resize_into(piece, images[row : row + 1])
+            if second is not None:
+                resize_into(piece, second[row : row + 1])
             # Last, so that crops do not depend on how much noise a method wants.
             noise_rng = sample_rng(self.seed, epoch, index) if crops.fixed else rng
             noise_rng.random(out=noise[row], dtype=np.float32)

@@ -271,7 +271,7 @@ class Guides(nn.Module):
         for name, network in (("teacher", self.teacher), ("momentum", self.momentum)):
             if network is not None:
                 raw, _ = look.attention(name, self.mask.heads)
-                maps[name] = raw / raw.sum(-1, keepdim=True)
+                maps[name] = as_shares(raw)
         if len(maps) == 2:
             maps["collab"] = mix_attention(maps["momentum"], maps["teacher"], weights.mask)
         mask, _, _ = self(images, noise, n_mask, weights, teacher_images=teacher_images)
@@ -285,13 +285,13 @@ class Guides(nn.Module):
                 raw, mass = look.attention(name, self.mask.heads)
                 maps[name] = normalise_map(raw, self.mask.normalise)  # type: ignore[arg-type]
                 logs[f"class_mass_{name}"] = mass.mean()
-                logs[f"entropy_{name}"] = T.entropy(maps[name] / maps[name].sum(-1, keepdim=True))
+                logs[f"entropy_{name}"] = T.entropy(as_shares(maps[name]))
         if len(maps) == 1:
             return next(iter(maps.values()))
         count = max(1, maps["teacher"].shape[1] // 4)
         logs["overlap"] = T.overlap(maps["teacher"], maps["momentum"], count)
         mixed = mix_attention(maps["momentum"], maps["teacher"], alpha)
-        logs["entropy_collab"] = T.entropy(mixed / mixed.sum(-1, keepdim=True))
+        logs["entropy_collab"] = T.entropy(as_shares(mixed))
         return mixed
 
     def _targets(
@@ -314,6 +314,8 @@ class Guides(nn.Module):
         for name, features in raw.items():
             logs[f"spread_target_{name}"] = T.spread(features)
             logs[f"rank_target_{name}"] = T.effective_rank(features)
+            places = features.shape[1] if ids is None else mask.mask.shape[1]
+            logs[f"image_share_{name}"] = T.image_share(features, ids, places)
         return {
             name: T.normalise_target(features, self.target.norm) for name, features in raw.items()
         }
@@ -329,6 +331,11 @@ class Guides(nn.Module):
             if ids is None
             else patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[-1]))
         )
+
+
+def as_shares(attention: Tensor) -> Tensor:
+    """Maps (B, L) that sum to 1; all 0 where the class token takes everything."""
+    return attention / attention.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 def own_parts(network: nn.Module) -> list[Tensor]:

@@ -107,12 +107,35 @@ def effective_rank(features: Tensor, most: int = 256) -> Tensor:
     Between 1 (all on one line) and D; 0 where nothing varies. Of ``most`` tokens where there are more.
     """
     rows = features.float().flatten(0, -2)
-    if rows.shape[0] > most:  # golden-ratio steps: no regular one, which might meet the same patch every time
+    if (
+        rows.shape[0] > most
+    ):  # golden-ratio steps: no regular one, which might meet the same patch every time
         places = (torch.arange(most, device=rows.device) * 0.6180340) % 1 * rows.shape[0]
         rows = rows[places.long()]
     rows = rows - rows.mean(0)
+    rows = rows / rows.abs().amax().clamp_min(1e-30)  # else the squares of large features overflow
     gram = rows @ rows.T  # has the eigenvalues of the covariance, whatever D is
     return gram.diagonal().sum() ** 2 / (gram**2).sum().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def image_share(features: Tensor, ids: Tensor | None, places: int, most: int = 64) -> Tensor:
+    """Share of the variance of (B, N, D) that images at the same place have: 0 = they tell places, no images.
+
+    ids (B, N) int64: the place, below ``places``, of each token; None: the N places in order. Of ``most``
+    images. 1 where no two images share a place (a batch of one).
+    """
+    rows = features[:most].float()
+    batch, count, width = rows.shape
+    place = torch.arange(count, device=rows.device).expand(batch, -1) if ids is None else ids[:most]
+    rows, place = rows.flatten(0, 1), place.flatten()
+    rows = rows / rows.abs().amax().clamp_min(1e-30)
+    number = rows.new_zeros(places).index_add(0, place, rows.new_ones(len(rows)))
+    mean = rows.new_zeros(places, width).index_add(0, place, rows) / number.clamp_min(1)[:, None]
+    free = len(rows) - (number > 0).sum()
+    within = (rows - mean[place]).square().sum() / free.clamp_min(1)
+    total = (rows - rows.mean(0)).square().sum() / max(1, len(rows) - 1)
+    return torch.where(free > 0, within / total.clamp_min(1e-12), 1.0)
 
 
 @torch.no_grad()

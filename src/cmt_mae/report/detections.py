@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cmt_mae.data.coco import CocoSplit, mask_of
+from cmt_mae.data.coco import CocoSplit
+from cmt_mae.data.coco_masks import mask_of
 from cmt_mae.text import printable
 from cmt_mae.training.files import write_atomically
 

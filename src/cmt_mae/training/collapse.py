@@ -7,6 +7,8 @@ from typing import Any
 LEAST = {"spread_target": 0.02, "spread_prediction": 0.005, "spread_student": 0.02}
 LEAST_RANK = 1.05
 """Effective rank of features; 1 = all on one line."""
+LEAST_IMAGE_SHARE = 0.005
+"""Share of the features' variance among images at the same place; 0 = every image looks the same."""
 LEAST_ENTROPY = 0.05
 """Of attention, as a share of the uniform map's; 0 = one patch takes all."""
 
@@ -27,6 +29,8 @@ def limit_of(name: str) -> float | None:
     """The least healthy value of a number, or None where it has none."""
     if name.startswith("rank_target"):
         return LEAST_RANK
+    if name.startswith("image_share_"):
+        return LEAST_IMAGE_SHARE
     if name.startswith("entropy_"):
         return LEAST_ENTROPY
     return next((limit for start, limit in LEAST.items() if name.startswith(start)), None)

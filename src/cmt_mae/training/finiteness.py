@@ -5,13 +5,19 @@ from torch import Tensor, nn
 
 from cmt_mae.training.meters import Bad
 
+
+def of_target(name: str) -> tuple[str, ...]:
+    """Numbers that are read from a target."""
+    return (f"spread_target_{name}", f"rank_target_{name}", f"image_share_{name}")
+
+
 PREDICTED = ("teacher", "momentum", "pixel", "hog")
 # Numbers of a step by the part they are read from, in the order in which a step computes the parts.
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("image", ("image_mean", "teacher_image_mean")),
-    ("teacher", ("class_mass_teacher", "entropy_teacher", "spread_target_teacher")),
-    ("momentum student", ("class_mass_momentum", "entropy_momentum", "spread_target_momentum")),
-    ("target", ("spread_target_pixel", "spread_target_hog")),
+    ("teacher", ("class_mass_teacher", "entropy_teacher", *of_target("teacher"))),
+    ("momentum student", ("class_mass_momentum", "entropy_momentum", *of_target("momentum"))),
+    ("target", (*of_target("pixel"), *of_target("hog"))),
     ("student", ("spread_student",)),
     ("decoder", ("spread_decoder",)),
     ("head", tuple(f"spread_prediction_{name}" for name in PREDICTED)),
