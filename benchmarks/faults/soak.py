@@ -132,7 +132,7 @@ def judge(
 
 
 def sample(words: list[str], out: Path, fork: bool, prepare: Callable[[int], None] | None) -> Curve:
-    """Run the command and look at it every 0.2 s. fork: not in an interpreter of its own."""
+    """Run the command and look at it every second (or four times in one). fork: no interpreter of its own."""
     launch = tiny.Launch(words, out.with_suffix(".log"), real=not fork, prepare=prepare).start()
     curve, begin = Curve(), time.monotonic()
     while launch.running():
@@ -141,7 +141,7 @@ def sample(words: list[str], out: Path, fork: bool, prepare: Callable[[int], Non
             look = look_at(launch.pids[0], out, done[-1])
             if look is not None:
                 curve.samples.append(look)
-        time.sleep(0.05 if fork else 1.0)
+        time.sleep(0.25 if fork else 1.0)
     curve.status, curve.said = launch.finish()[0], launch.said()
     curve.seconds = time.monotonic() - begin
     return curve

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from cmt_mae.cli import main
+from cmt_mae.data.loader import order
 from cmt_mae.errors import InputError
 from cmt_mae.parsing import expand, parse, take, with_positional
 from cmt_mae.recipes import head_comment, load_recipes, recipe_names
@@ -228,6 +229,21 @@ def test_broken_images_are_named_skipped_and_stop_the_run_when_too_many(
     line = fails(capsys, "pretrain", *as_words(config))
     assert "more than data.max_bad 0.01" in line
     assert "bad_images.txt" in line
+
+
+def test_a_broken_image_in_the_first_batch_does_not_stop_the_run(
+    make: Make, tmp_path: Path
+) -> None:
+    """One of 40 is less than 5 %, though it is one of the first 8."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(40):
+        Image.new("RGB", (40, 40), (number, 90, 30)).save(folder / f"{number:02d}.png")
+    config = make(data__path=str(folder), data__max_bad=0.05)
+    first = int(order(40, config.seed, 0)[0])
+    (folder / f"{first:02d}.png").write_text("I am no picture")
+    assert main(["pretrain", *as_words(config)]) == 0
+    assert f"{first:02d}.png" in (Path(config.out) / "bad_images.txt").read_text()
 
 
 def test_evaluate_json_is_the_last_line_of_stdout(
