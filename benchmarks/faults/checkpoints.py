@@ -160,7 +160,7 @@ def _killed_writes(options: Options, verdict: Verdict, counts: Counter[str]) -> 
     totals = once(None).counters.read()
     for kind in ("file", "byte"):
         for at in range(
-            0, totals[kind], {"file": 1, "byte": 211}[kind] * (4 if options.quick else 1)
+            0, totals[kind], {"file": 1, "byte": 16}[kind] * (30 if options.quick else 1)
         ):
             launch = once(Fault(kind, at))
             counts[f"kills in saving, marking and rotating, at each {kind}"] += 1

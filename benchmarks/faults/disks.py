@@ -165,7 +165,7 @@ def forbidden(
     for place in ("run",) if options.quick else ("run", "parent"):
         owned(base, 0o755)
         owned(run if place == "run" else base, 0o555)
-        _refused(words, run, base / "start.log", drop, f"read-only {place}", verdict, counts)
+        _refused(words, run, base / f"{place}.log", drop, f"read-only {place}", verdict, counts)
         os.chmod(base, 0o755)
         remove(run)
     midway = ("", "checkpoints", "checkpoints", "")[: 1 if options.quick else 4]

@@ -145,11 +145,11 @@ def _scenario(
         log = folder / f"chain{number}.log"
         history: list[str] = []
         for _ in range(2 if scenario.real or options.quick else rng.randint(1, 4)):
-            kind = scenario.kinds[len(history) % len(scenario.kinds)]
-            if number % 2:
-                kind = rng.choice(scenario.kinds)
+            kind = scenario.kinds[(number + len(history)) % len(scenario.kinds)]
+            # what is left of a run that was killed before is shorter
+            left = 1 / (1 + 0.5 * len(history))
             launch = Launch(words, log, scenario.processes, scenario.real)
-            said = _kill(launch, kind, totals, seconds, rng)
+            said = _kill(launch, kind, totals, left * seconds, left, rng)
             history.append(said)
             if not _killed(launch):
                 tally.missed += 1
@@ -175,7 +175,12 @@ def _scenario(
 
 
 def _kill(
-    launch: Launch, kind: str, totals: dict[str, int], seconds: float, rng: random.Random
+    launch: Launch,
+    kind: str,
+    totals: dict[str, int],
+    seconds: float,
+    left: float,
+    rng: random.Random,
 ) -> str:
     """Start, kill (or let the fault do it), wait for the end; what was done, to repeat it."""
     rank = rng.randrange(launch.processes)
@@ -194,7 +199,7 @@ def _kill(
         return f"{moment:.3f} s of rank {rank}"
     if kind in ("file", "byte"):
         rank = 0  # alone writes
-    launch.fault = Fault(kind, rng.randrange(max(1, totals[kind])), rank)
+    launch.fault = Fault(kind, rng.randrange(max(1, int(left * totals[kind]))), rank)
     launch.start().finish()
     return f"{kind} {launch.fault.at} of rank {rank}"
 

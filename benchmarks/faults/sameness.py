@@ -19,10 +19,15 @@ def steps_done(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in text.split("\n") if line.endswith("}")]
 
 
-def differences(whole: Path, other: Path) -> list[str]:
-    """In what a run differs from the undisturbed one: files, checkpoints bit for bit, metrics line by line."""
+def differences(whole: Path, other: Path, stopped: bool = False) -> list[str]:
+    """In what a run differs from the undisturbed one: files, checkpoints bit for bit, metrics line by line.
+
+    stopped: a polite stop writes a checkpoint of its own, so of the steps only the newest are compared.
+    """
     found = []
     names, others = _names(whole), _names(other)
+    if stopped:
+        names, others = names - _older(whole), others - _older(other)
     if names != others:
         found.append(f"files: {sorted(names ^ others)}")
     for name in sorted(names & others):
@@ -43,6 +48,11 @@ def differences(whole: Path, other: Path) -> list[str]:
         elif mine.read_bytes() != theirs.read_bytes():
             found.append(f"{name}: bytes")
     return found
+
+
+def _older(run: Path) -> set[str]:
+    older = list_checkpoints(run / "checkpoints")[:-1]
+    return {str(p.with_suffix(s).relative_to(run)) for p in older for s in (".pt", ".sha256")}
 
 
 def _names(run: Path) -> set[str]:

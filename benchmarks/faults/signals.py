@@ -81,7 +81,7 @@ def campaign(options: Options) -> Verdict:
             _polite(case, words, folder, which, rng, verdict, counts, delays)
     for moment in IMPATIENT * (1 if options.quick else 4):
         _impatient(moment, tiny, options.folder / "twice", rng, verdict, counts)
-    verdict.trials = sum(counts.values())
+    verdict.trials = sum(counts.values()) - counts["too late"]
     verdict.figures = {
         "stops": dict(counts),
         "seconds from signal to exit, longest": round(max(delays, default=0.0), 2),
@@ -137,7 +137,9 @@ def _polite(
         if not case.real:
             if Launch(words, log, case.processes).start().finish() != [0] * case.processes:
                 verdict.failures.append(f"{where}: the restart failed")
-            verdict.failures += [f"{where}: {x}" for x in differences(folder / "whole", run)]
+            verdict.failures += [
+                f"{where}: {x}" for x in differences(folder / "whole", run, stopped=True)
+            ]
     remove(run)
 
 
@@ -204,7 +206,7 @@ def _impatient(
         Launch(words, folder / "whole.log").start().finish()
         run.rename(folder / "whole")
         whole.rename(run)
-    verdict.failures += [f"{where}: {x}" for x in differences(folder / "whole", run)]
+    verdict.failures += [f"{where}: {x}" for x in differences(folder / "whole", run, stopped=True)]
     remove(run)
 
 
