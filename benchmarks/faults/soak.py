@@ -60,6 +60,10 @@ class Curve:
         steps, sizes = np.array(there, dtype=np.float64).T
         return float(np.polyfit(steps, sizes, 1)[0])
 
+    def least(self, name: str, first: int, last: int) -> int:
+        """Smallest value between two steps."""
+        return min((getattr(s, name) for s in self.samples if first <= s.step <= last), default=0)
+
     def most(self, name: str, first: int, last: int) -> int:
         """Largest value between two steps."""
         return max((getattr(s, name) for s in self.samples if first <= s.step <= last), default=0)
@@ -103,7 +107,8 @@ def judge(
                 f"{name}: memory grows by {slope:.0f} KB a 1000 steps in stage {stage}"
             )
         for what in ("descriptors", "threads", "processes", "files"):
-            early, late = curve.most(what, first, middle), curve.most(what, middle, last)
+            # the least, as a file that is being read or written for a moment is no growth
+            early, late = curve.least(what, first, middle), curve.least(what, middle, last)
             if late > early:
                 verdict.failures.append(
                     f"{name}: {what} grow from {early} to {late} in stage {stage}"

@@ -248,7 +248,7 @@ class Stepper:
                 + (mask_config.mix_random_end - mask_config.mix_random_start) * share,
             )
             loss, more = self.model(images, mask, targets, weights.loss)
-        self.meters.add({**shown, **logs, **more}, step + 1)
+        self.meters.add({**shown, **logs, **more}, step + 1, 1 / self.plan.accumulation)
         return loss
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

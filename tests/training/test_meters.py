@@ -83,6 +83,18 @@ def test_a_window_continues_from_its_state() -> None:
     assert later.read() == straight.read() == ({"loss": 3.5}, {"loss": Bad(2, 1)})
 
 
+def test_every_step_weighs_alike_whatever_its_micro_batches() -> None:
+    meters = Meters(CPU)
+    for value in (1.0, 2.0, 3.0, 6.0):
+        meters.add({"loss": scalar(value)}, 1, share=1 / 4)
+    meters.add({"loss": scalar(5.0)}, 2)
+    assert meters.read()[0] == {"loss": 4.0}
+    pair = [Meters(CPU, Two(rank)) for rank in (0, 1)]
+    for number, one in enumerate(pair):
+        one.add({"loss": scalar(2.0 + 2 * number)}, 3)
+    assert [m.rows["loss"].tolist() for m in pair] == [[1, 0.5, 0], [2, 0.5, 0]]
+
+
 class Two(Accelerator):
     """As if a second process stood beside this one."""
 

@@ -215,7 +215,8 @@ class _Fit:
                 self.accelerator.backward(loss / job.accumulation)
             finite = finite & torch.isfinite(loss.detach())
             parts = {k: v.detach() for k, v in losses.items()}
-            self.meters.add({**parts, "loss": loss.detach()}, self.step + 1)
+            numbers = {**parts, "loss": loss.detach()}
+            self.meters.add(numbers, self.step + 1, 1 / job.accumulation)
         norm = nn.utils.clip_grad_norm_(job.model.parameters(), job.clip or math.inf)
         skipped = skip_unless(job.optimizer, finite & torch.isfinite(norm), self.accelerator)
         self.nonfinite_row = (self.nonfinite_row + 1) * skipped

@@ -32,24 +32,29 @@ class Meters:
         self.device = device
         self.accelerator = accelerator
         self.places: dict[str, int] = {}  # name -> row of the table
-        # sum, count, non-finite count, step of the first non-finite one or infinity
+        # weighted sum, weight, non-finite count, step of the first non-finite one or infinity
         self.table = torch.empty((0, 4), device=device)
         self._known: dict[tuple[str, ...], Tensor] = {}  # names of a call -> their places
 
     @property
     def rows(self) -> dict[str, Tensor]:
-        """name -> [sum, count, non-finite count]."""
+        """name -> [weighted sum, weight, non-finite count]."""
         return {name: self.table[place, :3] for name, place in self.places.items()}
 
     @torch.no_grad()
-    def add(self, numbers: dict[str, Tensor], step: int = 0) -> None:
-        """Scalars on the device, by name, of this step: a handful of operations for all of them."""
+    def add(self, numbers: dict[str, Tensor], step: int = 0, share: float = 1.0) -> None:
+        """Scalars on the device, by name, of this step: a handful of operations for all of them.
+
+        share: of the step that they stand for on this process, e.g. of one micro-batch among several. So
+        every step weighs alike, also where processes or micro-batches change in the middle of a window.
+        """
         if not numbers:
             return
         places = self._places(tuple(numbers))
         values = torch.stack([number.detach().float() for number in numbers.values()])
         finite = torch.isfinite(values)
-        sums = torch.stack([torch.where(finite, values, 0.0), finite.float(), (~finite).float()], 1)
+        weights = finite.float() * (share / self._processes())
+        sums = torch.stack([torch.where(finite, values, 0.0) * weights, weights, (~finite).float()], 1)
         first = torch.where(finite, math.inf, float(step))
         self.table[:, :3].index_add_(0, places, sums)
         self.table[places, 3] = torch.minimum(self.table[places, 3], first)
