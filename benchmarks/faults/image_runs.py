@@ -102,6 +102,8 @@ def train_on_folders(
         delete_during(tiny, folder, workers, 7 * one.epochs, verdict)
         words = tiny.pretrain(str(place), folder / f"strict{workers}", f"--data.workers={workers}")
         words.append("--data.max_bad=0.01")
+        if len(runs) == 1:
+            continue  # a quick campaign
         strict = call_forked(words, folder, 200, obey_permissions)
         verdict.trials += 1
         fault = fault_in(strict) or (
@@ -162,6 +164,7 @@ def delete_during(tiny: Tiny, folder: Path, workers: int, epochs: int, verdict: 
 
     other = threading.Thread(target=spoil)
     words = tiny.pretrain(str(place), out, f"--data.workers={workers}", f"--epochs={epochs}")
+    words.append("--runtime.checkpoint_every=5")
     # the thread starts in the fork's parent, after the fork
     starter = threading.Timer(0.2, other.start)
     starter.start()

@@ -39,7 +39,7 @@ def campaign(options: Options) -> Verdict:
     explode(verdict, large=not options.quick)
     tiny = prepare(options.folder / "tiny")
     chosen = [one for one in mutations if one[0] in refused]
-    runs = (Runs(0, 40, 2),) if options.quick else (Runs(0, 300, 4), Runs(2, 300, 4))
+    runs = (Runs(0, 40, 1),) if options.quick else (Runs(0, 300, 4), Runs(2, 300, 4))
     train_on_folders(tiny, options.folder, chosen, runs, verdict)
     evaluate_all(tiny, options, verdict)
     return verdict

@@ -25,6 +25,7 @@ from cmt_mae.data.loader import (
     order,
     pretrain_batches,
 )
+from cmt_mae.data.workers import iterate
 from cmt_mae.errors import InputError
 
 CROPS = CropSettings((8, 8))
@@ -420,3 +421,30 @@ def test_evaluation_goes_on_after_a_workers_death(tmp_path: Path) -> None:
     for a, b in zip(expected, found, strict=True):
         assert all(map(torch.equal, a, b))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+class Unsendable:
+    """Pickled, it fails as tensors do where /dev/shm is full."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+
+class Answers:
+    """Items that cannot be handed over."""
+
+    def __getitem__(self, key: int) -> Unsendable:
+        return Unsendable()
+
+    def describe(self, key: int) -> str:
+        return f"item {key}"
+
+
+def test_answers_that_do_not_fit_into_shared_memory() -> None:
+    """Python's queue drops them after a traceback, and they would be waited for."""
+    stream = iterate(Answers(), lambda done: range(done, 9), 1, timeout_s=60)
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=r"no room in shared memory: make /dev/shm larger") as info:
+        next(stream)
+    assert "item 0" in str(info.value)
+    assert time.monotonic() - begin < 20

@@ -2,15 +2,19 @@
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import logging
 import math
+import os
 import pickle
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
@@ -27,6 +31,7 @@ MAX_RESTARTS = 3
 """Restarts of the workers without an item in between, after which the run stops."""
 _PIPE_BYTES = 2**20
 _LOOK_S = 1.0  # seconds between two looks at whether the workers live
+_NO_ROOM = 77  # exit status of a worker that cannot hand over what it has made
 _SILENT = "DataLoader timed out"  # torch's words
 _LIVE: set[BaseProcess] = set()
 
@@ -77,7 +82,9 @@ def iterate(
             what = f"{error} (it was to read {items.describe(next(iter(keys_from(done))))})"
             if failures > MAX_RESTARTS:
                 raise InputError(f"{failures} times in a row: {what}") from None
-            logging.getLogger(__name__).warning("%s; the workers are started again", printable(what))
+            logging.getLogger(__name__).warning(
+                "%s; the workers are started again", printable(what)
+            )
         finally:
             found.close()
 
@@ -220,13 +227,13 @@ def _failure(
     if dead:
         number, process = dead[0]
         return f"loader worker {number} (process {process.pid}) died ({_cause(process.exitcode)})"
-    if "shared memory" in str(error) or "shm" in str(error):
-        return "a loader worker found no room in shared memory (/dev/shm)"
     return None
 
 
 def _cause(code: int | None) -> str:
     """How a process ended."""
+    if code == _NO_ROOM:
+        return "no room in shared memory: make /dev/shm larger, docker run --shm-size=8g"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
@@ -250,3 +257,13 @@ def _start_worker(_: int) -> None:
     """Signals belong to the main process: it writes the checkpoint, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    queues.Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
+
+
+def _give_up(error: Exception, _: object) -> None:
+    """An answer could not be sent. Python would print a traceback and drop it, and it would be waited for."""
+    full = "shared memory" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
+    if not full:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    os._exit(_NO_ROOM if full else 1)
