@@ -27,7 +27,7 @@ SCALE = (0.2, 1.0)
 MOSAIC = (4000, 3000)
 WHOLE = "ours, whole pictures"
 PILLOW = "ours, by Pillow"
-PACKED = "ours, packed at 256 px"
+PACKED = "ours, packed"
 
 
 def compare_loader(options: Options) -> Iterator[dict[str, Any]]:
@@ -38,7 +38,9 @@ def compare_loader(options: Options) -> Iterator[dict[str, Any]]:
     try:
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
-            yield photos_entry(data / "photos", 20 if options.quick else 60, folder, options)
+            count = 20 if options.quick else 60
+            yield photos_entry(data / "photos", count, folder, options, 224, 256)
+            yield photos_entry(data / "photos", count, folder, options, 96, 128)
             yield imagenette_entry(data / "imagenette/train", 20 if options.quick else 240, options)
             yield camera_entry(data / "photos", 1 if options.quick else 10, folder, options)
     finally:
@@ -46,38 +48,39 @@ def compare_loader(options: Options) -> Iterator[dict[str, Any]]:
 
 
 HOW = (
-    f"random crops of {SIZE} px (scale 0.2 to 1, bicubic, flip) as uint8 batches, in one process with one thread. "
+    "random crops (scale 0.2 to 1, bicubic, flip) as uint8 batches, in one process with one thread. "
     "torchvision: ImageFolder, v2.RandomResizedCrop on PIL images. timm: its create_loader. Both stop at uint8 "
     "here, which spares them the normalisation that they usually do in the loader. "
 )
 
 
-def photos_entry(path: Path, count: int, folder: Path, options: Options) -> dict[str, Any]:
-    """Photos of the usual size of ImageNet, and each means alone."""
-    view = folder / "view"  # ImageFolder wants class folders
-    view.mkdir()
-    (view / "all").symlink_to(path, target_is_directory=True)
-    pack(PackConfig(data=str(path), out=str(folder / "packed"), size=256, workers=0))
+def photos_entry(
+    path: Path, count: int, folder: Path, options: Options, size: int, packed: int
+) -> dict[str, Any]:
+    """Photos of the usual size of ImageNet, each means alone, and the same photos packed."""
+    view, pack_path = folder / "view", folder / f"packed{packed}"
+    if not view.exists():  # ImageFolder wants class folders
+        view.mkdir()
+        (view / "all").symlink_to(path, target_is_directory=True)
+    pack(PackConfig(data=str(path), out=str(pack_path), size=packed, workers=0))
     contestants = {
-        OURS: ours(path, count),
-        WHOLE: with_patch("read_header", lambda *_: None, ours(path, count)),
-        PILLOW: with_patch("simplejpeg", None, ours(path, count)),
-        PACKED: ours(folder / "packed", count),
-        "torchvision": torchvision_loader(view, count),
-        "timm": timm_loader(view, count),
+        OURS: ours(path, count, size=size),
+        WHOLE: with_patch("read_header", lambda *_: None, ours(path, count, size=size)),
+        PILLOW: with_patch("simplejpeg", None, ours(path, count, size=size)),
+        PACKED: ours(pack_path, count, size=size),
+        "torchvision": torchvision_loader(view, count, size=size),
+        "timm": timm_loader(view, count, size=size),
     }
     comparison = Comparison(
-        "loader", "loader/photos",
-        f"{count} photos of about 500 x 375 px, 20 a batch: {HOW}'{WHOLE}' decodes no part, '{PILLOW}' "
-        f"does without simplejpeg, '{PACKED}' reads what `cmt-mae pack` made of the same photos.",
-        count, target={"torchvision": 2.0}, facts={"size": SIZE},
+        "loader", f"loader/photos_{size}px",
+        f"Crops of {size} px of {count} photos of about 500 x 375 px, 20 a batch: {HOW}'{WHOLE}' decodes no part, "
+        f"'{PILLOW}' does without simplejpeg, '{PACKED}' reads what `cmt-mae pack --size {packed}` made of them.",
+        count, target={"torchvision": 2.0}, facts={"size": size, "packed_size": packed},
     )  # fmt: skip
     entry = comparison.measured(alternate(contestants, options.rounds, comparison.name))
     rows = entry["contestants"]
-    ratios = [
-        a / b for a, b in zip(rows["torchvision"]["seconds"], rows[PACKED]["seconds"], strict=True)
-    ]
-    entry["facts"]["packed_over_torchvision"] = statistics.median(ratios)
+    pairs = zip(rows["torchvision"]["seconds"], rows[PACKED]["seconds"], strict=True)
+    entry["facts"]["packed_over_torchvision"] = statistics.median(a / b for a, b in pairs)
     entry["facts"]["packed_over_torchvision_wanted"] = 20.0
     return entry
 
@@ -90,7 +93,8 @@ def imagenette_entry(path: Path, count: int, options: Options) -> dict[str, Any]
         "timm": timm_loader(path, count),
     }
     comparison = Comparison(
-        "loader", "loader/imagenette", f"{count} pictures of 224 x 224 px, 20 a batch: {HOW}", count,
+        "loader", "loader/imagenette",
+        f"Crops of {SIZE} px of {count} pictures of 224 x 224 px, 20 a batch: {HOW}", count,
         target={"torchvision": 2.0}, facts={"size": SIZE},
     )  # fmt: skip
     return comparison.measured(alternate(contestants, options.rounds, comparison.name))
@@ -108,8 +112,8 @@ def camera_entry(path: Path, count: int, folder: Path, options: Options) -> dict
     }
     comparison = Comparison(
         "loader", "loader/camera",
-        f"{count} JPEG mosaics of photos, {MOSAIC[0]} x {MOSAIC[1]} px, {count} a batch: {HOW}'ours, not shrunk' "
-        "decodes the rows of a crop at full size.",
+        f"Crops of {SIZE} px of {count} JPEG mosaics of photos, {MOSAIC[0]} x {MOSAIC[1]} px, {count} a batch: "
+        f"{HOW}'ours, not shrunk' decodes the rows of a crop at full size.",
         count, target={"torchvision": 2.0}, facts={"size": SIZE},
     )  # fmt: skip
     return comparison.measured(alternate(contestants, options.rounds, comparison.name))
@@ -138,20 +142,24 @@ def with_patch(name: str, value: object, run: Callable[[], object]) -> Callable[
     return patched
 
 
-def ours(path: Path, count: int, batch: int = 20, shrink: bool = True) -> Callable[[], object]:
+def ours(
+    path: Path, count: int, batch: int = 20, shrink: bool = True, size: int = SIZE
+) -> Callable[[], object]:
     """Batches as `pretrain` reads them; an endless stream, so each run goes on where the last one stopped."""
     batches = pretrain_batches(
-        open_source(str(path)), CropSettings((SIZE, SIZE), scale=SCALE, shrink=shrink),
+        open_source(str(path)), CropSettings((size, size), scale=SCALE, shrink=shrink),
         noise_length=0, seed=0, batch_size=batch, micro_batch=batch, workers=0,
     )  # fmt: skip
     return lambda: [next(batches) for _ in range(count // batch)]
 
 
-def torchvision_loader(view: Path, count: int, batch: int = 20) -> Callable[[], object]:
+def torchvision_loader(
+    view: Path, count: int, batch: int = 20, size: int = SIZE
+) -> Callable[[], object]:
     """The usual recipe of MAE, up to uint8."""
     transform = v2.Compose(
         [
-            v2.RandomResizedCrop(SIZE, scale=SCALE, interpolation=InterpolationMode.BICUBIC),
+            v2.RandomResizedCrop(size, scale=SCALE, interpolation=InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
         ]
@@ -162,10 +170,10 @@ def torchvision_loader(view: Path, count: int, batch: int = 20) -> Callable[[], 
     return lambda: list(itertools.islice(loader, count // batch))
 
 
-def timm_loader(view: Path, count: int, batch: int = 20) -> Callable[[], object]:
+def timm_loader(view: Path, count: int, batch: int = 20, size: int = SIZE) -> Callable[[], object]:
     """timm's own pipeline with the same crops, up to the uint8 batch that its prefetcher would move."""
     loader = timm.data.create_loader(
-        timm.data.ImageDataset(str(view)), (3, SIZE, SIZE), batch, is_training=True, scale=SCALE, hflip=0.5,
+        timm.data.ImageDataset(str(view)), (3, size, size), batch, is_training=True, scale=SCALE, hflip=0.5,
         color_jitter=0.0, interpolation="bicubic", num_workers=0, persistent_workers=False, use_prefetcher=True,
         device=torch.device("cpu"),
     )  # fmt: skip

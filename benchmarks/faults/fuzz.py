@@ -61,7 +61,7 @@ class Tally:
         self.statuses[f"{kind}: status {outcome.status}"] += 1
         fault = fault_in(outcome, alone)
         if fault is not None:
-            self.failures.append(f"{kind} {ascii(case)[:400]}: {fault}: {ascii(outcome.line())[:300]}")
+            self.failures.append(f"{kind} {ascii(case)[-700:]}: {fault}: {ascii(outcome.line())[:300]}")
 
 
 def campaign(options: Options) -> Verdict:
@@ -103,6 +103,8 @@ ODD = st.sampled_from(
      '{"class_path": "os.system", "init_args": {"command": "exit"}}', "1.5", "7", "[16, 16]", "[0.5, 0.1]"]
 )  # fmt: skip
 NUMBER = st.one_of(st.integers(), st.integers(-3, 300), st.floats(), st.floats(-2, 2)).map(str)
+WHOLE = st.one_of(st.integers(-2, 40), st.integers(-2, 40), st.integers()).map(str)
+FRACTION = st.one_of(st.floats(-0.5, 1.5), st.floats(-0.5, 1.5), st.floats()).map(str)
 SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT)
 TREE = st.recursive(SCALAR, lambda c: st.lists(c, max_size=3) | st.dictionaries(TEXT, c, max_size=3), max_leaves=8)
 WORD = st.sampled_from(
@@ -265,7 +267,8 @@ def case_of_work(files: "Files", tally: Tally) -> Callable[[st.DataObject], None
             name = data.draw(st.sampled_from(COMMAND_NAMES[command]))
             kind = str(TYPES[command][name])
             right = WORD if "str" in kind or "Literal" in kind else st.sampled_from(["true", "false"])
-            right = NUMBER if "int" in kind or "float" in kind else right
+            right = WHOLE if "int" in kind else right
+            right = FRACTION if "float" in kind else right
             right = st.lists(right, max_size=3).map(listed) if "list" in kind or "tuple" in kind else right
             words.append(f"--{name}={data.draw(ODD if data.draw(st.integers(0, 3)) == 0 else right)}")
         tally.note("work", words, call_forked(words, Path(), limit_s=60))

@@ -261,7 +261,7 @@ def resumes(stage: Stage) -> None:
             last = sorted((out / "checkpoints").glob("step_*.pt"))[-1]
             torch.save({"step": 4, "payload": payload}, last)
             last.with_suffix(".sha256").write_text(sha256(last))
-            stage.refuses("checkpoints", f"resume of {kind}, {name}", words(out), says=last.name)
+            stage.refuses("checkpoints", f"resume of {kind}, {name}", words(out), says=f"{last.name} is refused")
             if kind == "run":
                 more = short_pretrain(stage, stage.cell / "new", f"--init_from={out}")
                 stage.refuses("checkpoints", f"init_from, {name}", more, says=last.name)

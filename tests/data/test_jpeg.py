@@ -95,6 +95,10 @@ def test_every_box_is_pillows(
             found = jpeg.decode(raw, header, (top, left, h, w))
             assert np.array_equal(found, expected[top : top + h, left : left + w])
             assert np.array_equal(jpeg.decode(raw, header), expected)
+            for count in (100, 90 * 90 * 3):  # too small, and large enough
+                scratch = np.empty(count, np.uint8)
+                found = jpeg.decode(raw, header, (top, left, h, w), 1, scratch)
+                assert np.array_equal(found, expected[top : top + h, left : left + w])
     finally:
         jpeg.simplejpeg = present
 

@@ -209,7 +209,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(how: str, tmp_path: Path)
         path.write_bytes(pickle.dumps(Evil(mark), protocol=2))
     path.with_suffix(".sha256").write_text(sha256(path))
     for load, what in ((load_checkpoint, path), (load_last, tmp_path)):
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match=r"refused|cannot be read"):
             load(what)
     assert not mark.exists()
     torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())

@@ -10,6 +10,7 @@ simplejpeg (libjpeg-turbo without detours) decodes where it is installed, else P
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,11 +129,13 @@ def _walk(raw: bytes) -> Header | None:
 
 def _described(raw: bytes) -> int:
     """The orientation in the EXIF or XMP block, as Pillow reads it."""
-    try:
-        with Image.open(io.BytesIO(raw), formats=("JPEG", "MPO")) as image:
-            return orientation_of(image)
-    except Exception:
-        return 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of broken EXIF
+        try:
+            with Image.open(io.BytesIO(raw), formats=("JPEG", "MPO")) as image:
+                return orientation_of(image)
+        except Exception:
+            return 1
 
 
 def choose_shrink(box: Box, sizes: list[tuple[int, int]]) -> int:
@@ -165,12 +168,17 @@ def stored_box(header: Header, box: Box, shrink: int = 1) -> Box:
 
 
 def decode(
-    raw: bytes, header: Header, box: Box | None = None, shrink: int = 1
+    raw: bytes,
+    header: Header,
+    box: Box | None = None,
+    shrink: int = 1,
+    scratch: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """The box (None: all) of the upright picture as uint8 (h, w, 3); with shrink k 1/k as large.
 
     None where the decoder refuses the file: `decode.decode_image` then says why. Damage below the box
-    goes unnoticed.
+    goes unnoticed. scratch: flat uint8 memory in which the result may lie, for a result that is copied
+    before the next call: the memory of a new array would have to be fetched page by page.
     """
     height, width = header.stored
     place = (0, 0, -(-height // shrink), -(-width // shrink))
@@ -181,9 +189,11 @@ def decode(
     rows = (-(-((top + h) * shrink) // header.step) + 1) * header.step
     try:
         if rows < height:
-            array = _decode(_shortened(raw, header.frame, rows), rows, width, shrink, strict=False)
+            array = _decode(
+                _shortened(raw, header.frame, rows), rows, width, shrink, False, scratch
+            )
         else:
-            array = _decode(raw, height, width, shrink, strict=True)
+            array = _decode(raw, height, width, shrink, True, scratch)
     except Exception:  # ValueError, OSError, SyntaxError, struct.error, ...: the plain path tells
         return None
     down, back, swap = _TURNS[header.orientation]
@@ -200,7 +210,12 @@ def _shortened(raw: bytes, frame: int, rows: int) -> bytearray:
 
 
 def _decode(
-    raw: bytes | bytearray, height: int, width: int, shrink: int, strict: bool
+    raw: bytes | bytearray,
+    height: int,
+    width: int,
+    shrink: int,
+    strict: bool,
+    scratch: np.ndarray | None,
 ) -> np.ndarray:
     """The stored picture, height x width, at 1/shrink, rounded up. Exceptions pass through.
 
@@ -208,7 +223,7 @@ def _decode(
     """
     wanted = (-(-height // shrink), -(-width // shrink), 3)
     if simplejpeg is not None:
-        array = _decode_turbo(raw, wanted, shrink, strict)
+        array = _decode_turbo(raw, wanted, shrink, strict, scratch)
     else:
         with Image.open(io.BytesIO(raw), formats=("JPEG", "MPO")) as image:
             image.draft("RGB", (width // shrink, height // shrink))
@@ -219,7 +234,11 @@ def _decode(
 
 
 def _decode_turbo(
-    raw: bytes | bytearray, wanted: tuple[int, int, int], shrink: int, strict: bool
+    raw: bytes | bytearray,
+    wanted: tuple[int, int, int],
+    shrink: int,
+    strict: bool,
+    scratch: np.ndarray | None,
 ) -> np.ndarray:
     """As `_decode`, by simplejpeg.
 
@@ -227,7 +246,10 @@ def _decode_turbo(
     it lets an error pass that comes after one. But rows are written from the top: once the last one
     has been, there was no error.
     """
-    array = np.empty(wanted, dtype=np.uint8)
+    count = wanted[0] * wanted[1] * wanted[2]
+    if scratch is None or scratch.size < count:
+        scratch = np.empty(count, dtype=np.uint8)
+    array = scratch[:count].reshape(wanted)
     mark = np.resize(_MARK, wanted[1:])
     array[-1] = mark
     found: np.ndarray = simplejpeg.decode_jpeg(

@@ -31,6 +31,8 @@ __all__ = [
 
 # Broken images in a row, in place of one sample, after which the data itself is at fault.
 MAX_REPLACED = 20
+# Memory in which pictures are decoded, up to 1.4 megapixels.
+SCRATCH_BYTES = 2**22
 # Smallest noise: half the step of a float32 draw, so that noise lies in the open interval (0, 1).
 _NOISE_MIN = np.float32(2**-25)
 
@@ -99,6 +101,7 @@ class _Micro:
     def __init__(self, source: Source, crops: CropSettings, noise_length: int, seed: int) -> None:
         self.source, self.crops = source, crops
         self.noise_length, self.seed = noise_length, seed
+        self.scratch = np.empty(SCRATCH_BYTES, dtype=np.uint8)
 
     def describe(self, key: tuple[int, np.ndarray]) -> str:
         return few([self.source.name(index) for index in key[1][:4].tolist()])
@@ -172,7 +175,7 @@ class _Micro:
             box = crop_box(rng, *header.size, crops.scale, crops.ratio)
             sizes = [crops.size] if crops.second_size is None else [crops.size, crops.second_size]
             shrink = jpeg.choose_shrink(box, sizes) if crops.shrink else 1
-            piece = jpeg.decode(data, header, box, shrink)
+            piece = jpeg.decode(data, header, box, shrink, self.scratch)
             if piece is not None:
                 return cut(piece, (0, 0, *piece.shape[:2]))
             rng.bit_generator.state = before  # as if this had not been tried

@@ -8,6 +8,7 @@ new content and of the old.
 
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -137,6 +138,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except DamagedError:
         raise
+    except pickle.UnpicklingError as error:  # what was written, but not by us
+        raise InputError(
+            f"checkpoint {path} is refused, it holds more than tensors and plain values and could run code: "
+            "delete it to go back to the one before"
+        ) from error
     except (
         Exception
     ) as error:  # whole, but not permitted, too large for the memory, or no state at all
