@@ -181,7 +181,7 @@ def capture_step(stepper: Stepper) -> None:
     def both(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         numbers: dict[str, Tensor] = {}
         stepper.optimizer.zero_grad(set_to_none=True)
-        with replaced(stepper.meters, "add", lambda _: lambda new, _: numbers.update(new)):
+        with replaced(stepper.meters, "add", lambda _: lambda new, *_: numbers.update(new)):
             value = eager(batch, step)
         value.backward()
         return value.detach(), numbers
