@@ -128,9 +128,8 @@ class Work:
         self.sizes, self.methods = given.sizes.split(","), given.methods.split(",")
         self.ways = given.variants.split(",")
         self.references: dict[tuple[str, str], tuple[Any, Any]] = {}
-        self.precision = (
-            "fp32" if device.type == "cpu" else "bf16"
-        )  # a dry run does not wait for bf16
+        # a dry run does not wait for bf16
+        self.precision = "fp32" if device.type == "cpu" else "bf16"
         self.kind = "cpu" if device.type == "cpu" else "cuda"
         self.steps = 10 if device.type == "cuda" else 1
 

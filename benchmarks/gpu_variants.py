@@ -170,9 +170,8 @@ def capture_step(stepper: Stepper) -> None:
             kept["gradients"] = [(p, p.grad) for p in stepper.learner.parameters()]
         copy_batch(batch, kept["static"])
         value, numbers = kept["graph"].replay()
-        if (
-            kept["graph"].graph is not None
-        ):  # the graph writes to the gradients it was captured with
+        # the graph writes to the gradients it was captured with
+        if kept["graph"].graph is not None:
             for parameter, gradient in kept["gradients"]:
                 parameter.grad = gradient
         stepper.meters.add(numbers, step + 1)

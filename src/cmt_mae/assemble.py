@@ -13,9 +13,9 @@ from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.method.teacher_cache import TeacherCache
 from cmt_mae.method.vit import Vit, build_student
 from cmt_mae.settings import PretrainConfig
+from cmt_mae.teacher_cache import TeacherCache
 from cmt_mae.training.checkpoint import load_last
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -1,13 +1,11 @@
 """The pre-training loop, readable from top to bottom. Settings are in settings.py, one step in stepping.py."""
 
-import sys
 import time
 from contextlib import closing
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from cmt_mae import assemble
 from cmt_mae.data.loader import eval_batches, pretrain_batches, readable
@@ -19,7 +17,6 @@ from cmt_mae.method.masking import noise_length
 from cmt_mae.report.pictures import attention_picture
 from cmt_mae.settings import INDIFFERENT, PretrainConfig
 from cmt_mae.stepping import Plan, Stepper, make_plan
-from cmt_mae.text import printable
 from cmt_mae.training import compiling
 from cmt_mae.training.checkpoint import (
     checkpoint_path,
@@ -30,9 +27,6 @@ from cmt_mae.training.checkpoint import (
     save_checkpoint,
 )
 from cmt_mae.training.collapse import signs
-from cmt_mae.training.files import write_text
-from cmt_mae.training.finiteness import bad_weights, first_part
-from cmt_mae.training.meters import Bad
 from cmt_mae.training.processes import (
     agree,
     any_process,
@@ -45,9 +39,12 @@ from cmt_mae.training.run_dir import RunDir, plain
 from cmt_mae.training.sharding import whole
 from cmt_mae.training.signals import StopRequest
 from cmt_mae.training.trackers import Trackers
+from cmt_mae.watching import Watch, say
 from cmt_mae.writing import as_backbone, save_student
 
-ENOUGH_SEEN = 1000  # images after which the share of broken ones is judged (an epoch where it is shorter)
+ENOUGH_SEEN = (
+    1000  # images after which the share of broken ones is judged (an epoch where it is shorter)
+)
 PICTURED = 6  # images in a picture of attention and mask
 
 
@@ -97,10 +94,9 @@ class Training:
             assemble.build_learner(config, teacher), assemble.build_guides(config, teacher, self.stats),
         )  # fmt: skip
         self.step, self.best, self.best_step = 0, -1.0, -1
-        self.bad: dict[int, tuple[str, str]] = {}
+        self.watch = Watch(config, accelerator, self.stepper, len(source), run)
         self.last_row: dict[str, Any] = {}
         self.placed_before: dict[str, Any] = {}  # placement at the start before this one
-        self.alarms: set[str] = set()  # signs of collapse that have been told
         self.since = time.perf_counter()
 
     def run_to_the_end(self) -> dict[str, Any]:
@@ -111,8 +107,9 @@ class Training:
         self.open_cache()
         self.announce()
         if self.stepper.no_compiler:
-            self.say(
-                f"warning: runtime.compile cannot work here, going on without ({self.stepper.no_compiler})"
+            say(
+                self.accelerator,
+                f"warning: runtime.compile cannot work here, going on without ({self.stepper.no_compiler})",
             )
         self.stepper.enter_stage(self.step)
         probe = OnlineProbe.open(runtime.probe_data)
@@ -130,7 +127,7 @@ class Training:
                 if self.step == plan.switch_step:
                     self.stepper.enter_stage(self.step)
                 for index, name, reason in self.stepper.step(batches, self.step):
-                    self.bad.setdefault(index, (name, reason))
+                    self.watch.bad.setdefault(index, (name, reason))
                 self.step += 1
                 if self.step % runtime.log_every == 0 or self.step == plan.total_steps:
                     bar.update(task, description=describe(self.log(tracking), plan))
@@ -200,83 +197,10 @@ class Training:
         self.since, self.stepper.waited = time.perf_counter(), 0.0
         tracking.write(row)
         self.last_row = row
-        self.check_collapse(row)
-        self.check_numbers(nonfinite, row["skipped_steps"])
-        self.check_images()
+        self.watch.collapse(row, self.step)
+        self.watch.numbers(nonfinite, row["skipped_steps"], self.step)
+        self.watch.images(self.step)
         return row
-
-    def check_collapse(self, row: dict[str, Any]) -> None:
-        """Warn where features or attention say nothing about the images any more, once until it is over."""
-        now = {sign.split()[0]: sign for sign in signs(row)}
-        new = [sign for name, sign in now.items() if name not in self.alarms]
-        if new:
-            self.say(
-                f"warning: signs of collapse at step {self.step}: {', '.join(new)}: lower optim.blr, or look at "
-                "the images and the teacher"
-            )
-        self.alarms = set(now)
-
-    def check_numbers(self, nonfinite: dict[str, Bad], skipped: int) -> None:
-        """Name what was not finite and where it began; raise InputError where it does not end."""
-        row = int(self.stepper.nonfinite_row.item())
-        culprit = self.culprit(nonfinite) if nonfinite else "gradient"
-        if nonfinite:
-            numbers = ", ".join(f"{name} ({bad.count})" for name, bad in nonfinite.items())
-            self.say(
-                f"warning: {skipped} step(s) up to step {self.step} skipped, not finite: first {culprit}; all: "
-                f"{numbers}"
-            )
-        if row >= self.config.runtime.max_nonfinite:
-            raise InputError(
-                f"{row} steps in a row up to step {self.step} had a loss or gradient that is not finite (first: "
-                f"{culprit}); the last checkpoint in {self.run.path} is good: lower optim.blr or set optim.clip"
-            )
-
-    def culprit(self, nonfinite: dict[str, Bad]) -> str:
-        """The first part of the first such step that was not finite, with the parameter where there is one."""
-        step, part, number = first_part(nonfinite)
-        gradient = self.stepper.bad_gradient_name()
-        weights = self.bad_weights()
-        of = f" of {gradient}" if part == "gradient" and gradient else ""
-        held = f", weight {weights[0]} ({len(weights)} in all)" if weights else ""
-        return f"{part}{of} at step {step} ({number}{held})"
-
-    def bad_weights(self) -> list[str]:
-        """Weights that hold nan or inf, in any process; called by all of them."""
-        guides, learner = self.stepper.guides, self.stepper.learner
-        names = bad_weights(
-            {"learner": learner, "teacher": guides.teacher, "momentum": guides.momentum}
-        )
-        if self.accelerator.num_processes > 1:
-            names = gather_object(names)
-        return list(dict.fromkeys(names))
-
-    def check_images(self) -> None:
-        """Name broken images in bad_images.txt; raise InputError where there are too many."""
-        bad = self.all_bad()
-        if not bad:
-            return
-        if self.run.writes:
-            lines = [f"{name}\t{reason}\n" for _, (name, reason) in sorted(bad.items())]
-            write_text(self.run.path / "bad_images.txt", "".join(lines))
-        seen = min(len(self.source), self.step * self.config.batch_size)
-        epoch = self.plan.steps_per_epoch * self.config.batch_size
-        if seen < min(epoch, ENOUGH_SEEN) and self.step < self.plan.total_steps:
-            return  # one broken image among the first eight says nothing of the data
-        if len(bad) > self.config.data.max_bad * seen:
-            names = ", ".join(name for name, _ in list(bad.values())[:3])
-            raise InputError(
-                f"{len(bad)} of {seen} images cannot be read (first: {names}), more than data.max_bad "
-                f"{self.config.data.max_bad}: mend or delete them, all are named in "
-                f"{self.run.path / 'bad_images.txt'}"
-            )
-
-    def all_bad(self) -> dict[int, tuple[str, str]]:
-        """Broken images that any process met so far: index -> (name, reason)."""
-        found: list[tuple[int, tuple[str, str]]] = list(self.bad.items())
-        if self.accelerator.num_processes > 1:
-            found = gather_object(found)
-        return dict(found)
 
     def measure(self, probe: OnlineProbe, tracking: Trackers) -> None:
         """k-NN accuracy of the student so far; where it is the best, this step's checkpoint will be marked."""
@@ -343,14 +267,14 @@ class Training:
 
         Raises InputError, and writes nothing, where a weight is not finite: it would stay so for ever.
         """
-        spoilt = [name for name in self.bad_weights() if not name.startswith("teacher.")]
+        spoilt = [name for name in self.watch.bad_weights() if not name.startswith("teacher.")]
         if spoilt:
             raise InputError(
                 f"{len(spoilt)} weight(s) were not finite at step {self.step} (first: {spoilt[0]}): no checkpoint "
                 f"was written, the last one in {self.run.path} is good: run the same command to continue from it"
             )
         student, average = self.stepper.whole_student(), self.stepper.whole_momentum()
-        bad = {index: list(entry) for index, entry in self.all_bad().items()}
+        bad = {index: list(entry) for index, entry in self.watch.all_bad().items()}
         state = self.stepper.state_dict()
         if self.stepper.cache is not None:
             self.stepper.cache.save()
@@ -387,7 +311,7 @@ class Training:
         if cache is None:
             return
         if self.run.writes:
-            cache.create()
+            cache.create(from_the_start=self.step == 0)
         self.accelerator.wait_for_everyone()
         cache.open()
         self.stepper.cache = cache
@@ -423,7 +347,9 @@ class Training:
             if self.run.writes:
                 forget_after(self.run.checkpoints, self.step)
                 self.tidy()
-            self.bad = {int(index): (entry[0], entry[1]) for index, entry in state["bad"].items()}
+            self.watch.bad = {
+                int(index): (entry[0], entry[1]) for index, entry in state["bad"].items()
+            }
             self.stepper.load_state_dict(state)
             rows = self.run.read_metrics()
             self.last_row = rows[-1] if rows else {}
@@ -471,27 +397,25 @@ class Training:
                 if before.get(name, now) != now
             ]
             changed = f"; changed since the last start: {', '.join(changes)}" if changes else ""
-            self.say(
-                f"continuing {self.run.path} at step {self.step} of {plan.total_steps}{changed}"
+            say(
+                self.accelerator,
+                f"continuing {self.run.path} at step {self.step} of {plan.total_steps}{changed}",
             )
-        self.say(
+        say(
+            self.accelerator,
             f"{len(self.source)} images, {plan.total_steps} steps of {config.batch_size} "
             f"(stage one: {plan.switch_step}), lr {config.optim.blr:g} x {config.batch_size}/256 = {plan.lr:g}, "
             f"{plan.n_mask} of {plan.n_patches} patches hidden, "
             f"{assemble.trainable(self.stepper.learner) / 1e6:.1f} M trainable parameters, "
             f"{self.accelerator.device}, {self.stepper.precision}, "
-            f"{self.accelerator.num_processes} process(es), seed {config.seed}"
+            f"{self.accelerator.num_processes} process(es), seed {config.seed}",
         )
         if self.teacher_backbone is not None:
             teacher = self.teacher_backbone
-            self.say(
-                f"teacher: {teacher.source}; licence of its weights: {teacher.licence or 'not stated'}"
+            say(
+                self.accelerator,
+                f"teacher: {teacher.source}; licence of its weights: {teacher.licence or 'not stated'}",
             )
-
-    def say(self, text: str) -> None:
-        """One line on stderr, from the main process."""
-        if self.accelerator.is_main_process:
-            print(printable(text), file=sys.stderr)
 
 
 def describe(row: dict[str, Any], plan: Plan) -> str:

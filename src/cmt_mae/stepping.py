@@ -19,9 +19,9 @@ from cmt_mae.data.loader import Batch
 from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner, Weights
 from cmt_mae.method.masking import count_masked
-from cmt_mae.method.teacher_cache import TeacherCache
 from cmt_mae.method.vit import build_student
 from cmt_mae.settings import PretrainConfig
+from cmt_mae.teacher_cache import TeacherCache
 from cmt_mae.training import compiling, sharding
 from cmt_mae.training.meters import Meters
 from cmt_mae.training.optim import adamw, skip_unless
@@ -123,9 +123,8 @@ class Stepper:
             active = {name for name, on in (("teacher", alpha < 1), ("momentum", alpha > 0)) if on}
         if not self.sharded:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.learner.activate(
-                active
-            )  # what DDP reduces is fixed when it wraps, so it wraps again
+            # what DDP reduces is fixed when it wraps, so it wraps again
+            self.learner.activate(active)
         self.learner.train()
         if self.config.runtime.compile and not self.no_compiler:
             teacher, momentum = self.guides.teacher, self.guides.momentum
@@ -230,9 +229,8 @@ class Stepper:
         weights, mask_config = self.weights_at(step), self.config.mask
         share = step / self.plan.total_steps
         said = None
-        if (
-            self.cache is not None and not batch["bad"]
-        ):  # a replacement has the crop of what it replaces
+        # a replacement has the crop of what it replaces
+        if self.cache is not None and not batch["bad"]:
             seen = images if teacher_images is None else teacher_images
             said = partial(self.cache.look, seen, batch["index"])
         with self.accelerator.autocast():

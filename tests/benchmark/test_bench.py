@@ -128,9 +128,8 @@ def test_watching_a_step_changes_neither_its_result_nor_its_modules() -> None:
         batches = synthetic_batches(CropSettings((32, 32)), run.mask.rule, 16, 4)
         untouched = dict(vars(stepper)), dict(vars(stepper.guides)), dict(vars(measure.cmtmae))
         if watch:
-            measure.shares(
-                stepper, batches, step, 1
-            )  # one step before it counts, and one that does
+            # one step before it counts, and one that does
+            measure.shares(stepper, batches, step, 1)
         else:
             for _ in range(2):
                 stepper.step(batches, step)

@@ -33,9 +33,8 @@ def test_naive_has_our_parameters_and_our_frozen_networks() -> None:
     assert naive.momentum is not None
     ours_frozen = sum(p.numel() for p in stepper.guides.parameters())
     theirs = sum(p.numel() for net in (naive.teacher, naive.momentum) for p in net.parameters())
-    assert (
-        abs(ours_frozen - theirs) <= backbone.model.embed_dim
-    )  # a bias for the folded normalisation
+    # a bias for the folded normalisation
+    assert abs(ours_frozen - theirs) <= backbone.model.embed_dim
     assert naive.mask_ratio == config.mask.ratio
     assert naive.alpha == config.alpha
 

@@ -171,9 +171,8 @@ def test_frozen_layers_stay_as_they_were(vit_backbone: Backbone, count: Any, poo
     model = Classifier(vit_backbone, 4, pool=pool, drop_path=0.5, frozen_layers=count).train()
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(
-        6
-    ):  # a block may be skipped by its stochastic depth, and the head starts at all but 0
+    # a block may be skipped by its stochastic depth, and the head starts at all but 0
+    for _ in range(6):
         batch = {"images": torch.randn(8, 3, 32, 32), "labels": torch.arange(8) % 4}
         model(batch)["loss"].backward()
         optimizer.step()
@@ -282,9 +281,8 @@ def test_accuracy_is_scikit_learns(classes: int) -> None:
 
 def test_a_class_without_validation_images() -> None:
     metrics, confusion = accuracy(torch.tensor([[0], [2], [2]]), torch.tensor([0, 2, 0]), 3)
-    assert metrics["class_mean"] == pytest.approx(
-        75
-    )  # 1/2 and 1 of the two classes that have images
+    # 1/2 and 1 of the two classes that have images
+    assert metrics["class_mean"] == pytest.approx(75)
     row = describe_classes(confusion, ["a", "b", "c"])["classes"][1]
     assert row == {"name": "b", "images": 0, "top1": None}
 

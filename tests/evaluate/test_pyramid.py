@@ -129,9 +129,8 @@ def test_stochastic_depth_grows_and_everything_learns() -> None:
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in vit.blocks]
     assert rates == pytest.approx([0.2 * i / 11 for i in range(12)])
     assert all(p.requires_grad for p in vit.parameters())
-    assert not any(
-        p.requires_grad for p in backbone.model.parameters()
-    )  # the original stays as it is
+    # the original stays as it is
+    assert not any(p.requires_grad for p in backbone.model.parameters())
 
 
 def test_recomputing_blocks_changes_no_gradient() -> None:

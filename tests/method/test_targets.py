@@ -21,6 +21,7 @@ from cmt_mae.method.targets import (
     normalise_target,
     overlap,
     patchify,
+    some_rows,
     spread,
     unpatchify,
 )
@@ -181,6 +182,19 @@ def test_unknown_names_are_refused() -> None:
 
 
 # --- what is logged --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [49, 50, 64, 196, 197, 256])
+def test_some_rows_come_from_everywhere(tokens: int) -> None:
+    """Not from the same patches of every image, however many an image has; every image is there."""
+    images = 64
+    numbers = torch.arange(images * tokens)[:, None]
+    chosen = some_rows(numbers, 512).flatten()
+    assert len(chosen) == 512 == len(set(chosen.tolist()))
+    places = len(set((chosen % tokens).tolist()))
+    assert places >= 0.8 * tokens
+    assert set((chosen // tokens).tolist()) == set(range(images))
+    assert some_rows(numbers, len(numbers)) is numbers
 
 
 def test_spread_sees_collapse() -> None:

@@ -179,9 +179,8 @@ def test_two_processes_equal_one(make: Make) -> None:
     student_two = load_file(Path(two.out) / "backbone.safetensors")
     for key, value in student_one.items():
         other = student_two[key]
-        if key.endswith(
-            "qkv.bias"
-        ):  # the keys' bias has no effect, so Adam blows up its rounding errors
+        # the keys' bias has no effect, so Adam blows up its rounding errors
+        if key.endswith("qkv.bias"):
             value, other = (torch.cat([t[:16], t[32:]]) for t in (value, other))
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
 

@@ -1,5 +1,7 @@
 """Teacher outputs kept on disk: the same run, each image through the teacher once."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +111,60 @@ def test_random_crops_are_refused(make: Make) -> None:
 def test_a_disk_that_is_too_small_is_told_first(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cmt_mae.method import teacher_cache
+    from cmt_mae import teacher_cache
 
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"40 images need .* free: make room"):
         pretrain(make(**SAME))
+
+
+def test_the_space_is_taken_when_the_files_are_made(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with holes, written through a map, would end the process by a signal on a full disk."""
+    config = make(**SAME)
+    pretrain(config)
+    facts = (Path(config.out) / "teacher_cache" / "features.npy").stat()
+    assert facts.st_blocks * 512 >= facts.st_size
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    other = make("other", **SAME)
+    with pytest.raises(InputError, match=r"cannot write .*npy: No space left on device; free space"):
+        pretrain(other)
+    assert not list((Path(other.out) / "teacher_cache").iterdir())
+
+
+def test_a_deleted_file_is_computed_again(make: Make, looks: list[int]) -> None:
+    """Its images count as kept no longer: zeros would be taught as the teacher's features."""
+    whole, parts = make("whole", epochs=2, **SAME), make("parts", epochs=2, **SAME)
+    pretrain(whole)
+    pretrain(parts)
+    folder = Path(parts.out) / "teacher_cache"
+    (folder / "features.npy").unlink()
+    newest = max((Path(parts.out) / "checkpoints").iterdir())
+    newest.unlink()  # one epoch to go again
+    looks.clear()
+    pretrain(parts)
+    assert looks
+    assert_same_state(Path(whole.out), Path(parts.out))
+
+
+def test_a_new_start_forgets_what_an_earlier_one_kept(make: Make, looks: list[int]) -> None:
+    """Without a checkpoint the settings may change, and with them what the teacher sees."""
+    config = make(**SAME)
+    pretrain(config)
+    for path in (Path(config.out) / "checkpoints").iterdir():
+        path.unlink()
+    looks.clear()
+    pretrain(make(seed=config.seed + 1, **SAME))
+    assert len(looks) >= 5  # every batch of the first epoch
+    fresh = make("fresh", seed=config.seed + 1, **SAME)
+    pretrain(fresh)
+    assert_same_state(Path(fresh.out), Path(config.out))
 
 
 def test_numbers_that_are_not_finite_are_not_kept(

@@ -112,9 +112,8 @@ def read_timm_names(state: dict[str, Tensor], container: Container, entry: str) 
     named = read_named(state, container)
     if named is not None:
         return named
-    words = state.get(
-        "lm_head.weight"
-    )  # BEiT predicts one of 8192; data2vec's is as wide as the net
+    # BEiT predicts one of 8192; data2vec's is as wide as the net
+    words = state.get("lm_head.weight")
     mae = "decoder_embed.weight" in state
     state, extras = drop(state, EXTRAS)
     dropped += extras

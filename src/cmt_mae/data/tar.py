@@ -151,9 +151,8 @@ def _members(shard: str) -> Iterator[tarfile.TarInfo]:
                 if link or (info.isreg() and not info.issparse()):
                     yield info
             _check_end(shard, file, tar.offset)
-    except (
-        Exception
-    ) as error:  # headers made to break it raise all kinds, RecursionError among them
+    except Exception as error:
+        # headers made to break it raise all kinds, RecursionError among them
         reason = (
             error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         )

@@ -92,7 +92,8 @@ def open_labelled(path: str) -> tuple[Source, Source]:
             gap = "the same names in another order"
         raise InputError(f"{path}: train and val have different classes ({gap}); make them equal")
     known = set(label_list(train, path))
-    if max(known) >= max(WIDEST_GAP, 10 * len(known)):  # a head has an output for every number up to it
+    # a head has an output for every number up to the largest
+    if max(known) >= max(WIDEST_GAP, 10 * len(known)):
         raise InputError(
             f"{path}: label {max(known)} among {len(known)} different ones; number the classes 0, 1, 2, ..."
         )
@@ -378,9 +379,8 @@ def _write_cache(path: Path, features: Tensor, labels: Tensor) -> None:
 
     data = save({"features": features.contiguous(), "labels": labels})
     try:
-        with contextlib.suppress(
-            OSError
-        ):  # what killed processes left; the writing says what is wrong
+        # what killed processes left; the writing says what is wrong
+        with contextlib.suppress(OSError):
             sweep(path.parent)
         write_atomically(path, lambda aside: aside.write_bytes(data))
     except InputError as error:

@@ -57,9 +57,8 @@ class Classifier(nn.Module):
             vit.attn_pool = None  # SigLIP's pooling would have no part in the loss
         if pool == "mean":
             vit.fc_norm, vit.norm = fresh_norm(vit), nn.Identity()
-        elif isinstance(
-            vit.norm, nn.Identity
-        ):  # its norm came after pooling: the same on one token
+        elif isinstance(vit.norm, nn.Identity):
+            # its norm came after pooling: the same on one token
             vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
         vit.head = nn.Linear(vit.embed_dim, classes)
         nn.init.trunc_normal_(vit.head.weight, std=HEAD_STD)

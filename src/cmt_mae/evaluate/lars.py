@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What ``closure`` computes, with gradient; None without one."""
+    with torch.enable_grad():
+        return None if closure is None else closure()
+
+
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, tensor by tensor, to the size of the weights.
 
@@ -50,10 +56,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; ``closure`` recomputes the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -110,10 +113,7 @@ class SideBySideSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every tensor; ``closure`` recomputes the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         change = self.gradient
         if any(group["weight_decay"] for group in self.param_groups):
             change = change + self._each("weight_decay") * self.vector

@@ -47,9 +47,8 @@ def trainable_copy(backbone: Backbone, drop_path: float = 0.0) -> Any:
     drop_path: rate of the last block; block i of L drops its branches at ``drop_path * i / (L - 1)``.
     """
     vit: Any = copy.deepcopy(backbone.model)
-    if (
-        type(vit).__name__ == "Eva"
-    ):  # its rotary positions follow the input only when built to do so
+    # its rotary positions follow the input only when built to do so
+    if type(vit).__name__ == "Eva":
         kwargs = {**backbone.kwargs, "dynamic_img_size": True}
         vit = timm.create_model(backbone.architecture, num_classes=0, **kwargs)
         vit.load_state_dict(backbone.model.state_dict())

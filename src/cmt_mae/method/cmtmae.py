@@ -22,8 +22,7 @@ from cmt_mae.method.decoder import Decoder, DecoderConfig
 from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.masking import GUIDED, Mask, hide
-from cmt_mae.method.teacher import Teacher
-from cmt_mae.method.teacher_cache import TeacherOutput
+from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.method.vit import BeforeLast, encode_visible, forward_to_last, gather_tokens
 
 SOURCES = ("teacher", "momentum", "collab")
@@ -101,10 +100,8 @@ class Learner(nn.Module):
         self.student, self.target = student, target
         self.decoder = Decoder(decoder, student.embed_dim, student.patch_embed.grid_size)
         heads: dict[str, nn.Module] = {}
-        for (
-            name,
-            width,
-        ) in head_widths.items():  # one by one: a further head changes no other's start
+        for name, width in head_widths.items():
+            # one by one: a further head changes no other's start
             heads[name] = head = nn.Linear(decoder.width, width)
             nn.init.xavier_uniform_(head.weight)
             nn.init.zeros_(head.bias)

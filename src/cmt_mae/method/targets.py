@@ -93,11 +93,22 @@ def combine_losses(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 def spread(features: Tensor, most: int = 512) -> Tensor:
     """Standard deviation of each channel over images and tokens, averaged: near 0 means collapse.
 
-    Biased, so that a single token has spread 0 and not nan. Of at most ``most`` tokens, evenly chosen: over all
-    of them it would take as long as a layer of a small network.
+    Biased, so that a single token has spread 0 and not nan. Of ``most`` tokens where there are more: over all of
+    them it would take as long as a layer of a small network.
     """
-    rows = features.detach().flatten(0, -2)
-    return rows[:: -(-rows.shape[0] // most)].float().std(0, correction=0).mean()
+    rows = some_rows(features.detach().flatten(0, -2), most)
+    return rows.float().std(0, correction=0).mean()
+
+
+def some_rows(rows: Tensor, most: int) -> Tensor:
+    """At most ``most`` of the rows (N, D), spread over all of them.
+
+    In golden-ratio steps: regular ones might meet the same patch of every image.
+    """
+    if rows.shape[0] <= most:
+        return rows
+    places = (torch.arange(most, device=rows.device, dtype=torch.float64) * 0.6180339887498949) % 1
+    return rows[(places * rows.shape[0]).long()]
 
 
 @torch.no_grad()
@@ -106,12 +117,7 @@ def effective_rank(features: Tensor, most: int = 256) -> Tensor:
 
     Between 1 (all on one line) and D; 0 where nothing varies. Of ``most`` tokens where there are more.
     """
-    rows = features.float().flatten(0, -2)
-    if (
-        rows.shape[0] > most
-    ):  # golden-ratio steps: no regular one, which might meet the same patch every time
-        places = (torch.arange(most, device=rows.device) * 0.6180340) % 1 * rows.shape[0]
-        rows = rows[places.long()]
+    rows = some_rows(features.flatten(0, -2), most).float()
     rows = rows - rows.mean(0)
     rows = rows / rows.abs().amax().clamp_min(1e-30)  # else the squares of large features overflow
     gram = rows @ rows.T  # has the eigenvalues of the covariance, whatever D is

@@ -45,6 +45,18 @@ class TeacherConfig:
     """Which of the student's channels the teacher sees; empty: all three, or a grey channel three times."""
 
 
+@dataclass
+class TeacherOutput:
+    """What the teacher says of a batch; takes the place of its forward pass."""
+
+    attention: Tensor
+    """(B, L) fp32, raw map on the student's grid."""
+    mass: Tensor
+    """(B,) fp32, attention on prefix tokens."""
+    features: Tensor
+    """(B, L, E) fp32 before normalisation, or (B, 1 + L, E) with the class token's in front."""
+
+
 class Teacher(nn.Module):
     """A frozen timm ViT. ``look`` runs all but the last block, ``attention`` and ``features`` read from it.
 

@@ -143,9 +143,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} is refused, it holds more than tensors and plain values and could run code: "
             "delete it to go back to the one before"
         ) from error
-    except (
-        Exception
-    ) as error:  # whole, but not permitted, too large for the memory, or no state at all
+    except Exception as error:
+        # whole, but not permitted, too large for the memory, or no state at all
         said = getattr(error, "strerror", None) or type(error).__name__
         raise InputError(
             f"checkpoint {path} cannot be read ({said}): mend that, or delete it to go back to the one before"

@@ -83,10 +83,8 @@ def flush(number: int) -> None:
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # folders of some network file systems, devices
+        # folders of some network file systems, devices
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from cmt_mae.errors import InputError
-from cmt_mae.parsing import read_settings
+from cmt_mae.parsing import flatten, read_settings
 from cmt_mae.training.checkpoint import list_checkpoints
 from cmt_mae.training.files import (
     ASIDE,
@@ -60,9 +60,8 @@ class RunDir:
     def _look(self, settings: dict[str, Any], indifferent: tuple[str, ...]) -> None:
         config = self.path / "config.yaml"
         if config.exists():
-            if list_checkpoints(
-                self.checkpoints
-            ):  # else it never got anywhere: settings may change
+            # else it never got anywhere: settings may change
+            if list_checkpoints(self.checkpoints):
                 before = read_settings(config.read_text(errors="replace"), str(config))
                 refuse_changes(self.path, before, settings, indifferent)
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
@@ -86,9 +85,8 @@ class RunDir:
         write_text(self.path / "config.yaml", yaml.safe_dump(self._settings, sort_keys=False))
 
     def _foreign(self) -> bool:
-        names = (
-            p.name for p in self.path.iterdir()
-        )  # a run killed at once leaves these two behind
+        # a run killed at once leaves these two behind
+        names = (p.name for p in self.path.iterdir())
         return any(name != "run.lock" and not ASIDE.fullmatch(name) for name in names)
 
     def close(self) -> None:
@@ -196,17 +194,6 @@ def refuse_changes(
             f"{run} holds a run with other settings ({'; '.join(differences)}): give the same settings to "
             "continue it, or another --out"
         )
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Exact: attention and features are kept in fp32 as they came. An image counts as 
 written so, after its numbers have reached the disk; what a kill loses is computed again, with the same batch.
 """
 
+import math
 import os
 import shutil
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,8 @@ import torch
 from torch import Tensor
 
 from cmt_mae.errors import InputError
-from cmt_mae.method.teacher import Teacher
+from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.training.files import write_atomically, writing
-
-
-@dataclass
-class TeacherOutput:
-    """What the teacher says of a batch; takes the place of its forward pass."""
-
-    attention: Tensor
-    """(B, L) fp32, raw map on the student's grid."""
-    mass: Tensor
-    """(B,) fp32, attention on prefix tokens."""
-    features: Tensor
-    """(B, L, E) fp32 before normalisation, or (B, 1 + L, E) with the class token's in front."""
 
 
 class TeacherCache:
@@ -48,13 +37,8 @@ class TeacherCache:
         rank: int = 0,
     ) -> None:
         """images: N, of the training data. heads: see MaskConfig.heads. Nothing is touched before ``open``."""
-        self.folder, self.teacher, self.heads, self.class_token = (
-            folder,
-            teacher,
-            heads,
-            class_token,
-        )
-        self.rank, self.images = rank, images
+        self.folder, self.teacher, self.rank, self.images = folder, teacher, rank, images
+        self.heads, self.class_token = heads, class_token
         patches = teacher.grid[0] * teacher.grid[1]
         self.shapes = {
             "attention": (images, patches),
@@ -64,12 +48,19 @@ class TeacherCache:
         self.arrays: dict[str, np.ndarray] = {}
         self.kept = np.zeros(images, dtype=bool)
 
-    def create(self) -> None:
-        """Make the files (sparse) unless they are there. Raises InputError where the disk is too small."""
+    def create(self, *, from_the_start: bool) -> None:
+        """Make the files unless they are there, with all their space on the disk taken.
+
+        from_the_start: the run has no checkpoint, so nothing says what made the outputs of an earlier start:
+        they are forgotten, as they are where a file is missing. Raises InputError where the disk is too small.
+        """
         missing = [name for name in self.shapes if not self._path(name).exists()]
-        need = sum(4 * int(np.prod(self.shapes[name])) for name in missing)
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            if missing or from_the_start:
+                for path in self.folder.glob("kept_*.npy"):
+                    path.unlink()
+        need = sum(4 * math.prod(self.shapes[name]) for name in missing)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise InputError(
@@ -77,12 +68,7 @@ class TeacherCache:
                 f"{free / 1e9:.1f} GB are free: make room, or set teacher.cache to false"
             )
         for name in missing:
-            aside = self._path(name).with_suffix(".partial")
-            with writing(aside):
-                np.lib.format.open_memmap(
-                    aside, mode="w+", dtype=np.float32, shape=self.shapes[name]
-                )
-                os.replace(aside, self._path(name))
+            write_atomically(self._path(name), partial(make_array, shape=self.shapes[name]))
 
     def open(self) -> None:
         """Map the files and read which images are kept. Raises InputError where they are of another shape."""
@@ -156,3 +142,13 @@ class TeacherCache:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
+
+
+def make_array(path: Path, *, shape: tuple[int, ...]) -> None:
+    """Write an fp32 .npy file of zeros with every block taken: a full disk is told here, as OSError.
+
+    Written to through a map, a file with holes would end the process with a signal on a full disk.
+    """
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
