@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.faults.calling import wait
 from cmt_mae.cli import main
 
 # imported here, so that a forked process need not
@@ -123,7 +124,7 @@ def prepare(folder: Path) -> Tiny:
         _write_segments(Path(tiny.segments))
 
     pid = _fork(make, folder / "prepare.log")
-    if _wait(pid, 120) != 0:
+    if wait(pid, 120) != 0:
         raise RuntimeError((folder / "prepare.log").read_text())
     return tiny
 
@@ -339,18 +340,6 @@ def _fork(work: Callable[[], Any], log: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def _wait(pid: int, timeout_s: float) -> int:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -signal.SIGKILL
 
 
 def _alive(pid: int) -> bool:

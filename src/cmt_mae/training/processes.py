@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from cmt_mae.errors import InputError, LostProcess
+from cmt_mae.training.memory import keep_memory
 
 # What gloo and NCCL say when a process at the other end is gone, in lower case.
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused",
@@ -22,7 +23,7 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
     """An Accelerator for ``auto | cpu | cuda | mps`` and ``auto | bf16 | fp32``.
 
     auto precision: bf16 on GPUs, fp32 on CPU. fp16 is not offered: it overflows in this method (peers.md).
-    deterministic: see ``make_deterministic``.
+    deterministic: see ``make_deterministic``. The process keeps freed memory from then on (``keep_memory``).
     Raises InputError for unknown names and for a device that is not there.
     """
     if device not in ("auto", "cpu", "cuda", "mps"):
@@ -31,6 +32,7 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
         raise InputError(f"precision '{precision}' is unknown: use auto, bf16 or fp32")
     if deterministic:
         make_deterministic()
+    keep_memory()
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (device == "cuda" and not cuda) or (device == "mps" and not mps):
         raise InputError(f"device '{device}' is not available on this machine: use auto or cpu")
