@@ -12,7 +12,7 @@ import torch
 from cmt_mae.training.memory import keep_memory
 if "keep" in sys.argv:
     print(keep_memory())
-for _ in range(5):
+for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     kept = [torch.ones(10_000_000) for _ in range(3)]
     del kept

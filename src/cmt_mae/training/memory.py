@@ -10,7 +10,7 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 
 
 def keep_memory() -> bool:
-    """Have glibc keep freed memory; returns whether it does: not where MALLOC_... is set, or with another C library.
+    """Have glibc keep freed memory; returns whether it does: not where MALLOC_... is set, nor elsewhere.
 
     By default what a step frees goes back to the system and comes back page by page, zeroed, in the next step:
     on the virtual machine of docs/results/speed.md a sixth of a ViT-B's step. Kept is what the largest step so
