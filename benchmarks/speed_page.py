@@ -31,7 +31,8 @@ def page(content: dict[str, Any]) -> str:
             "",
         ]
     lines += [
-        "Contestants run in one process, in turns, each round beginning with another one, with the same shapes, "
+        "Contestants take turns, in one process or (where that is said) each in its own, each round beginning with "
+        "another one, with the same shapes, "
         "threads and data type. Given are the median of the rounds, the lowest and the highest, and the median "
         "(lowest to highest) of the ratios within a round: how many times our time the other one takes. Above "
         "1: ours is faster.",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import timm
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 
 from benchmarks.naive_cmt import Materialise, NaiveCMT, make_optimizer, train_step
 from benchmarks.speed_lightly import lightly_step, why_not
-from benchmarks.speed_timing import OURS, Comparison, Options, alternate
+from benchmarks.speed_timing import (
+    OURS,
+    Comparison,
+    Options,
+    alternate,
+    alternate_processes,
+)
 from cmt_mae import assemble
 from cmt_mae.backbones import Backbone
 from cmt_mae.benchmark.build import frozen_backbone, make_stepper, synthetic_batches
@@ -21,6 +28,7 @@ from cmt_mae.parsing import parse
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import Stepper
+from cmt_mae.training.memory import keep_memory
 
 # name: recipe of the scale, further settings, images a step
 SIZES: dict[str, tuple[str, list[str], int]] = {
@@ -29,6 +37,11 @@ SIZES: dict[str, tuple[str, list[str], int]] = {
     "vitb16": ("", [], 4),
 }
 Step = Callable[[], object]
+RIVALS = ("transformers", "lightly", "naive, maps in last", "naive, maps in all")
+APART = (
+    "Each runs in a process of its own, as its users start it: ours keeps freed memory for the next step "
+    "(training/memory.py); 'memory kept' is the rival in such a process."
+)
 
 
 def settings(method: str, size: str, *words: str, quick: bool = False) -> PretrainConfig:
@@ -79,21 +92,42 @@ def compare_mae(options: Options) -> Iterator[dict[str, Any]]:
     """Our `mae` against transformers' ViTMAEForPreTraining and lightly's MAE."""
     for size in options.sizes:
         config = settings("mae", size, quick=options.quick)
-        _, ours = our_step(config, "one")
-        contestants = {OURS: ours, "transformers": transformers_step(config)}
+        makers: dict[str, Callable[[], Step]] = {
+            OURS: partial(our_run, config, "one"),
+            "transformers": partial(transformers_step, config),
+            "transformers, memory kept": partial(keeping, partial(transformers_step, config)),
+        }
         missing = why_not()
         if not missing:
-            contestants["lightly"] = lightly_step(config, images_of(config))
+            makers["lightly"] = partial(lightly_run, config)
         comparison = Comparison(
             "mae", f"mae/{size}",
             f"One optimizer step of MAE on {config.batch_size} images, {describe(config)}: ours from uint8, "
-            "transformers' ViTMAEForPreTraining (SDPA, its default) and lightly's MAE (timm's blocks, raw "
-            "pixels as target) with fused AdamW from normalised images.",
-            config.batch_size, target={name: 1.25 for name in contestants if name != OURS},
+            "transformers' ViTMAEForPreTraining (SDPA, its default; gradients clipped, as its Trainer does by "
+            "default) and lightly's MAE (timm's blocks, raw pixels as target) with fused AdamW from normalised "
+            f"images. {APART}",
+            config.batch_size, target={name: 1.25 for name in makers if name in RIVALS},
             absent={"lightly": missing} if missing else {},
             facts={"dtype": "fp32"},
         )  # fmt: skip
-        yield comparison.measured(alternate(contestants, options.rounds, comparison.name))
+        yield comparison.measured(alternate_processes(makers, options.rounds, comparison.name))
+
+
+def our_run(config: PretrainConfig, stage: str) -> Step:
+    """As ``our_step``, with everything made here."""
+    backbone = frozen_backbone(config) if config.needs_teacher() else None
+    return our_step(config, stage, backbone)[1]
+
+
+def lightly_run(config: PretrainConfig) -> Step:
+    """As ``lightly_step``, with its images made here."""
+    return lightly_step(config, images_of(config))
+
+
+def keeping(maker: Callable[[], Step]) -> Step:
+    """A contestant whose process keeps freed memory, as ours does."""
+    keep_memory()
+    return maker()
 
 
 def transformers_step(config: PretrainConfig) -> Step:
@@ -119,6 +153,7 @@ def transformers_step(config: PretrainConfig) -> Step:
         loss = model(pixel_values=images).loss
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     return step
@@ -133,21 +168,26 @@ def compare_cmt(options: Options) -> Iterator[dict[str, Any]]:
         config = settings("cmt", size, quick=options.quick)
         backbone = frozen_backbone(config)
         for stage in ("one", "two"):
-            _, ours = our_step(config, stage, backbone)
-            contestants: dict[str, Step] = {OURS: ours}
+            makers: dict[str, Callable[[], Step]] = {OURS: partial(our_run, config, stage)}
             for how in ("last", "all"):
-                _, contestants[f"naive, maps in {how}"] = naive_step(config, stage, backbone, how)
+                makers[f"naive, maps in {how}"] = partial(naive_run, config, stage, how)
+            makers["naive, memory kept"] = partial(keeping, makers["naive, maps in last"])
             comparison = Comparison(
                 "cmt", f"cmt/{size}/{stage}",
                 f"One optimizer step of CMT-MAE, stage {stage}, on {config.batch_size} images, "
                 f"{describe(config)}, teacher {backbone.source}. Naive is benchmarks/naive_cmt.py; attention maps "
                 "exist as matrices in the last block only, or in all blocks of teacher and momentum student, as "
-                "Hugging Face's output_attentions does.",
+                f"Hugging Face's output_attentions does. {APART}",
                 config.batch_size,
-                target={name: 1.6 for name in contestants if name != OURS and stage == "two"},
+                target={name: 1.6 for name in makers if name in RIVALS and stage == "two"},
                 facts={"dtype": "fp32"},
             )  # fmt: skip
-            yield comparison.measured(alternate(contestants, options.rounds, comparison.name))
+            yield comparison.measured(alternate_processes(makers, options.rounds, comparison.name))
+
+
+def naive_run(config: PretrainConfig, stage: str, materialise: Materialise) -> Step:
+    """As ``naive_step``, with its teacher made here."""
+    return naive_step(config, stage, frozen_backbone(config), materialise)[1]
 
 
 def naive_step(

