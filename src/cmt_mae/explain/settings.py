@@ -73,8 +73,6 @@ class ExplainConfig:
     """png | svg | pdf."""
     seed: int = 0
     """Of the masks."""
-    device: str = "cpu"
-    """cpu | cuda | auto."""
     progress: bool = True
     """Show the progress bar."""
 
