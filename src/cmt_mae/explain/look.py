@@ -109,7 +109,7 @@ class Look:
         if self.networks.teacher is not None:
             maps["teacher"] = as_shares(self.raw("teacher", layer, head))
         maps["student"] = as_shares(self.raw("student", layer, head))
-        if len(maps) == 2 and (alpha is not None or self.networks.weights.mask > 0):
+        if len(maps) == 2 and (alpha is not None or 0 < self.networks.alpha < 1):
             maps["collab"] = as_shares(self.scores(alpha, layer, head))
         return maps
 
@@ -120,7 +120,7 @@ class Look:
         patches at random.
         """
         how = self.networks.config.mask.normalise
-        weight = self.networks.weights.mask if alpha is None else alpha
+        weight = self.networks.alpha if alpha is None else alpha
         if self.networks.teacher is None or weight == 1:
             return normalise_map(self.raw("student", layer, head), how)  # type: ignore[arg-type]
         teacher = normalise_map(self.raw("teacher", layer, head), how)  # type: ignore[arg-type]

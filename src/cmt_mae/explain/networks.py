@@ -67,6 +67,12 @@ class Networks:
         """How many patches the run hides."""
         return count_masked(self.grid[0] * self.grid[1], self.config.mask.ratio)
 
+    @property
+    def alpha(self) -> float:
+        """Weight of A_s in what guides the run's mask at this step; 0: the teacher alone, 1: the student alone."""
+        alone = {"teacher": 0.0, "momentum": 1.0}
+        return alone.get(self.config.mask_source(), self.weights.mask)
+
     @cached_property
     def guides(self) -> Guides:
         """The run's own code for targets, asked at every patch; it draws no mask worth looking at."""

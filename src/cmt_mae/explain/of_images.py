@@ -28,7 +28,7 @@ def attention(desk: Desk) -> None:
     config, look = desk.config, desk.look()
     networks = look.networks
     maps = look.maps(config.alpha, config.layer)
-    alpha = networks.weights.mask if config.alpha is None else config.alpha
+    alpha = networks.alpha if config.alpha is None else config.alpha
     rule, mask = desk.mask()
     titles = {
         "student": student_title(networks),
@@ -80,7 +80,7 @@ def masks(desk: Desk) -> None:
     look = desk.look()
     masks = {rule: mask.mask for rule, mask in every_rule(look, desk.config.seed).items()}
     networks, own = look.networks, look.networks.config.mask.rule
-    guide = "A_c" if networks.momentum else "A_t" if networks.teacher else "the student's attention"
+    guide = guide_of(networks)
     hidden_count, patches = networks.n_mask, networks.grid[0] * networks.grid[1]
     title = f"{networks.name}: {hidden_count} of {patches} patches hidden by each rule, guided by {guide}"
     sheet = masks_sheet(
@@ -193,6 +193,13 @@ def chosen_steps(run: Run, config: ExplainConfig) -> list[int]:
 def called(who: Who, networks: Networks) -> str:
     """In titles: a plain backbone is nobody's student."""
     return "backbone" if who == "student" and networks.step is None else who
+
+
+def guide_of(networks: Networks) -> str:
+    """Whose attention the guided rules follow here, as ``Look.scores``."""
+    if networks.teacher is None or networks.alpha == 1:
+        return f"the attention of the {called('student', networks)}"
+    return "A_t" if networks.alpha == 0 else f"A_c (alpha {networks.alpha:g})"
 
 
 def student_title(networks: Networks) -> str:
