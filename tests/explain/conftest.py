@@ -1,0 +1,74 @@
+"""A CMT run of 10 steps (5 + 5), all checkpoints kept, and an MAE run of 4: width 16, 4 x 4 patches."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from cmt_mae.backbones import save_backbone
+from cmt_mae.data.scenes import write_imagefolder
+from cmt_mae.pretraining import pretrain
+from cmt_mae.settings import PretrainConfig
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 scenes of 40 px in folders by class."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_imagefolder(folder, 40, 0, 40, seed=3)
+    return folder / "train"
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A frozen ViT with random weights: 48 px, patch 12, so its grid is the student's 4 x 4; 3 heads."""
+    torch.manual_seed(5)
+    kwargs = {"img_size": 48, "patch_size": 12, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():  # else attention is flat
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_backbone(
+        path, model, architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=IMAGENET[0],
+        std=IMAGENET[1], img_size=48, licence="none", source="random weights of a test",
+    )  # fmt: skip
+    return path
+
+
+def settings(photos: Path, teacher: Path, out: Path) -> PretrainConfig:
+    """Of a run of 5 steps an epoch."""
+    config = PretrainConfig(out=str(out), epochs=2, batch_size=8, precision="fp32")
+    config.data.path, config.data.workers = str(photos), 0
+    config.student.img_size, config.student.patch_size = [32], 8
+    config.student.preset, config.student.width = "micro", 16
+    config.student.depth, config.student.heads = 2, 2
+    config.teacher.name = str(teacher)
+    config.decoder.width, config.decoder.depth, config.decoder.heads = 16, 1, 2
+    config.optim.blr, config.optim.warmup_epochs = 0.03, 0.5
+    config.runtime.device, config.runtime.progress, config.runtime.log_every = "cpu", False, 1
+    config.runtime.keep_every = 0.4
+    config.runtime.checkpoint_every = 0.4
+    return config
+
+
+@pytest.fixture(scope="session")
+def cmt_run(photos: Path, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, both targets."""
+    out = tmp_path_factory.mktemp("runs") / "cmt"
+    pretrain(settings(photos, teacher_file, out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def mae_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """No teacher, normalised pixels, two checkpoints left."""
+    out = tmp_path_factory.mktemp("runs") / "mae"
+    config = settings(photos, Path("none"), out)
+    config.mask.rule, config.target.source, config.target.norm = "random", "pixel", "mae"
+    config.epochs, config.runtime.keep_every = 0.8, 0
+    pretrain(config)
+    return out
