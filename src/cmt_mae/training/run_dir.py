@@ -28,6 +28,7 @@ from cmt_mae.training.files import (
     writing,
 )
 from cmt_mae.training.lock import Lock, no_link
+from cmt_mae.training.metrics_file import read_metrics
 
 LIBRARIES = (
     "cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg",
@@ -156,27 +157,6 @@ class RunDir:
                 if row["step"] <= step and (keep is None or keep(row))
             )
             write_text(path, "".join(kept))
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl, oldest first.
-
-    A torn line (the last one of a killed run, or one hurt on the disk) is left out.
-    Raises InputError where the file cannot be read.
-    """
-    rows, path = [], run / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-    return rows
 
 
 def refuse_changes(
