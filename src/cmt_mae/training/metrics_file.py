@@ -7,13 +7,13 @@ from typing import Any
 from cmt_mae.errors import InputError
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl, oldest first.
+def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl (or another file of lines with a step), oldest first.
 
     A torn line (the last one of a killed run, or one hurt on the disk) is left out.
     Raises InputError where the file cannot be read.
     """
-    rows, path = [], run / "metrics.jsonl"
+    rows, path = [], run / name
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as error:

@@ -12,6 +12,11 @@ POINTS = 600
 ALL_POINTS = 4000
 TABLE_ROWS = 9
 """Lines of the table under a chart."""
+SAME = (
+    ("alpha_mask", "alpha_loss"),
+    *((f"loss_{name}", "loss") for name in ("teacher", "momentum", "pixel", "hog")),
+)
+"""Pairs of which the second is left out where it is the first throughout."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +170,18 @@ def names_of(kind: Kind, rows: list[dict[str, float]]) -> list[str]:
             fits = name.startswith(wanted) if wanted.endswith("_") else name == wanted
             if fits and len(name) <= 60 and name not in found:
                 found.append(name)
-    if found == ["loss", *found[1:]] and len(found) == 2:
-        found = found[1:]  # one part alone is the whole
+    for name, other in SAME:
+        if {name, other} <= set(found) and all(_same(row, name, other) for row in rows):
+            found.remove(other)
     return found[:12]
+
+
+def _same(row: dict[str, float], name: str, other: str) -> bool:
+    """Whether a line holds one number under both names, or neither."""
+    one, two = row.get(name), row.get(other)
+    return one == two or (
+        one is not None and two is not None and math.isnan(one) and math.isnan(two)
+    )
 
 
 def thinned(rows: list[dict[str, float]], names: Iterable[str], points: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
@@ -136,11 +137,19 @@ def versions(record: Record) -> str:
 
 def started(record: Record) -> str:
     """Date of the first start, and how often it was continued."""
-    dates = [one_line(start.get("date", ""), 40) for start in starts(record)]
+    dates = [day(start.get("date")) for start in starts(record)]
     if not dates:
         return ""
     again = f"; continued {len(dates) - 1} time(s), last {dates[-1]}" if len(dates) > 1 else ""
     return f"{dates[0]}{again}"
+
+
+def day(date: Any) -> str:
+    """``2026-11-27T03:46:36+00:00`` -> ``2026-11-27 03:46 UTC``; anything else as it is."""
+    try:
+        return datetime.fromisoformat(date).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (TypeError, ValueError, OverflowError):
+        return one_line(date, 40)
 
 
 def starts(record: Record) -> list[dict[str, Any]]:
@@ -169,7 +178,7 @@ def repeat(record: Record) -> list[tuple[str, str]]:
     for start in starts(record):
         words = start.get("command")
         if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
-            given.setdefault(as_command(words, launch), one_line(start.get("date", ""), 40))
+            given.setdefault(as_command(words, launch), day(start.get("date")))
     for command, date in given.items():
         commands.append((f"As it was given, {date}", command))
     return commands
@@ -202,7 +211,7 @@ def differences(records: list[Record]) -> list[dict[str, Any]]:
             )
     for name, of in (
         ("images (fingerprint)", lambda r: section(r.facts, "data").get("fingerprint")),
-        ("weights of the teacher", lambda r: section(r.facts, "teacher").get("digest")),
+        ("weights of the teacher", lambda r: section(r.facts, "teacher").get("digest") or (r.facts and "none")),
         ("versions", versions),
         ("machine", machine),
     ):

@@ -102,6 +102,7 @@ def plot_data(records: list[Record], charts: list[dict[str, Any]]) -> dict[str, 
     return {
         "runs": [record.label for record in records],
         "switches": switches,
+        "x_end": max((t["x"][-1] for chart in charts for t in chart["tables"]), default=0),
         "charts": [
             {
                 **{k: chart[k] for k in ("key", "title", "unit", "chance", "x_name")},

@@ -85,33 +85,33 @@ def learns(record: Record) -> Finding:
 
 
 def by_knn(record: Record, knn: list[tuple[int, float]]) -> Finding:
-    """The newest measurement against the one at the switch of stages, or the first one."""
-    last_step, last = knn[-1]
-    before = [pair for pair in knn if record.switch_step and pair[0] <= record.switch_step]
+    """The newest measurement against the one at the switch of stages, and against the first one."""
+    (first_step, first), (last_step, last) = knn[0], knn[-1]
+    before = [pair for pair in knn if record.switch_step and 0 < pair[0] <= record.switch_step]
     since_switch = bool(before) and last_step > (record.switch_step or 0)
-    start_step, start = before[-1] if since_switch else knn[0]
-    since = "since the switch" if since_switch else f"since step {start_step}"
-    text = f"k-NN {last:.1f}, {change(last - start)} {since}"
-    first, (best_step, best) = knn[0][1], max(knn, key=lambda pair: pair[1])
+    start = before[-1][1] if since_switch else first
+    whole = "over the untrained student" if first_step == 0 else f"since step {first_step}"
+    text = f"k-NN {last:.1f}, {change(last - start)} {'since the switch' if since_switch else whole}"
     if since_switch:
-        text += f" ({change(last - first)} since step {knn[0][0]})"
+        text += f" ({change(last - first)} {whole})"
+    best_step, best = max(knn, key=lambda pair: pair[1])
+    rise, rise_needed = last - first, needed(record, first, last)
     if best - last >= needed(record, last, best):
-        return Finding(
-            "bad" if last - first < needed(record, first, last) else "unclear",
-            "getting worse",
-            f"{text}, {best - last:.1f} below its best (step {best_step})",
-            "the best checkpoint is kept as checkpoints/best.pt",
-        )
+        below = f"{text}; {best - last:.1f} below its best, at step {best_step}"
+        mend = "checkpoints/best.pt is the best checkpoint" if best_step else ""
+        mood: Mood = "bad" if rise <= 0 else "unclear"
+        return Finding(mood, "getting worse", below, mend)
     if last - start >= needed(record, start, last):
         return Finding("good", "learning", text)
-    if since_switch and last - first >= needed(record, first, last):
-        return Finding("unclear", "level since the switch", text)
-    return Finding(
-        "bad" if record.finished else "unclear",
-        "not learning" if record.finished else "no rise yet",
-        f"{text}; chance alone moves it by up to {needed(record, start, last):.1f}",
-        "train longer, or try another --optim.blr, --mask.ratio or --target.tokens all+cls",
-    )
+    if since_switch and rise >= rise_needed:
+        return Finding("good", "learning, but level since the switch", text)
+    chance = f"{text}; chance alone moves it by up to {rise_needed:.1f}"
+    mend = "train longer, or try another --optim.blr, --mask.ratio, or --target.tokens all+cls"
+    if not record.finished:
+        return Finding("unclear", "no clear rise yet", chance)
+    if rise <= 0:
+        return Finding("bad", "not learning", chance, mend)
+    return Finding("unclear", "no clear rise", chance, mend)
 
 
 def needed(record: Record, one: float, other: float) -> float:

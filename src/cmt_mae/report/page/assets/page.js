@@ -15,7 +15,7 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const shown = (value) => {
     if (value === null || value === undefined) return "–";
-    if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(2);
+    if (value !== 0 && (Math.abs(value) < 1e-4 || Math.abs(value) >= 1e6)) return Number(value.toPrecision(3)).toExponential();
     return String(Number(value.toPrecision(4)));
   };
 
@@ -28,7 +28,7 @@
         const number = several ? table.run : place;
         const only = table.lines.length === 1;
         const label = several ? (only ? data.runs[table.run] : `${data.runs[table.run]}: ${line.name}`) : line.name;
-        const turn = several ? place : Math.floor(place / 8);
+        const turn = several && only ? number : place; // told apart without colour, and where they lie on each other
         lines.push({ label, stroke: colour(`--s${number % 8}`), dash: DASHES[turn % DASHES.length], run: table.run });
       });
     }
@@ -74,12 +74,20 @@
     }
   }
 
+  // Room above and below; the level of chance is always in sight, and small changes do not look large.
+  function rangeOf(chart, low, high) {
+    if (low === null) return [0, 1];
+    if (chart.chance !== null) [low, high] = [Math.min(low, chart.chance), Math.max(high, chart.chance)];
+    const room = high > low ? (high - low) * 0.08 : Math.abs(high) * 0.1 || 1;
+    return [low >= 0 && low < (high - low) * 0.6 ? 0 : low - room, high + room];
+  }
+
   function build(holder) {
     const chart = data.charts.find((one) => one.key === holder.dataset.chart);
     if (!chart) return;
     const lines = linesOf(chart);
     const values = joined(chart);
-    const whole = [values[0][0], values[0][values[0].length - 1]];
+    const whole = [0, data.x_end || 1]; // the same for all charts
     holder.replaceChildren();
     const tools = make("div", holder, { class: "tools" });
     const at = make("span", tools, { class: "at" });
@@ -118,13 +126,12 @@
     }
 
     const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1, size: 5 }, font: "12px system-ui, sans-serif" };
-    const single = values[0].length === 1;
     const u = new uPlot({
       width: Math.max(200, holder.clientWidth), height: 240,
       legend: { show: false },
       scales: {
-        x: { time: false, ...(single ? { range: [whole[0] - 1, whole[0] + 1] } : {}) },
-        y: { distr: log ? 3 : 1 },
+        x: { time: false },
+        y: { distr: log ? 3 : 1, ...(log ? {} : { range: (_, low, high) => rangeOf(chart, low, high) }) },
       },
       axes: [
         { ...axis, label: chart.x_name, labelSize: 18, labelFont: axis.font, size: 34 },
@@ -134,7 +141,7 @@
         label: line.label, stroke: line.stroke, dash: line.dash, width: 2, spanGaps: true, show: !kept.hidden.has(`${chart.key}/${line.label}`),
         points: { show: values[0].length <= 25, size: 6, fill: line.stroke },
       }))],
-      cursor: { sync: { key: "runs" }, drag: { x: true, y: false }, focus: { prox: -1 } },
+      cursor: { bind: { dblclick: (u) => () => u.setScale("x", { min: whole[0], max: whole[1] }) }, sync: { key: "runs" }, drag: { x: true, y: false }, focus: { prox: -1 } },
       hooks: {
         setCursor: [(u) => tell(u, u.cursor.idx ?? values[0].length - 1)],
         draw: [(u) => marks(chart, u)],
@@ -159,6 +166,7 @@
         button.setAttribute("aria-pressed", String(show));
       });
     });
+    u.setScale("x", { min: whole[0], max: whole[1] });
     tell(u, values[0].length - 1);
     canvas.addEventListener("keydown", (event) => keyed(event, u, values, whole, () => current));
     plots.push({ u, holder, chart, whole });
