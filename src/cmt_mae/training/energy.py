@@ -1,5 +1,7 @@
 """Energy that GPUs have used, by their own counters (NVML); nothing where there are none."""
 
+from typing import Any
+
 import torch
 
 
@@ -10,23 +12,23 @@ class GpuEnergy:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._nvml, self._handle, self._before = None, None, 0
+        self._nvml: Any = None
+        self._handle: Any = None
+        self._before = 0
         if device.type != "cuda":
             return
         try:
             import pynvml
-
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            # by its own name, as CUDA_VISIBLE_DEVICES gives the devices other numbers
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
-            self._before = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-        except (ImportError, OSError, AttributeError):
+        except ImportError:
             return
-        except Exception as error:
-            if type(error).__name__.startswith("NVMLError"):
-                return
-            raise
+        # by its own name, as CUDA_VISIBLE_DEVICES gives the devices other numbers
+        name = str(torch.cuda.get_device_properties(device).uuid)
+        try:
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{name.removeprefix('GPU-')}")
+            self._before = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        except pynvml.NVMLError:  # no driver, a part of a GPU (MIG), a GPU without the counter
+            return
         self._nvml = pynvml
 
     def read(self) -> float | None:

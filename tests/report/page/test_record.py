@@ -99,7 +99,7 @@ def test_the_command_is_given_as_one_would_type_it(write: Write) -> None:
 
 
 def test_cost_by_hand(write: Write) -> None:
-    """50 steps of 64 images at 100 a second, 50 at 50: 32 + 64 s. 2 GFLOP an image at 100/s are 0.2 of 1 TFLOP/s."""
+    """50 steps of 64 images at 100 a second, 50 at 50: 32 + 64 s. 2 GFLOP at 100/s are 0.2 of 1 TFLOP/s."""
     counted = {
         "flop_per_image": {"one": 2e9, "two": 3e9},
         "peak": {"flops": 1e12, "how": "a data sheet"},
