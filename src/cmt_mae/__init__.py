@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
     from cmt_mae.pretraining import pretrain
     from cmt_mae.report.compare import CompareConfig, compare
+    from cmt_mae.report.page.command import ReportConfig, make_report
+    from cmt_mae.report.page.serve import WatchConfig, watch
     from cmt_mae.settings import PretrainConfig
 
 _HOMES = {
@@ -37,7 +39,9 @@ _HOMES = {
     "LinearConfig": "evaluate.linear",
     "PackConfig": "data.pack",
     "PretrainConfig": "settings",
+    "ReportConfig": "report.page.command",
     "Stopped": "errors",
+    "WatchConfig": "report.page.serve",
     "bench": "benchmark",
     "compare": "report.compare",
     "evaluate_ade20k": "evaluate.segmentation",
@@ -49,8 +53,10 @@ _HOMES = {
     "evaluate_linear": "evaluate.linear",
     "export": "backbones",
     "load_backbone": "backbones",
+    "make_report": "report.page.command",
     "pack": "data.pack",
     "pretrain": "pretraining",
+    "watch": "report.page.serve",
 }
 __all__ = [
     "Ade20kConfig",
@@ -67,7 +73,9 @@ __all__ = [
     "LinearConfig",
     "PackConfig",
     "PretrainConfig",
+    "ReportConfig",
     "Stopped",
+    "WatchConfig",
     "bench",
     "compare",
     "evaluate_ade20k",
@@ -79,8 +87,10 @@ __all__ = [
     "evaluate_linear",
     "export",
     "load_backbone",
+    "make_report",
     "pack",
     "pretrain",
+    "watch",
 ]
 
 
