@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 HASHED = REPOSITORY / "constraints-hashed.txt"
 LICENCES = REPOSITORY / "docs" / "licences.md"
+ORIGIN = REPOSITORY / "src" / "cmt_mae" / "report" / "page" / "assets" / "uplot.ORIGIN.txt"
 
 # One published teacher of every family that the recipes or the README name, by its timm name.
 TEACHERS = (
@@ -79,7 +80,9 @@ def hashes() -> str:
         subprocess.run([*command, "--report", str(report), "-r", str(CONSTRAINTS)], check=True)
         found = json.loads(report.read_text())["install"]
     sums = {
-        canonical(item["metadata"]["name"]): item["download_info"]["archive_info"]["hashes"]["sha256"]
+        canonical(item["metadata"]["name"]): item["download_info"]["archive_info"]["hashes"][
+            "sha256"
+        ]
         for item in found
     }
     lines = [
@@ -110,6 +113,10 @@ def licences() -> str:
         "| --- | --- |",
         *[f"| {name} | {licence} |" for name, licence in teachers().items()],
         "",
+        "## Inside the package",
+        "",
+        f"- {inlined()}. It draws the curves of `cmt-mae report` and stands in every page, with its licence.",
+        "",
         "## Libraries",
         "",
         "Every package of constraints.txt (the tests' and the evaluations' included), as its metadata state it.",
@@ -119,6 +126,11 @@ def licences() -> str:
         *[f"| {name} | {version} | {licence_of(name)} |" for name, version in pinned().items()],
     ]
     return "\n".join(lines) + "\n"
+
+
+def inlined() -> str:
+    """The charting library whose files the package holds: name, version, licence, place."""
+    return ORIGIN.read_text(encoding="utf-8").splitlines()[0]
 
 
 def teachers() -> dict[str, str]:

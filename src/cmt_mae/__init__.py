@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cmt_mae.explain.settings import ExplainConfig
     from cmt_mae.pretraining import pretrain
     from cmt_mae.report.compare import CompareConfig, compare
+    from cmt_mae.report.page.command import ReportConfig, make_report
+    from cmt_mae.report.page.serve import WatchConfig, watch
     from cmt_mae.settings import PretrainConfig
 
 _HOMES = {
@@ -40,7 +42,9 @@ _HOMES = {
     "LinearConfig": "evaluate.linear",
     "PackConfig": "data.pack",
     "PretrainConfig": "settings",
+    "ReportConfig": "report.page.command",
     "Stopped": "errors",
+    "WatchConfig": "report.page.serve",
     "bench": "benchmark",
     "compare": "report.compare",
     "evaluate_ade20k": "evaluate.segmentation",
@@ -53,8 +57,10 @@ _HOMES = {
     "explain": "explain.command",
     "export": "backbones",
     "load_backbone": "backbones",
+    "make_report": "report.page.command",
     "pack": "data.pack",
     "pretrain": "pretraining",
+    "watch": "report.page.serve",
 }
 __all__ = [
     "Ade20kConfig",
@@ -72,7 +78,9 @@ __all__ = [
     "LinearConfig",
     "PackConfig",
     "PretrainConfig",
+    "ReportConfig",
     "Stopped",
+    "WatchConfig",
     "bench",
     "compare",
     "evaluate_ade20k",
@@ -85,8 +93,10 @@ __all__ = [
     "explain",
     "export",
     "load_backbone",
+    "make_report",
     "pack",
     "pretrain",
+    "watch",
 ]
 
 

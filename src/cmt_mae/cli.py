@@ -22,6 +22,8 @@ COMMANDS = {
     "export": ("cmt_mae.backbones", "ExportConfig", "export"),
     "demo": ("cmt_mae.demo", "DemoConfig", "demo"),
     "compare": ("cmt_mae.report.compare", "CompareConfig", "compare"),
+    "report": ("cmt_mae.report.page.command", "ReportConfig", "make_report"),
+    "watch": ("cmt_mae.report.page.serve", "WatchConfig", "watch"),
     "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
     "explain": ("cmt_mae.explain.command", "ExplainConfig", "explain"),
 }
@@ -50,6 +52,8 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   evaluate all     every task that the data below a folder allow: --backbone B --data-root ROOT
   compare RUN ...  one table of the results of runs [--paper] [--format markdown | json]
   explain          pictures of attention, masks, features, predictions, curves: --run R --images DIR
+  report RUN ...   one HTML page of a run, or of several side by side [--out FILE]
+  watch RUN        the same page live, on this machine only [--port N] [--open]
   export           write a backbone as timm, hf or torch
   pack             pack images into a memory-mapped array for fast epochs
   bench            images/s, MFU and the share of each part of a step: --recipe R
@@ -159,10 +163,12 @@ def run_command(command: str, words: list[str]) -> None:
     """pretrain, pack, export, demo: parse settings, call the function."""
     settings, function = load(COMMANDS[command])
     defaults: dict[str, Any] = {}
-    if command == "compare":
+    if command in ("compare", "report"):
         words = with_positional(words, "runs")
     if command == "explain":
         words = with_lists(words, ("images", "results"), ("what", "formats", "checkpoints", "size"))
+    if command == "watch":
+        words = with_positional(words, "run", many=False)
     if command in ("pretrain", "bench"):
         recipe, words = take(words, "--recipe")
         words = [expand(word, SHORT) for word in words]

@@ -167,10 +167,15 @@ def bare_flags(kinds: Mapping[str, Any], words: list[str]) -> list[str]:
     ]
 
 
-def with_positional(words: list[str], name: str) -> list[str]:
+FLAGS = ("--paper", "--open")
+"""Yes-or-no settings of commands that take words without an option."""
+
+
+def with_positional(words: list[str], name: str, many: bool = True) -> list[str]:
     """``a b --x 1 --flag`` -> ``--name=["a", "b"] --x 1 --flag``; a bare flag is one word.
 
-    Values of options follow them with a space or an equals sign; --paper takes none.
+    many: a list of words; else one, ``--name=a``. Values of options follow them with a space or an equals
+    sign; those in FLAGS take none. Raises InputError for two words where one belongs.
     """
     kept: list[str] = []
     found: list[str] = []
@@ -178,11 +183,15 @@ def with_positional(words: list[str], name: str) -> list[str]:
         waiting = kept and kept[-1].startswith("--") and "=" not in kept[-1]
         if word.startswith("-"):
             kept.append(word)
-        elif waiting and kept[-1] != "--paper":
+        elif waiting and kept[-1] not in FLAGS:
             kept[-1] = f"{kept[-1]}={word}"
         else:
             found.append(word)
-    return [f"--{name}={json.dumps(found)}", *kept] if found else kept
+    if not many and len(found) > 1:
+        raise InputError(f"'{one_line(found[1], 60)}' is one word too many: one {name} only")
+    if not found:
+        return kept
+    return [f"--{name}={json.dumps(found) if many else found[0]}", *kept]
 
 
 def with_lists(words: list[str], whole: Sequence[str], divided: Sequence[str]) -> list[str]:

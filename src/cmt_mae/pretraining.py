@@ -1,13 +1,15 @@
 """The pre-training loop, readable from top to bottom. Settings are in settings.py, one step in stepping.py."""
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from cmt_mae import assemble
+from cmt_mae.costing import cost_of, joules_of_all
 from cmt_mae.data.loader import eval_batches, pretrain_batches, readable
 from cmt_mae.data.sources import Source, open_split
 from cmt_mae.errors import InputError, Stopped
@@ -27,6 +29,7 @@ from cmt_mae.training.checkpoint import (
     save_checkpoint,
 )
 from cmt_mae.training.collapse import signs
+from cmt_mae.training.energy import GpuEnergy
 from cmt_mae.training.processes import (
     agree,
     any_process,
@@ -98,30 +101,43 @@ class Training:
         self.last_row: dict[str, Any] = {}
         self.placed_before: dict[str, Any] = {}  # placement at the start before this one
         self.since = time.perf_counter()
+        self.energy = GpuEnergy(accelerator.device)
 
     def run_to_the_end(self) -> dict[str, Any]:
         """Resume or start, then step to the end."""
         self.run.claim()
         config, plan, runtime = self.config, self.plan, self.config.runtime
-        self.resume()
+        probe = OnlineProbe.open(runtime.probe_data)
+        self.resume(probe)
         self.open_cache()
         self.announce()
         if self.stepper.no_compiler:
-            say(
-                self.accelerator,
-                f"warning: runtime.compile cannot work here, going on without ({self.stepper.no_compiler})",
+            self.watch.warn(
+                self.step,
+                f"runtime.compile cannot work here, going on without ({self.stepper.no_compiler})",
             )
         self.stepper.enter_stage(self.step)
-        probe = OnlineProbe.open(runtime.probe_data)
         main = self.accelerator.is_main_process
         tracking = Trackers(self.run, runtime.tracker, plain(config), self.step)
         bar = training_bar(runtime.progress and main)
         # closing ends the loader's processes here; left to the interpreter's exit, they would be waited for
         others = stopping_with_the_others(self.accelerator, self.run.path)
-        with closing(self.open_batches()) as batches, StopRequest() as stop, tracking, bar, others:
+        end = self.noting_the_end()
+        with (
+            closing(self.open_batches()) as batches,
+            StopRequest() as stop,
+            tracking,
+            bar,
+            others,
+            end,
+        ):
             task = bar.add_task(
                 "", total=plan.total_steps, completed=self.step, images_per_step=config.batch_size
             )
+            if probe and self.step == 0:
+                self.measure(
+                    probe, tracking
+                )  # what training adds is known against the untrained student
             self.since, self.stepper.waited = time.perf_counter(), 0.0
             while self.step < plan.total_steps:
                 if self.step == plan.switch_step:
@@ -152,6 +168,16 @@ class Training:
                         f"{self.run.path}: run the same command to continue"
                     )
         return self.last_row
+
+    @contextmanager
+    def noting_the_end(self) -> Iterator[None]:
+        """What the user must mend before the run can go on is kept in its warnings too."""
+        try:
+            yield
+        except InputError as error:
+            with suppress(InputError):  # a full disk takes no note
+                self.run.append_warning(self.step, f"the run ended: {error}")
+            raise
 
     def open_batches(self) -> Any:
         """Batches from the current step on, for this process."""
@@ -194,6 +220,9 @@ class Training:
             "data_wait_share": round(min(1.0, self.stepper.waited / elapsed), 4),
             "peak_memory_gb": round(peak_memory(self.accelerator.device), 3),
         }
+        joules = joules_of_all(self.accelerator, self.energy.read())
+        if joules is not None:
+            row["gpu_joules"] = round(joules, 1)
         self.since, self.stepper.waited = time.perf_counter(), 0.0
         tracking.write(row)
         self.last_row = row
@@ -214,7 +243,7 @@ class Training:
         learner.train()
         tracking.write({"step": self.step, "knn_top1": accuracy})
         self.last_row["knn_top1"] = accuracy
-        if accuracy > self.best:
+        if accuracy > self.best and self.step > 0:  # the untrained student has no checkpoint
             self.best, self.best_step = accuracy, self.step
 
     def picture(self) -> None:
@@ -324,7 +353,7 @@ class Training:
         every = round(runtime.keep_every * self.plan.steps_per_epoch)
         rotate(folder, runtime.keep_last, set(range(0, self.step + 1, every)) if every else set())
 
-    def resume(self) -> None:
+    def resume(self, probe: OnlineProbe | None) -> None:
         """Take up the newest whole checkpoint, if there is one, and write run.json."""
         state = load_last(self.run.checkpoints)
         agree(self.accelerator, state["step"] if state else -1)  # all have read before one writes
@@ -338,8 +367,11 @@ class Training:
                 "those, or another --out"
             )
         if self.run.writes:
-            placement = self.placement()
-            self.run.write_facts({**facts, "plan": vars(self.plan), "placement": placement})
+            more: dict[str, Any] = {"plan": vars(self.plan), "placement": self.placement()}
+            more["cost"] = cost_of(self.stepper)
+            if probe is not None:
+                more["probe"] = {"train": len(probe.train), "val": len(probe.val)}
+            self.run.write_facts({**facts, **more})
             self.run.cut_metrics(state["step"] if state else -1)
         if state is not None:
             self.step, self.best = state["step"], state["best"]

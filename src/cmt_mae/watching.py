@@ -45,15 +45,20 @@ class Watch:
         """Broken images this process met: index -> (name, reason)."""
         self.alarms: set[str] = set()  # signs of collapse that have been told
 
+    def warn(self, step: int, text: str) -> None:
+        """One line on stderr, and in the run's warnings.jsonl for its report."""
+        say(self.accelerator, f"warning: {text}")
+        self.run.append_warning(step, text)
+
     def collapse(self, row: dict[str, Any], step: int) -> None:
         """Warn where features or attention say nothing about the images any more, once until it is over."""
         now = {sign.split()[0]: sign for sign in signs(row)}
         new = [sign for name, sign in now.items() if name not in self.alarms]
         if new:
-            say(
-                self.accelerator,
-                f"warning: signs of collapse at step {step}: {', '.join(new)}: lower optim.blr, or look at "
-                "the images and the teacher",
+            self.warn(
+                step,
+                f"signs of collapse at step {step}: {', '.join(new)}: lower optim.blr, or look at the images and "
+                "the teacher",
             )
         self.alarms = set(now)
 
@@ -63,10 +68,9 @@ class Watch:
         culprit = self.culprit(nonfinite) if nonfinite else "gradient"
         if nonfinite:
             numbers = ", ".join(f"{name} ({bad.count})" for name, bad in nonfinite.items())
-            say(
-                self.accelerator,
-                f"warning: {skipped} step(s) up to step {step} skipped, not finite: first {culprit}; all: "
-                f"{numbers}",
+            self.warn(
+                step,
+                f"{skipped} step(s) up to step {step} skipped, not finite: first {culprit}; all: {numbers}",
             )
         if row >= self.config.runtime.max_nonfinite:
             raise InputError(

@@ -1,5 +1,6 @@
 """Pins, checksums and licences agree with each other and with what is installed."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_the_page_of_licences_is_current() -> None:
         if timm.__version__ == supply.pinned()["timm"]:
             assert f"| {name} | {licence} |" in page
     assert set(rows) - {"package", "---"} == set(supply.pinned())
+
+
+def test_the_inlined_library_is_what_its_note_says() -> None:
+    """The checksums of the note, the licence's text beside it, its line on the page."""
+    note = supply.ORIGIN.read_text()
+    sums = re.findall(r"^([0-9a-f]{64})  (\S+)", note, re.MULTILINE)
+    assert [name for _, name in sums] == ["uplot.min.js", "uplot.min.css"]
+    for checksum, name in sums:
+        content = supply.ORIGIN.with_name(name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == checksum
+    version = re.search(r"uPlot ([\d.]+), licence MIT", note)
+    assert version
+    assert f"(v{version[1]})".encode() in supply.ORIGIN.with_name("uplot.min.js").read_bytes()[:200]
+    assert (
+        "Permission is hereby granted" in supply.ORIGIN.with_name("uplot.LICENSE.txt").read_text()
+    )
+    assert supply.inlined() in supply.LICENCES.read_text()
 
 
 def test_licences_by_the_metadata() -> None:

@@ -15,12 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cmt_mae.errors import InputError
 from cmt_mae.training.files import write_text
 
 if TYPE_CHECKING:
+    import torch
+
     from cmt_mae.backbones import Backbone
 
 
@@ -176,6 +176,8 @@ def versions() -> dict[str, str]:
 
 def hardware(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """The device, the processor and how much of it was used."""
+    import torch  # not above: tables and reports of results need none
+
     name = _cpu_name() if device.type == "cpu" else str(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -28,6 +28,7 @@ from cmt_mae.training.files import (
     writing,
 )
 from cmt_mae.training.lock import Lock, no_link
+from cmt_mae.training.metrics_file import read_metrics
 
 LIBRARIES = (
     "cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg",
@@ -124,7 +125,15 @@ class RunDir:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
+        self._append("metrics.jsonl", row)
+
+    def append_warning(self, step: int, text: str) -> None:
+        """One line of warnings.jsonl: what was said on stderr is gone with the terminal."""
+        if self.writes:
+            self._append("warnings.jsonl", {"step": step, "text": text})
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        path = self.path / name
         with writing(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(row) + "\n")
 
@@ -148,35 +157,15 @@ class RunDir:
 
     def cut_metrics(self, step: int, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
         """Forget lines after ``step``, and those not to ``keep``: the run goes on and writes them again."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = (
-                json.dumps(row) + "\n"
-                for row in self.read_metrics()
-                if row["step"] <= step and (keep is None or keep(row))
-            )
-            write_text(path, "".join(kept))
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl, oldest first.
-
-    A torn line (the last one of a killed run, or one hurt on the disk) is left out.
-    Raises InputError where the file cannot be read.
-    """
-    rows, path = [], run / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-    return rows
+        for name in ("metrics.jsonl", "warnings.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = (
+                    json.dumps(row) + "\n"
+                    for row in read_metrics(self.path, name)
+                    if row["step"] <= step and (keep is None or keep(row))
+                )
+                write_text(path, "".join(kept))
 
 
 def refuse_changes(

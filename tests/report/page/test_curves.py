@@ -1,0 +1,76 @@
+"""Charts: which lines, thinned without losing a peak, alpha as the steps use it."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmt_mae.report.page.curves import alphas, charts, thinned
+from cmt_mae.report.page.record import Record, read_record
+from cmt_mae.settings import PretrainConfig
+from cmt_mae.stepping import Stepper
+
+from .conftest import Write
+
+
+def test_every_chart_of_the_issue_is_there(write: Write) -> None:
+    run = write(knn={0: 20.0, 100: 30.0}, settings={"alpha_mask": 0.5})
+    found = {chart["key"]: chart for chart in charts([read_record(str(run))])}
+    wanted = {"loss", "knn", "lr", "alpha", "overlap", "entropy", "spread", "rank", "speed", "wait"}
+    assert wanted <= set(found)
+    assert "skipped" not in found  # every value is 0
+    loss = found["loss"]["tables"][0]
+    assert [line["name"] for line in loss["lines"]] == [
+        "loss",
+        "loss_momentum",
+    ]  # loss_teacher is the loss here
+    assert loss["x"][0] == 1
+    assert loss["steps"][0] == 10
+    assert found["knn"]["tables"][0]["steps"] == [0, 100]
+    assert [line["name"] for line in found["alpha"]["tables"][0]["lines"]] == [
+        "alpha_mask",
+        "alpha_loss",
+    ]
+    json.dumps(list(found.values()), allow_nan=False)
+
+
+@given(
+    switch=st.integers(1, 99), ramp=st.sampled_from([0.0, 0.5, 3.0]), mask=st.sampled_from([None, 0.7]),
+    step=st.integers(1, 100),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_alpha_is_that_of_the_step(switch: int, ramp: float, mask: float | None, step: int) -> None:
+    """Against the training's own function: the line of step n tells of the step that began at n - 1."""
+    plan = {"total_steps": 100, "switch_step": switch, "steps_per_epoch": 10}
+    shared = {"alpha": 0.3, "alpha_mask": mask, "alpha_loss": None, "alpha_ramp_epochs": ramp}
+    at = alphas(Record(Path("x"), "x", settings=shared, facts={"plan": plan}))
+    assert at is not None
+    stepper = SimpleNamespace(config=PretrainConfig(**shared), plan=SimpleNamespace(**plan))
+    weights = Stepper.weights_at(stepper, step - 1)  # type: ignore[arg-type]
+    assert at(step) == {"alpha_mask": weights.mask, "alpha_loss": weights.loss}
+
+
+VALUES = st.lists(st.one_of(st.floats(-1e3, 1e3), st.just(math.nan)), min_size=1, max_size=300)
+
+
+@given(values=VALUES, points=st.integers(4, 40))
+@settings(max_examples=60, deadline=None)
+def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> None:
+    rows = [{"a": value, "b": -value} for value in values]
+    kept = thinned(rows, ["a", "b"], points)
+    assert kept == sorted(set(kept))
+    assert {0, len(rows) - 1} <= set(kept)
+    assert len(kept) <= max(points + 2, 6)
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        left = [values[place] for place in kept if math.isfinite(values[place])]
+        assert (min(left), max(left)) == (min(finite), max(finite))
+
+
+def test_one_long_run_stays_small(write: Write) -> None:
+    run = write(done=60_000, total=60_000, switch=30_000, every=20)
+    text = json.dumps(charts([read_record(str(run))]))
+    assert len(text) < 400_000
