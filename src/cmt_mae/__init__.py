@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmt_mae.ablate import AblateConfig, ablate
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
     from cmt_mae.benchmark import BenchConfig, bench
     from cmt_mae.data.pack import PackConfig, pack
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cmt_mae.settings import PretrainConfig
 
 _HOMES = {
+    "AblateConfig": "ablate",
     "Ade20kConfig": "evaluate.segmentation",
     "Backbone": "backbones",
     "BenchConfig": "benchmark",
@@ -38,6 +40,7 @@ _HOMES = {
     "PackConfig": "data.pack",
     "PretrainConfig": "settings",
     "Stopped": "errors",
+    "ablate": "ablate",
     "bench": "benchmark",
     "compare": "report.compare",
     "evaluate_ade20k": "evaluate.segmentation",
@@ -53,6 +56,7 @@ _HOMES = {
     "pretrain": "pretraining",
 }
 __all__ = [
+    "AblateConfig",
     "Ade20kConfig",
     "Backbone",
     "BenchConfig",
@@ -68,6 +72,7 @@ __all__ = [
     "PackConfig",
     "PretrainConfig",
     "Stopped",
+    "ablate",
     "bench",
     "compare",
     "evaluate_ade20k",
