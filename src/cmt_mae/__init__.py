@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmt_mae.ablate import AblateConfig, ablate
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
     from cmt_mae.benchmark import BenchConfig, bench
     from cmt_mae.data.pack import PackConfig, pack
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cmt_mae.settings import PretrainConfig
 
 _HOMES = {
+    "AblateConfig": "ablate",
     "Ade20kConfig": "evaluate.segmentation",
     "Backbone": "backbones",
     "BenchConfig": "benchmark",
@@ -45,6 +47,7 @@ _HOMES = {
     "ReportConfig": "report.page.command",
     "Stopped": "errors",
     "WatchConfig": "report.page.serve",
+    "ablate": "ablate",
     "bench": "benchmark",
     "compare": "report.compare",
     "evaluate_ade20k": "evaluate.segmentation",
@@ -63,6 +66,7 @@ _HOMES = {
     "watch": "report.page.serve",
 }
 __all__ = [
+    "AblateConfig",
     "Ade20kConfig",
     "Backbone",
     "BenchConfig",
@@ -81,6 +85,7 @@ __all__ = [
     "ReportConfig",
     "Stopped",
     "WatchConfig",
+    "ablate",
     "bench",
     "compare",
     "evaluate_ade20k",

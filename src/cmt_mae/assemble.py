@@ -1,9 +1,13 @@
 """From settings to the parts of a pre-training run: images, student, teacher."""
 
+import hashlib
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from cmt_mae.backbones import Backbone, load_backbone
@@ -120,19 +124,47 @@ def build_guides(config: PretrainConfig, teacher: Teacher | None, stats: Statist
 
 
 def teacher_cache(
-    config: PretrainConfig, teacher: Teacher | None, images: int, rank: int
+    config: PretrainConfig,
+    teacher: Teacher | None,
+    source: Source,
+    accelerator: Accelerator,
+    backbone: Backbone | None,
 ) -> TeacherCache | None:
     """Where the teacher's outputs of this run are kept, or None. Raises InputError over several machines."""
-    if not config.teacher.cache or teacher is None:
+    if not config.teacher.cache or teacher is None or backbone is None:
         return None
     if int(os.environ.get("WORLD_SIZE", 1)) != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         raise InputError(
             "teacher.cache works on one machine: set it to false, or start one machine"
         )
+    folder = Path(config.out) / "teacher_cache"
+    if config.teacher.cache_folder:
+        folder = Path(config.teacher.cache_folder) / cache_key(
+            config, source, accelerator, backbone.digest
+        )
     return TeacherCache(
-        Path(config.out) / "teacher_cache", teacher, images=images, heads=config.mask.heads,
-        class_token=config.target.tokens == "all+cls", rank=rank,
+        folder, teacher, images=len(source), heads=config.mask.heads,
+        class_token=config.target.tokens == "all+cls", rank=accelerator.process_index,
     )  # fmt: skip
+
+
+def cache_key(config: PretrainConfig, source: Source, accelerator: Accelerator, digest: str) -> str:
+    """16 hex digits of everything that the teacher's outputs follow from, to the last bit.
+
+    Order and batch belong to it: with the same ones a run reads exactly what it would have computed.
+    """
+    teacher, data, student = asdict(config.teacher), asdict(config.data), config.student
+    for place in ("name", "cache", "cache_folder"):
+        del teacher[place]
+    for indifferent in ("path", "workers", "timeout_s", "max_bad"):
+        del data[indifferent]
+    what = [
+        digest, source.fingerprint(), teacher, data, student.size(), student.patch_size, student.in_chans,
+        config.mask.heads, config.target.tokens == "all+cls", config.seed, config.batch_size,
+        config.runtime.micro_batch, config.precision, config.frozen_precision, accelerator.num_processes,
+        accelerator.device.type, config.runtime.compile,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def crop_settings(config: PretrainConfig, teacher: Teacher | None) -> CropSettings:

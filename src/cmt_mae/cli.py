@@ -26,6 +26,7 @@ COMMANDS = {
     "watch": ("cmt_mae.report.page.serve", "WatchConfig", "watch"),
     "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
     "explain": ("cmt_mae.explain.command", "ExplainConfig", "explain"),
+    "ablate": ("cmt_mae.ablate", "AblateConfig", "ablate"),
 }
 EVALUATIONS = {
     "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
@@ -57,6 +58,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   export           write a backbone as timm, hf or torch
   pack             pack images into a memory-mapped array for fast epochs
   bench            images/s, MFU and the share of each part of a step: --recipe R
+  ablate WHAT      a grid of runs x seeds and its table: components | alpha | masks | ladder | FILE.yaml
   recipes [NAME]   list recipes, or show one
   demo             a small two-stage run on generated scenes (or --data D), compared with MAE
 
@@ -169,6 +171,8 @@ def run_command(command: str, words: list[str]) -> None:
         words = with_lists(words, ("images", "results"), ("what", "formats", "checkpoints", "size"))
     if command == "watch":
         words = with_positional(words, "run", many=False)
+    if command == "ablate" and words and not words[0].startswith("-"):
+        words = [f"--experiment={words[0]}", *words[1:]]
     if command in ("pretrain", "bench"):
         recipe, words = take(words, "--recipe")
         words = [expand(word, SHORT) for word in words]

@@ -160,6 +160,7 @@ class Training:
                     asked
                     or self.falls_due(runtime.checkpoint_every)
                     or self.step in (plan.total_steps, self.best_step)
+                    or (runtime.keep_switch and self.step == plan.switch_step)
                 ):
                     self.checkpoint()
                 if asked and self.step < plan.total_steps:
@@ -334,13 +335,16 @@ class Training:
         cache = assemble.teacher_cache(
             self.config,
             self.stepper.guides.teacher,
-            len(self.source),
-            self.accelerator.process_index,
+            self.source,
+            self.accelerator,
+            self.teacher_backbone,
         )
         if cache is None:
             return
         if self.run.writes:
-            cache.create(from_the_start=self.step == 0)
+            # a folder of several runs is named by what made its outputs: they stay true
+            own = not self.config.teacher.cache_folder
+            cache.create(from_the_start=own and self.step == 0)
         self.accelerator.wait_for_everyone()
         cache.open()
         self.stepper.cache = cache
@@ -351,7 +355,10 @@ class Training:
         if self.best_step == self.step:
             mark_best(checkpoint_path(folder, self.step))
         every = round(runtime.keep_every * self.plan.steps_per_epoch)
-        rotate(folder, runtime.keep_last, set(range(0, self.step + 1, every)) if every else set())
+        kept = set(range(0, self.step + 1, every)) if every else set()
+        if runtime.keep_switch:
+            kept.add(self.plan.switch_step)
+        rotate(folder, runtime.keep_last, kept)
 
     def resume(self, probe: OnlineProbe | None) -> None:
         """Take up the newest whole checkpoint, if there is one, and write run.json."""

@@ -14,7 +14,9 @@ from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
 
 # Settings below these prefixes do not affect results: they may change when a run is continued.
-INDIFFERENT = ("runtime.", "out", "data.path", "data.workers", "data.timeout_s", "data.max_bad")
+INDIFFERENT = (
+    "runtime.", "out", "data.path", "data.workers", "data.timeout_s", "data.max_bad", "teacher.cache_folder",
+)  # fmt: skip
 
 
 @dataclass
@@ -99,6 +101,9 @@ class RuntimeConfig:
     """How many of the newest checkpoints are kept."""
     keep_every: float = 0.0
     """Keep for good a checkpoint every so many epochs; 0: none."""
+    keep_switch: bool = False
+    """Write and keep for good a checkpoint at the switch of stages: `ablate` begins runs from it that have stage
+    one in common."""
     picture_every: float = 0.0
     """Epochs between pictures of attention and mask; 0: at the switch of stages and at the end."""
     probe_data: str = ""

@@ -4,6 +4,7 @@ Exact: attention and features are kept in fp32 as they came. An image counts as 
 written so, after its numbers have reached the disk; what a kill loses is computed again, with the same batch.
 """
 
+import fcntl
 import math
 import os
 import shutil
@@ -54,9 +55,16 @@ class TeacherCache:
         from_the_start: the run has no checkpoint, so nothing says what made the outputs of an earlier start:
         they are forgotten, as they are where a file is missing. Raises InputError where the disk is too small.
         """
-        missing = [name for name in self.shapes if not self._path(name).exists()]
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        # another run that shares the folder must not put new files in place of those in use
+        with open(self.folder / "create.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._create(from_the_start)
+
+    def _create(self, from_the_start: bool) -> None:
+        missing = [name for name in self.shapes if not self._path(name).exists()]
+        with writing(self.folder):
             if missing or from_the_start:
                 for path in self.folder.glob("kept_*.npy"):
                     path.unlink()
@@ -129,6 +137,7 @@ class TeacherCache:
 
     def save(self) -> None:
         """Bring numbers to the disk, then the note of which images have them."""
+        self.read_kept()  # of runs that share the folder
         for array in self.arrays.values():
             assert isinstance(array, np.memmap)
             array.flush()

@@ -41,6 +41,9 @@ class TeacherConfig:
     cache: bool = False
     """Keep the teacher's outputs in OUT/teacher_cache, so that it runs once an image; needs data.crops fixed
     and about 4 bytes x patches x features an image on the disk."""
+    cache_folder: str = ""
+    """Keep them below this folder instead, where every run with the same images, crops, order and teacher reads
+    what the first one wrote."""
     channels: list[int] = field(default_factory=list)
     """Which of the student's channels the teacher sees; empty: all three, or a grey channel three times."""
 
