@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
     from cmt_mae.evaluate.segmentation import Ade20kConfig, evaluate_ade20k
     from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
+    from cmt_mae.explain.command import explain
+    from cmt_mae.explain.settings import ExplainConfig
     from cmt_mae.pretraining import pretrain
     from cmt_mae.report.compare import CompareConfig, compare
     from cmt_mae.settings import PretrainConfig
@@ -30,6 +32,7 @@ _HOMES = {
     "CompareConfig": "report.compare",
     "DavisConfig": "evaluate.video.evaluate",
     "EvaluateAllConfig": "evaluate.everything",
+    "ExplainConfig": "explain.settings",
     "ExportConfig": "backbones",
     "FinetuneConfig": "evaluate.finetune",
     "InputError": "errors",
@@ -47,6 +50,7 @@ _HOMES = {
     "evaluate_finetune": "evaluate.finetune",
     "evaluate_knn": "evaluate.knn",
     "evaluate_linear": "evaluate.linear",
+    "explain": "explain.command",
     "export": "backbones",
     "load_backbone": "backbones",
     "pack": "data.pack",
@@ -60,6 +64,7 @@ __all__ = [
     "CompareConfig",
     "DavisConfig",
     "EvaluateAllConfig",
+    "ExplainConfig",
     "ExportConfig",
     "FinetuneConfig",
     "InputError",
@@ -77,6 +82,7 @@ __all__ = [
     "evaluate_finetune",
     "evaluate_knn",
     "evaluate_linear",
+    "explain",
     "export",
     "load_backbone",
     "pack",

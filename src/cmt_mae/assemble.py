@@ -12,7 +12,7 @@ from cmt_mae.data.sources import Source
 from cmt_mae.errors import InputError
 from cmt_mae.method.cmtmae import Guides, Learner
 from cmt_mae.method.hog import hog_dim
-from cmt_mae.method.teacher import Teacher
+from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.teacher_cache import TeacherCache
 from cmt_mae.method.vit import Vit, build_student
 from cmt_mae.settings import PretrainConfig
@@ -41,18 +41,24 @@ def build_teacher(
     """The frozen teacher at the input size that gives the student's grid, or (None, None)."""
     if not config.needs_teacher():
         return None, None
-    grid = config.student.grid()
-    backbone = load_backbone(config.teacher.name)
+    return make_teacher(config.teacher, config.student.grid(), stats)
+
+
+def make_teacher(
+    config: TeacherConfig, grid: tuple[int, int], stats: Statistics
+) -> tuple[Teacher, Backbone]:
+    """A frozen teacher for a student with this grid (rows, columns) and normalisation."""
+    backbone = load_backbone(config.name)
     vit: Vit = backbone.model
-    if config.teacher.grid_align == "input":
+    if config.grid_align == "input":
         rows, columns = vit.patch_embed.patch_size
         size = (grid[0] * int(rows), grid[1] * int(columns))
         if size != tuple(backbone.img_size):
-            backbone = load_backbone(config.teacher.name, img_size=size)
-    elif config.teacher.grid_align != "resample":
-        raise InputError(f"teacher.grid_align '{config.teacher.grid_align}': use input or resample")
+            backbone = load_backbone(config.name, img_size=size)
+    elif config.grid_align != "resample":
+        raise InputError(f"teacher.grid_align '{config.grid_align}': use input or resample")
     teacher = Teacher(
-        backbone.model, config.teacher, mean=backbone.mean, std=backbone.std, student_mean=stats[0],
+        backbone.model, config, mean=backbone.mean, std=backbone.std, student_mean=stats[0],
         student_std=stats[1], grid=grid, projection=backbone.proj,
     )  # fmt: skip
     return teacher, backbone

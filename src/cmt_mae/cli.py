@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from cmt_mae.errors import InputError, LostProcess, Stopped
-from cmt_mae.parsing import expand, hint, parse, take, take_flag, with_positional
+from cmt_mae.parsing import expand, hint, parse, take, take_flag, with_lists, with_positional
 from cmt_mae.text import one_line, printable
 
 # command -> module and names of its settings and of its function; imported only when asked for
@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("cmt_mae.demo", "DemoConfig", "demo"),
     "compare": ("cmt_mae.report.compare", "CompareConfig", "compare"),
     "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
+    "explain": ("cmt_mae.explain.command", "ExplainConfig", "explain"),
 }
 EVALUATIONS = {
     "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
@@ -48,6 +49,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   evaluate TASK    knn | linear | finetune | coco | ade20k | davis: --backbone B --data D [--out O] [--json]
   evaluate all     every task that the data below a folder allow: --backbone B --data-root ROOT
   compare RUN ...  one table of the results of runs [--paper] [--format markdown | json]
+  explain          pictures of attention, masks, features, predictions, curves: --run R --images DIR
   export           write a backbone as timm, hf or torch
   pack             pack images into a memory-mapped array for fast epochs
   bench            images/s, MFU and the share of each part of a step: --recipe R
@@ -159,6 +161,8 @@ def run_command(command: str, words: list[str]) -> None:
     defaults: dict[str, Any] = {}
     if command == "compare":
         words = with_positional(words, "runs")
+    if command == "explain":
+        words = with_lists(words, ("images", "results"), ("what", "formats", "checkpoints", "size"))
     if command in ("pretrain", "bench"):
         recipe, words = take(words, "--recipe")
         words = [expand(word, SHORT) for word in words]

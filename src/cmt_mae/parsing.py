@@ -185,6 +185,36 @@ def with_positional(words: list[str], name: str) -> list[str]:
     return [f"--{name}={json.dumps(found)}", *kept] if found else kept
 
 
+def with_lists(words: list[str], whole: Sequence[str], divided: Sequence[str]) -> list[str]:
+    """``--images a b`` -> ``--images=["a", "b"]`` for settings that are lists; a list in brackets stays.
+
+    divided: names whose values also end at a comma, ``--what heads,masks``. Numbers become numbers.
+    """
+    kept: list[str] = []
+    taking = ""
+    values: dict[str, list[str]] = {}
+    for word in words:
+        if not word.startswith("--"):
+            (values[taking] if taking else kept).append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        taking = name if name in (*whole, *divided) and not value.startswith("[") else ""
+        if taking:
+            values[taking] = [value] if equals else []
+            taking = "" if equals else taking
+        else:
+            kept.append(word)
+    for name, found in values.items():
+        if len(found) == 1 and found[0].startswith("["):
+            kept.append(f"--{name}={found[0]}")
+            continue
+        parts = found if name in whole else [p for one in found for p in one.split(",") if p]
+        plain = [int(p) if p.lstrip("-").isdecimal() and name in divided else p for p in parts]
+        kept.append(f"--{name}={json.dumps(plain)}")
+    return kept
+
+
 def read_settings(text: str, where: str) -> dict[str, Any]:
     """YAML of settings: sections, lists, texts, numbers, yes and no; nothing is constructed beyond them.
 

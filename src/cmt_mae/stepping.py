@@ -81,6 +81,16 @@ def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
     )
 
 
+def weights_at(config: PretrainConfig, plan: Plan, step: int) -> Weights:
+    """alpha of Eqs. 3 and 4: 0 in stage one, then constant or (by choice) growing."""
+    done = step - plan.switch_step
+    if done < 0:
+        return Weights(0.0, 0.0)
+    ramp = config.alpha_ramp_epochs * plan.steps_per_epoch
+    share = min(1.0, (done + 1) / ramp) if ramp else 1.0
+    return Weights(share * config.alpha_of("mask"), share * config.alpha_of("loss"))
+
+
 class Stepper:
     """Learner, guides, optimizer and meters of one process."""
 
@@ -271,13 +281,8 @@ class Stepper:
         return (planes / 255 - self.guides.mean) / self.guides.std
 
     def weights_at(self, step: int) -> Weights:
-        """alpha of Eqs. 3 and 4: 0 in stage one, then constant or (by choice) growing."""
-        done = step - self.plan.switch_step
-        if done < 0:
-            return Weights(0.0, 0.0)
-        ramp = self.config.alpha_ramp_epochs * self.plan.steps_per_epoch
-        share = min(1.0, (done + 1) / ramp) if ramp else 1.0
-        return Weights(share * self.config.alpha_of("mask"), share * self.config.alpha_of("loss"))
+        """As the function of this name."""
+        return weights_at(self.config, self.plan, step)
 
     def momentum_at(self, step: int) -> float:
         """m of the moving average at this step of stage two."""

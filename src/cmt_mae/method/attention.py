@@ -19,21 +19,24 @@ ROWS_AT_ONCE = (
 
 
 def attention_map(model: Vit, state: BeforeLast, heads: Heads = "mean") -> tuple[Tensor, Tensor]:
-    """Raw attention to each patch (B, L) fp32 and the mass on prefix tokens (B,), averaged over heads.
+    """Raw attention to each patch (B, L) fp32 and the mass on prefix tokens (B,), averaged over heads."""
+    rows, prefix = attention_rows(model, state), num_prefix(model)
+    mass = rows[:, :, :prefix].sum(-1).mean(1)
+    return reduce_heads(rows[:, :, prefix:], heads), mass
 
-    With a class token: its softmaxed row of the last block, prefix columns dropped. Without: the row of the
-    attention-pooling probe where there is one (SigLIP), else the column mean of the map (spec 1.4).
+
+def attention_rows(model: Vit, state: BeforeLast) -> Tensor:
+    """Attention of every head to each token, prefix tokens first: (B, heads, P + L) fp32, rows sum to 1.
+
+    With a class token: its softmaxed row of the last block. Without: the row of the attention-pooling probe
+    where there is one (SigLIP), else the column mean of the map (spec 1.4).
     """
     probe = getattr(model, "attn_pool", None)
     if has_class_token(model):
-        rows = class_rows(model, state)
-    elif probe is not None:
-        rows = _probe_rows(probe, _finished(model, state))
-    else:
-        rows = column_means(model, state)
-    prefix = num_prefix(model)
-    mass = rows[:, :, :prefix].sum(-1).mean(1)
-    return reduce_heads(rows[:, :, prefix:], heads), mass
+        return class_rows(model, state)
+    if probe is not None:
+        return _probe_rows(probe, _finished(model, state))
+    return column_means(model, state)
 
 
 def class_rows(model: Vit, state: BeforeLast) -> Tensor:

@@ -98,6 +98,12 @@ class Teacher(nn.Module):
 
     def look(self, images: Tensor) -> BeforeLast:
         """images (B, C, H, W), normalised for the STUDENT, of any size; resized here where needed."""
+        return forward_to_last(
+            self.model, self.prepared(images), self.last_k - 1 if self.feature == "last_k" else 0
+        )
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """The images of ``look`` as the network itself takes them: its channels, size and number type."""
         if self.channels != tuple(range(images.shape[1])):
             images = images[:, list(self.channels)]
         if images.shape[-2:] != self.input_size:
@@ -105,9 +111,7 @@ class Teacher(nn.Module):
                 images.float(), self.input_size, mode="bicubic", antialias=True, align_corners=False
             )
         weight: Tensor = self.model.patch_embed.proj.weight
-        return forward_to_last(
-            self.model, images.to(weight.dtype), self.last_k - 1 if self.feature == "last_k" else 0
-        )
+        return images.to(weight.dtype)
 
     def attention(self, state: BeforeLast, heads: str = "mean") -> tuple[Tensor, Tensor]:
         """Raw map (B, L) on the student's grid, fp32, and the mass on prefix tokens (B,)."""
