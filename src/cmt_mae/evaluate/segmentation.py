@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
@@ -34,6 +36,7 @@ from cmt_mae.evaluate.segmentation_protocols import (
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits
 from cmt_mae.evaluate.upernet import Segmenter
 from cmt_mae.report.segmentations import segmentation_picture
+from cmt_mae.training.files import write_atomically
 from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
 from cmt_mae.training.optim import layer_decay_groups
 from cmt_mae.training.processes import make_accelerator
@@ -348,6 +351,7 @@ def measurement(
             if accelerator.is_main_process:
                 if index in shown:
                     rows.append((picture, mask, prediction.cpu()))
+                    keep_prediction(run.path, data, index, prediction.cpu())
                 if done % TOLD_EVERY == 0:
                     print(f"evaluated {done} of {mine} images", file=sys.stderr)
         # addition of whole numbers: the same sum on any number of processes
@@ -363,6 +367,15 @@ def measurement(
         )
 
     return evaluate
+
+
+def keep_prediction(run: Path, data: Ade20k, index: int, prediction: Tensor) -> None:
+    """The labels said of a pictured image as RUN/predictions/(its place).png, class k as k: for galleries."""
+    place = Path(data.val.images[index]).relative_to(Path(data.root) / "images" / "validation")
+    labels = prediction.numpy() + 1
+    image = Image.fromarray(labels.astype(np.uint8 if len(data.classes) < 255 else np.uint16))
+    path = run / "predictions" / place.with_suffix(".png")
+    write_atomically(path, lambda aside: image.save(aside, format="png"))
 
 
 def class_table(found: Scores, names: tuple[str, ...]) -> list[dict[str, Any]]:

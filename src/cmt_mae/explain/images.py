@@ -1,7 +1,7 @@
-"""Images for the networks: read from files, cut to the input size, as they are shown."""
+"""Images for the networks: found, read from files, cut to the input size, as they are shown."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from cmt_mae.explain.networks import Networks
 
 SHOWN_SIDE = 224
 """Images are shown with at least so many pixels on the shorter side, whatever the network sees."""
+NEXT = 20
+"""How many images after a broken one are tried in its place."""
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Photo:
     name: str
     pixels: np.ndarray
     """uint8 (H, W, C)."""
+    kind: str = ""
+    """Name of its class, where the folder has classes."""
 
 
 @dataclass
@@ -44,49 +48,63 @@ class Inputs:
     """uint8 (B, C, kH, kW): the same crop, a whole number of times as large."""
 
 
-def read_photos(paths: Sequence[str], channels: int, count: int) -> list[Photo]:
-    """At most ``count`` images of files and folders (or any other source), evenly spread over each folder.
+class Album:
+    """All images of some paths, none of them read yet: files, folders and every other source of `data`."""
 
-    A broken image of a folder is left out with a line on stderr. Raises InputError for a path that is
-    missing or cannot be read, and where nothing is left.
-    """
-    photos: list[Photo] = []
-    share = max(1, count // max(1, len(paths)))
-    for number, path in enumerate(paths):
-        wanted = count - len(photos) if number == len(paths) - 1 else share
-        file = Path(path).expanduser()
-        if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES:
-            photos.append(Photo(shown(file.name), read_image(file, channels)))
-        else:
-            photos += spread(open_source(path), channels, wanted)
-    if not photos:
-        raise InputError(f"no image of {', '.join(paths)} can be read: give others with --images")
-    return photos[: max(1, count)]
+    def __init__(self, paths: Sequence[str]) -> None:
+        """Raises InputError for a path that is missing or holds no images."""
+        self.paths = list(paths)
+        self.files: list[Path] = []
+        self.sources: list[Source] = []
+        for path in paths:
+            file = Path(path).expanduser()
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir():
+                self.files.append(file)
+            else:
+                self.sources.append(open_source(path))
+
+    def read(self, channels: int, count: int) -> Iterator[Photo]:
+        """Every file, and ``count`` images evenly over each folder; the next one in place of a broken one.
+
+        Raises InputError for a broken file, or where no image is left.
+        """
+        some = False
+        for file in self.files:
+            some = True
+            yield Photo(shown(file.name), read_image(file, channels))
+        for source in self.sources:
+            for photo in spread(source, channels, count):
+                some = True
+                yield photo
+        if not some:
+            raise InputError(f"no image of {', '.join(self.paths)} can be read: give others")
 
 
 def read_image(file: Path, channels: int) -> np.ndarray:
-    """One image file as uint8 (H, W, channels). Raises InputError where it is broken."""
+    """One image file as uint8 (H, W, channels). Raises InputError where it is broken or not there."""
     try:
         return decode_image(read_file(file), channels)
     except BadImage as error:
-        raise InputError(f"{file}: {error}; give another image with --images") from error
+        raise InputError(f"{file}: {error}; give another image") from error
 
 
-def spread(source: Source, channels: int, count: int) -> list[Photo]:
-    """``count`` images evenly over the source; the next one that can be read for a broken one."""
-    found: list[Photo] = []
+def spread(source: Source, channels: int, count: int) -> Iterator[Photo]:
+    """``count`` images evenly over the source, fewer where it has fewer."""
     taken: set[int] = set()
     for start in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
-        for index in range(start, min(start + 20, len(source))):
+        for index in range(start, min(start + NEXT, len(source))):
             if index in taken:
                 continue
             taken.add(index)
             try:
-                found.append(Photo(source.name(index), load_image(source, index, channels)))
-                break
+                pixels = load_image(source, index, channels)
             except BadImage as error:
                 print(f"warning: {source.name(index)} is left out: {error}", file=sys.stderr)
-    return found
+                continue
+            label = source.label(index)
+            kind = source.classes[label] if source.classes and label is not None else ""
+            yield Photo(source.name(index), pixels, kind)
+            break
 
 
 def cut(photos: Sequence[Photo], networks: Networks) -> Inputs:

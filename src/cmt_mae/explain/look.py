@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cmt_mae.errors import InputError
 from cmt_mae.explain.images import Inputs
@@ -108,7 +109,7 @@ class Look:
         if self.networks.teacher is not None:
             maps["teacher"] = as_shares(self.raw("teacher", layer, head))
         maps["student"] = as_shares(self.raw("student", layer, head))
-        if len(maps) == 2 and (self.networks.momentum or alpha is not None):
+        if len(maps) == 2 and (alpha is not None or self.networks.weights.mask > 0):
             maps["collab"] = as_shares(self.scores(alpha, layer, head))
         return maps
 
@@ -149,6 +150,7 @@ class Look:
                         self.images, noise, networks.n_mask, networks.weights,
                         teacher_images=self.seen_by_teacher(),
                     )  # fmt: skip
+                    self._targets = {name: self._compared(t) for name, t in self._targets.items()}
         return self._targets
 
     def predictions(self, mask: Mask) -> dict[str, Tensor]:
@@ -160,7 +162,14 @@ class Look:
             latents = encode_visible(learner.student, self.images, mask.ids_keep)
             tokens = learner.decoder(latents, mask)[:, 1:]
             found = {name: head(tokens) for name, head in learner.heads.items()}
-        return {name: found[name] for name in self.targets()}
+        return {name: self._compared(found[name]) for name in self.targets()}
+
+    def _compared(self, features: Tensor) -> Tensor:
+        """Of unit length where the loss sees directions alone."""
+        target = self.networks.config.target
+        if target.norm == "l2" or target.loss == "cosine":
+            return F.normalize(features.float(), dim=-1)
+        return features
 
     def reconstruction(self, mask: Mask) -> Tensor:
         """Pixels in 0..1 (B, C, H, W): predicted at hidden patches, the image itself elsewhere.

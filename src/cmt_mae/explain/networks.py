@@ -242,7 +242,7 @@ def open_backbone(
     stats: Statistics = (backbone.mean, backbone.std)
     known = teacher not in ("", NO_TEACHER)
     return Networks(
-        name=Path(name).name,
+        name=Path(name).name.removesuffix(".safetensors"),
         student=vit.requires_grad_(False).eval(),
         momentum=False,
         teacher=open_teacher(teacher, grid_align, config, stats) if known else None,

@@ -47,6 +47,8 @@ class Scale:
     """Value of the last colour."""
     clipped: bool
     """Whether there are values above it, which the colour bar's tip then shows."""
+    below: bool = False
+    """Whether there are values below 0, shown in the first colour."""
     colours: str = MAPS
 
     def __call__(self, values: NDArray[Any]) -> Picture:
@@ -79,16 +81,19 @@ class Sheet:
         side: float = 0.0,
         below: bool = False,
         head_lines: int = 1,
+        largest: float = LARGEST,
     ) -> None:
         """aspect: height of a cell over its width. bar: label of the colour bar that will come, or "".
 
         side: inches for names left of the rows. below: leave room for a line under each cell.
-        head_lines: lines of the titles of the columns.
+        head_lines: lines of the titles of the columns. largest: width of a cell in inches.
         """
         beside = (0.62 if bar else 0.0) + side + 0.08
-        cell = min(LARGEST, max(LEAST, (WIDTH - beside) / columns))
+        cell = min(largest, max(LEAST, (WIDTH - beside) / columns))
         high = cell * aspect + (0.15 if below else 0.03)
-        size = (max(2.6, beside + cell * columns), 0.25 + 0.11 * head_lines + high * rows)
+        width = max(2.6, beside + cell * columns)
+        lines = wrapped(printable(title), max(24, int(width * 14)))
+        size = (width, 0.1 + 0.15 * len(lines) + 0.11 * head_lines + high * rows)
         layout = ConstrainedLayoutEngine(w_pad=0.012, h_pad=0.012, wspace=0, hspace=0)
         self.figure, self.bar = Figure(figsize=size, layout=layout), bar
         FigureCanvasAgg(self.figure)
@@ -98,21 +103,21 @@ class Sheet:
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set_visible(False)
-        fit = max(24, int(size[0] * 15))
-        text = "\n".join(wrapped(printable(title), fit))
-        self.figure.suptitle(text, fontsize=NORMAL, parse_math=False)
+        self.figure.suptitle("\n".join(lines), fontsize=NORMAL, parse_math=False)
 
     def show(self, row: int, column: int, picture: Picture, below: str = "") -> Axes:
         """Put a picture in a cell, with a line under it."""
         axis: Axes = self.axes[row, column]
         axis.imshow(picture)
         if below:
-            axis.set_xlabel(below, fontsize=SMALL - 1, labelpad=1.5)
+            self.note(row, column, below)
         return axis
 
-    def leave(self, row: int, column: int) -> None:
-        """Nothing in this cell."""
-        self.axes[row, column].set_visible(False)
+    def note(self, row: int, column: int, text: str) -> None:
+        """A line under a cell, which may hold anything."""
+        self.axes[row, column].set_xlabel(
+            printable(text), fontsize=SMALL - 1, labelpad=1.5, parse_math=False
+        )
 
     def heads(self, names: Sequence[str], bold: int = -1) -> None:
         """Titles of the columns; ours, so that $...$ is a formula. bold: number of one to stress."""
@@ -120,10 +125,13 @@ class Sheet:
             weight = "bold" if number == bold else "normal"
             axis.set_title(name, fontsize=SMALL, pad=2.5, fontweight=weight)
 
-    def sides(self, names: Sequence[str]) -> None:
-        """Names of the rows, which may hold anything."""
-        for axis, name in zip(self.axes[:, 0], names, strict=True):
-            axis.set_ylabel(printable(name), fontsize=SMALL, labelpad=2, parse_math=False)
+    def plain_heads(self, names: Sequence[str]) -> None:
+        """Titles of the columns that may hold anything, in at most two lines."""
+        for axis, name in zip(self.axes[0], names, strict=True):
+            text = "\n".join(
+                wrapped(printable(name), max(8, int(12 * axis.get_position().width * 10)))
+            )
+            axis.set_title(text, fontsize=SMALL, pad=2.5, parse_math=False)
 
     def colour_bar(self, scale: Scale, *, covered: bool = True) -> None:
         """At the right of all. covered: the maps lie over images, so that the bar lies over grey."""
@@ -133,15 +141,13 @@ class Sheet:
         drawn = ScalarMappable(Normalize(0, scale.highest), ListedColormap(list(colours)))
         bar = self.figure.colorbar(
             drawn, ax=self.axes, shrink=0.9 if len(self.axes) < 3 else 0.5, pad=0.012, fraction=0.05,
-            aspect=16, extend="max" if scale.clipped else "neither",
+            aspect=16, extend={(0, 0): "neither", (1, 0): "max", (0, 1): "min", (1, 1): "both"}[
+                scale.clipped, scale.below
+            ],
         )  # fmt: skip
         bar.set_label(self.bar, fontsize=SMALL)
         bar.ax.tick_params(labelsize=SMALL, length=2, pad=1.5)
         bar.outline.set_visible(False)  # type: ignore[operator]
-
-    def save(self, path: Path, formats: Sequence[str]) -> list[Path]:
-        """As ``save``."""
-        return save(self.figure, path, formats)
 
 
 def save(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:

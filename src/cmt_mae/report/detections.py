@@ -58,20 +58,20 @@ def detection_picture(
         height, width = split.sizes[index]
         truth = split.annotations(index)
         drawn = [(a, mask_of(a["segmentation"], height, width), None) for a in truth]
-        _draw(left, image, drawn, split)
+        draw_objects(left, image, drawn, split)
         found = sorted(by_image[int(split.ids[index])], key=lambda pair: -pair[0]["score"])
         answers = [
             (box, coco_mask.decode(mask["segmentation"]), box["score"])
             for box, mask in found[:MOST_SHOWN]
         ]
-        _draw(right, image, answers, split)
+        draw_objects(right, image, answers, split)
         left.set_title(f"{printable(split.names[index])}: {len(truth)} there", fontsize=8, parse_math=False)
         right.set_title(f"{len(found)} found with score {SHOWN_SCORE} or more", fontsize=8)
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
 
 
-def _draw(axis: Any, image: np.ndarray, objects: list[Any], split: CocoSplit) -> None:
+def draw_objects(axis: Any, image: np.ndarray, objects: list[Any], split: CocoSplit) -> None:
     """One picture with masks laid over it, boxes, names and scores."""
     canvas = image.astype(np.float32) / 255
     for record, mask, _ in objects:

@@ -73,7 +73,13 @@ def draw_strip(
     rows: list[Row],
     numbers: list[int],
 ) -> None:
-    """Write a PNG with a row for each (name, masks) over the same frames uint8 (H, W, 3)."""
+    """Write a PNG of ``strip_figure``."""
+    figure = strip_figure(frames, rows, numbers)
+    write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+
+
+def strip_figure(frames: list[NDArray[np.uint8]], rows: list[Row], numbers: list[int]) -> Figure:
+    """A row for each (name, masks) over the same frames uint8 (H, W, 3)."""
     height, width = frames[0].shape[:2]
     size = (WIDTH * len(frames) + 1.1, WIDTH * height / width * len(rows) + 0.3)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
@@ -90,7 +96,7 @@ def draw_strip(
         )
     for number, axis in zip(numbers, axes[0], strict=True):
         axis.set_title(f"frame {number}", fontsize=8)
-    write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    return figure
 
 
 def painted(frame: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
