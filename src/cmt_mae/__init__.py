@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
     from cmt_mae.benchmark import BenchConfig, bench
     from cmt_mae.data.pack import PackConfig, pack
+    from cmt_mae.doctor import DoctorConfig, doctor
     from cmt_mae.errors import InputError, Stopped
     from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
     from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
@@ -31,6 +32,7 @@ _HOMES = {
     "CocoConfig": "evaluate.detection",
     "CompareConfig": "report.compare",
     "DavisConfig": "evaluate.video.evaluate",
+    "DoctorConfig": "doctor",
     "EvaluateAllConfig": "evaluate.everything",
     "ExplainConfig": "explain.settings",
     "ExportConfig": "backbones",
@@ -43,6 +45,7 @@ _HOMES = {
     "Stopped": "errors",
     "bench": "benchmark",
     "compare": "report.compare",
+    "doctor": "doctor",
     "evaluate_ade20k": "evaluate.segmentation",
     "evaluate_all": "evaluate.everything",
     "evaluate_coco": "evaluate.detection",
@@ -63,6 +66,7 @@ __all__ = [
     "CocoConfig",
     "CompareConfig",
     "DavisConfig",
+    "DoctorConfig",
     "EvaluateAllConfig",
     "ExplainConfig",
     "ExportConfig",
@@ -75,6 +79,7 @@ __all__ = [
     "Stopped",
     "bench",
     "compare",
+    "doctor",
     "evaluate_ade20k",
     "evaluate_all",
     "evaluate_coco",

@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": ("cmt_mae.report.compare", "CompareConfig", "compare"),
     "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
     "explain": ("cmt_mae.explain.command", "ExplainConfig", "explain"),
+    "doctor": ("cmt_mae.doctor", "DoctorConfig", "doctor"),
 }
 EVALUATIONS = {
     "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
@@ -53,6 +54,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   export           write a backbone as timm, hf or torch
   pack             pack images into a memory-mapped array for fast epochs
   bench            images/s, MFU and the share of each part of a step: --recipe R
+  doctor [RUN]     machine, images, teacher, what a run will take; why a run does not learn [--json]
   recipes [NAME]   list recipes, or show one
   demo             a small two-stage run on generated scenes (or --data D), compared with MAE
 
@@ -156,20 +158,22 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def run_command(command: str, words: list[str]) -> None:
-    """pretrain, pack, export, demo: parse settings, call the function."""
+    """pretrain, pack, export, demo, ...: parse settings, call the function."""
     settings, function = load(COMMANDS[command])
     defaults: dict[str, Any] = {}
     if command == "compare":
         words = with_positional(words, "runs")
     if command == "explain":
         words = with_lists(words, ("images", "results"), ("what", "formats", "checkpoints", "size"))
-    if command in ("pretrain", "bench"):
+    if command == "doctor" and words and not words[0].startswith("-"):
+        words = [f"--run={words[0]}", *words[1:]]
+    if command in ("pretrain", "bench", "doctor"):
         recipe, words = take(words, "--recipe")
         words = [expand(word, SHORT) for word in words]
         if recipe is not None:
             from cmt_mae.recipes import load_recipes
 
-            defaults = load_recipes(recipe)
+            defaults = load_recipes(recipe) | ({"recipe": recipe} if command == "doctor" else {})
     as_json, words = take_flag(words, "--json")
     config = parse(f"cmt-mae {command}", settings, words, defaults)
     if config is None:
