@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmt_mae.app import AppConfig, app
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
     from cmt_mae.benchmark import BenchConfig, bench
     from cmt_mae.data.pack import PackConfig, pack
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Ade20kConfig": "evaluate.segmentation",
+    "AppConfig": "app",
     "Backbone": "backbones",
     "BenchConfig": "benchmark",
     "CocoConfig": "evaluate.detection",
@@ -43,6 +45,7 @@ _HOMES = {
     "PackConfig": "data.pack",
     "PretrainConfig": "settings",
     "Stopped": "errors",
+    "app": "app",
     "bench": "benchmark",
     "compare": "report.compare",
     "doctor": "doctor",
@@ -61,6 +64,7 @@ _HOMES = {
 }
 __all__ = [
     "Ade20kConfig",
+    "AppConfig",
     "Backbone",
     "BenchConfig",
     "CocoConfig",
@@ -77,6 +81,7 @@ __all__ = [
     "PackConfig",
     "PretrainConfig",
     "Stopped",
+    "app",
     "bench",
     "compare",
     "doctor",

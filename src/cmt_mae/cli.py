@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
     "explain": ("cmt_mae.explain.command", "ExplainConfig", "explain"),
     "doctor": ("cmt_mae.doctor", "DoctorConfig", "doctor"),
+    "app": ("cmt_mae.app", "AppConfig", "app"),
 }
 EVALUATIONS = {
     "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
@@ -55,6 +56,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   pack             pack images into a memory-mapped array for fast epochs
   bench            images/s, MFU and the share of each part of a step: --recipe R
   doctor [RUN]     machine, images, teacher, what a run will take; why a run does not learn [--json]
+  app [RUN ...]    look at attention, masks and features by hand, in the browser (extra `app`)
   recipes [NAME]   list recipes, or show one
   demo             a small two-stage run on generated scenes (or --data D), compared with MAE
 
@@ -161,7 +163,9 @@ def run_command(command: str, words: list[str]) -> None:
     """pretrain, pack, export, demo, ...: parse settings, call the function."""
     settings, function = load(COMMANDS[command])
     defaults: dict[str, Any] = {}
-    if command == "compare":
+    if command == "app":
+        words = with_lists(words, ("backbones", "teachers"), ())
+    if command in ("compare", "app"):
         words = with_positional(words, "runs")
     if command == "explain":
         words = with_lists(words, ("images", "results"), ("what", "formats", "checkpoints", "size"))

@@ -47,7 +47,9 @@ from cmt_mae.training.signals import StopRequest
 from cmt_mae.training.trackers import Trackers
 from cmt_mae.writing import as_backbone, save_student
 
-ENOUGH_SEEN = 1000  # images after which the share of broken ones is judged (an epoch where it is shorter)
+ENOUGH_SEEN = (
+    1000  # images after which the share of broken ones is judged (an epoch where it is shorter)
+)
 PICTURED = 6  # images in a picture of attention and mask
 
 

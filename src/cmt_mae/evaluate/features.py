@@ -92,7 +92,9 @@ def open_labelled(path: str) -> tuple[Source, Source]:
             gap = "the same names in another order"
         raise InputError(f"{path}: train and val have different classes ({gap}); make them equal")
     known = set(label_list(train, path))
-    if max(known) >= max(WIDEST_GAP, 10 * len(known)):  # a head has an output for every number up to it
+    if max(known) >= max(
+        WIDEST_GAP, 10 * len(known)
+    ):  # a head has an output for every number up to it
         raise InputError(
             f"{path}: label {max(known)} among {len(known)} different ones; number the classes 0, 1, 2, ..."
         )

@@ -65,7 +65,9 @@ def detection_picture(
             for box, mask in found[:MOST_SHOWN]
         ]
         draw_objects(right, image, answers, split)
-        left.set_title(f"{printable(split.names[index])}: {len(truth)} there", fontsize=8, parse_math=False)
+        left.set_title(
+            f"{printable(split.names[index])}: {len(truth)} there", fontsize=8, parse_math=False
+        )
         right.set_title(f"{len(found)} found with score {SHOWN_SCORE} or more", fontsize=8)
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=100))

@@ -54,7 +54,9 @@ class Meters:
         values = torch.stack([number.detach().float() for number in numbers.values()])
         finite = torch.isfinite(values)
         weights = finite.float() * (share / self._processes())
-        sums = torch.stack([torch.where(finite, values, 0.0) * weights, weights, (~finite).float()], 1)
+        sums = torch.stack(
+            [torch.where(finite, values, 0.0) * weights, weights, (~finite).float()], 1
+        )
         first = torch.where(finite, math.inf, float(step))
         self.table[:, :3].index_add_(0, places, sums)
         self.table[places, 3] = torch.minimum(self.table[places, 3], first)
