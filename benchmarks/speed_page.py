@@ -31,11 +31,10 @@ def page(content: dict[str, Any]) -> str:
             "",
         ]
     lines += [
-        "Contestants take turns, in one process or (where that is said) each in its own, each round beginning with "
-        "another one, with the same shapes, "
-        "threads and data type. Given are the median of the rounds, the lowest and the highest, and the median "
-        "(lowest to highest) of the ratios within a round: how many times our time the other one takes. Above "
-        "1: ours is faster.",
+        "Contestants take turns, in one process or (where that is said) each in its own, each round beginning "
+        "with another one, with the same shapes, threads and data type. Given are the median of the rounds, the "
+        "lowest and the highest, and the median (lowest to highest) of the ratios within a round: how many times "
+        "our time the other one takes. Above 1: ours is faster.",
         "",
         f"Command: `{content['command']}`. {hardware['processor']}, {hardware['cores']} cores; Python "
         f"{versions['python']}, torch {versions['torch']}, timm {versions['timm']}, torchvision "

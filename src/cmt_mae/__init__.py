@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmt_mae.ablate import AblateConfig, ablate
+    from cmt_mae.app import AppConfig, app
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
     from cmt_mae.benchmark import BenchConfig, bench
     from cmt_mae.data.pack import PackConfig, pack
+    from cmt_mae.doctor import DoctorConfig, doctor
     from cmt_mae.errors import InputError, Stopped
     from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
     from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "AblateConfig": "ablate",
     "Ade20kConfig": "evaluate.segmentation",
+    "AppConfig": "app",
     "Backbone": "backbones",
     "BenchConfig": "benchmark",
     "CocoConfig": "evaluate.detection",
     "CompareConfig": "report.compare",
     "DavisConfig": "evaluate.video.evaluate",
+    "DoctorConfig": "doctor",
     "EvaluateAllConfig": "evaluate.everything",
     "ExplainConfig": "explain.settings",
     "ExportConfig": "backbones",
@@ -48,8 +52,10 @@ _HOMES = {
     "Stopped": "errors",
     "WatchConfig": "report.page.serve",
     "ablate": "ablate",
+    "app": "app",
     "bench": "benchmark",
     "compare": "report.compare",
+    "doctor": "doctor",
     "evaluate_ade20k": "evaluate.segmentation",
     "evaluate_all": "evaluate.everything",
     "evaluate_coco": "evaluate.detection",
@@ -68,11 +74,13 @@ _HOMES = {
 __all__ = [
     "AblateConfig",
     "Ade20kConfig",
+    "AppConfig",
     "Backbone",
     "BenchConfig",
     "CocoConfig",
     "CompareConfig",
     "DavisConfig",
+    "DoctorConfig",
     "EvaluateAllConfig",
     "ExplainConfig",
     "ExportConfig",
@@ -86,8 +94,10 @@ __all__ = [
     "Stopped",
     "WatchConfig",
     "ablate",
+    "app",
     "bench",
     "compare",
+    "doctor",
     "evaluate_ade20k",
     "evaluate_all",
     "evaluate_coco",

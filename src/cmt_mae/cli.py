@@ -27,6 +27,8 @@ COMMANDS = {
     "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
     "explain": ("cmt_mae.explain.command", "ExplainConfig", "explain"),
     "ablate": ("cmt_mae.ablate", "AblateConfig", "ablate"),
+    "doctor": ("cmt_mae.doctor", "DoctorConfig", "doctor"),
+    "app": ("cmt_mae.app", "AppConfig", "app"),
 }
 EVALUATIONS = {
     "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
@@ -59,6 +61,8 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   pack             pack images into a memory-mapped array for fast epochs
   bench            images/s, MFU and the share of each part of a step: --recipe R
   ablate WHAT      a grid of runs x seeds and its table: components | alpha | masks | ladder | FILE.yaml
+  doctor [RUN]     machine, images, teacher, what a run will take; why a run does not learn [--json]
+  app [RUN ...]    look at attention, masks and features by hand, in the browser (extra `app`)
   recipes [NAME]   list recipes, or show one
   demo             a small two-stage run on generated scenes (or --data D), compared with MAE
 
@@ -162,24 +166,26 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def run_command(command: str, words: list[str]) -> None:
-    """pretrain, pack, export, demo: parse settings, call the function."""
+    """pretrain, pack, export, demo, ...: parse settings, call the function."""
     settings, function = load(COMMANDS[command])
     defaults: dict[str, Any] = {}
-    if command in ("compare", "report"):
+    if command in ("compare", "report", "app"):
         words = with_positional(words, "runs")
     if command == "explain":
         words = with_lists(words, ("images", "results"), ("what", "formats", "checkpoints", "size"))
-    if command == "watch":
+    if command == "app":
+        words = with_lists(words, ("backbones", "teachers"), ())
+    if command in ("watch", "doctor"):
         words = with_positional(words, "run", many=False)
-    if command == "ablate" and words and not words[0].startswith("-"):
-        words = [f"--experiment={words[0]}", *words[1:]]
-    if command in ("pretrain", "bench"):
+    if command == "ablate":
+        words = with_positional(words, "experiment", many=False)
+    if command in ("pretrain", "bench", "doctor"):
         recipe, words = take(words, "--recipe")
         words = [expand(word, SHORT) for word in words]
         if recipe is not None:
             from cmt_mae.recipes import load_recipes
 
-            defaults = load_recipes(recipe)
+            defaults = load_recipes(recipe) | ({"recipe": recipe} if command == "doctor" else {})
     as_json, words = take_flag(words, "--json")
     config = parse(f"cmt-mae {command}", settings, words, defaults)
     if config is None:

@@ -29,7 +29,8 @@ def introduction(content: dict[str, Any]) -> str:
         f"Experiment `{cell(content['experiment'])}`, scale `{cell(content['recipe'])}`: student {student}, "
         f"{settings.get('epochs')} epochs of {cell(settings.get('data.path'))}, batch "
         f"{settings.get('batch_size')}, teacher {cell(settings.get('teacher.name'))}. "
-        f"{content['runs_done']} of {content['runs_planned']} runs are done. Percent: mean ± standard deviation between seeds (number of seeds)."
+        f"{content['runs_done']} of {content['runs_planned']} runs are done. "
+        "Percent: mean ± standard deviation between seeds (number of seeds)."
     )
 
 

@@ -1,6 +1,6 @@
 """Pictures of attention and of masks: A_t, A_s and A_c over images, heads, growth over a run, every rule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -30,7 +30,7 @@ def attention_sheet(
     grid: Grid,
     title: str,
     titles: dict[str, str] | None = None,
-    notes: dict[str, Sequence[str]] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Sheet:
     """A row an image: the image, each map over it, the visible patches; one colour scale.
 
@@ -83,7 +83,7 @@ def growth_sheet(
     maps: dict[str, Tensor],
     grid: Grid,
     title: str,
-    notes: dict[str, Sequence[str]] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Sheet:
     """As ``attention_sheet`` with a column a checkpoint; maps: title of the column -> (B, L)."""
     return attention_sheet(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +171,7 @@ def save(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
         with matplotlib.rc_context({"svg.hashsalt": "cmt-mae"}):
             write_atomically(
                 file,
-                lambda aside, e=ending, a=about: figure.savefig(
-                    aside, format=e, dpi=DPI, metadata=a
-                ),
+                partial(figure.savefig, format=ending, dpi=DPI, metadata=about),
             )
         written.append(file)
     return written

@@ -1,0 +1,175 @@
+"""Small real runs, healthy ones and ones made sick in one known way, for `cmt-mae doctor`.
+
+``python -m benchmarks.sick_runs --data imagenette/ --photos photos/ --out FOLDER`` makes them (15 minutes on one
+core), lets the doctor look at each, and writes FOLDER/table.json: what was wrong, what the doctor says. The same
+command again goes on.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from cmt_mae.backbones import save_backbone
+from cmt_mae.data.pack import PackConfig, pack
+from cmt_mae.training.files import write_json
+
+TRAIN, VAL = 200, 50  # images of each class
+COMMON = [
+    "--epochs=4",
+    "--runtime.probe_every=2",
+    "--runtime.progress=false",
+    "--optim.warmup_epochs=1",
+]
+HEALTHY: dict[str, tuple[str, list[str]]] = {
+    "cmt": ("demo", []),
+    "cmt, another seed": ("demo", ["--seed=1"]),
+    "mae": ("mae,demo,mae", []),
+    "random mask, teacher's features": ("mvp,demo,mvp", []),
+    "attended patches visible": ("milan,demo,milan", ["--teacher.name=embedded"]),
+    "hog": ("maskfeat,demo,maskfeat", []),
+    "all tokens": ("demo", ["--target.tokens=all+cls", "--mask.ratio=0.5", "--mask.rule=random"]),
+}
+"""name -> (recipe, settings)."""
+SICK: dict[str, tuple[str, list[str], str]] = {
+    "learning rate x 1000": ("demo", ["--optim.blr=8"], "learning rate too high"),
+    "learning rate x 1000, mae": ("mae,demo,mae", ["--optim.blr=8"], "learning rate too high"),
+    "learning rate x 30": ("demo", ["--optim.blr=0.24"], "learning rate too high"),
+    "learning rate / 1000": ("demo", ["--optim.blr=8e-6"], "learning rate too low"),
+    "warm-up longer than the run": ("demo", ["--optim.warmup_epochs=40"], "warm-up too long"),
+    "teacher of random weights": ("demo", ["--teacher.name={random}"], "teacher attends to nothing"),
+    "one-colour images": ("demo", ["--data.path={grey}", "--runtime.probe_data="], "images say nothing"),
+    "one-colour images, mae": ("mae,demo,mae", ["--data.path={grey}", "--runtime.probe_data="], "images say "
+    "nothing"),
+    "one image 2000 times": ("demo", ["--data.path={same}", "--runtime.probe_data="], "images say nothing"),
+    "mean and std in 0..255": ("demo", ["--data.mean=[123.7,116.3,103.5]",
+    "--data.std=[58.4,57.1,57.4]"], "normalisation wrong"),
+    "pixels not centred": ("mae,demo,mae", ["--data.mean=[0,0,0]", "--data.std=[0.02,0.02,0.02]"],
+    "normalisation wrong"),
+    "one visible patch": ("demo", ["--mask.ratio=0.984"], "mask ratio"),
+    "hardly anything hidden": ("demo", ["--mask.ratio=0.05"], "mask ratio"),
+    "ten steps": ("demo", ["--epochs=0.33", "--optim.warmup_epochs=0.1"], "too few steps"),
+    "64 images": ("demo", ["--data.path={few}", "--epochs=250", "--runtime.probe_every=50"], "too few images"),
+    "broken images": ("demo", ["--data.path={broken}", "--data.max_bad=1", "--epochs=2"], "broken images"),
+    "slow data": ("demo", ["--data.path={photos}", "--data.shrink=false", "--batch_size=16",
+    "--epochs=10", "--runtime.probe_data="], "waiting for data"),
+    "momentum student alone": ("demo", ["--target.source=momentum", "--mask.source=momentum",
+    "--stage1_epochs=0", "--momentum.start=0", "--momentum.end=0", "--target.norm=none"], "collapse"),
+    "weight decay 20": ("demo", ["--optim.weight_decay=20"], "weight decay too high"),
+}  # fmt: skip
+"""name -> (recipe, settings, what the doctor must say)."""
+
+
+def prepare(data: Path, folder: Path, photos: Path) -> dict[str, str]:
+    """Images and the teacher of random weights; name -> path."""
+    paths = {name: folder / name for name in ("packed", "grey", "same", "few", "broken")}
+    if not (folder / "ready").exists():
+        classes = sorted(p for p in (data / "train").iterdir() if p.is_dir())
+        for split, count in (("train", TRAIN), ("val", VAL)):
+            for one in classes:
+                for file in sorted((data / split / one.name).iterdir())[:count]:
+                    link(file, folder / "photos" / split / one.name / file.name)
+        pack(PackConfig(data=str(folder / "photos"), out=str(paths["packed"]), size=96, workers=0))
+        rng = np.random.default_rng(0)
+        for number in range(256):
+            colour = (
+                tuple(int(c) for c in rng.integers(100, 140, 3)) if number < 0 else (128, 128, 128)
+            )
+            save(Image.new("RGB", (96, 96), colour), paths["grey"] / f"{number}.png")
+        first = next((folder / "photos" / "train").rglob("*.JPEG"))
+        for number in range(256):
+            link(first.resolve(), paths["same"] / f"{number}.JPEG")
+        for number, file in enumerate(sorted((folder / "photos" / "train").rglob("*.JPEG"))[::30]):
+            if number < 64:
+                link(file.resolve(), paths["few"] / file.name)
+        for number, file in enumerate(sorted((folder / "photos" / "train").rglob("*.JPEG"))[::4]):
+            raw = file.read_bytes()
+            path = paths["broken"] / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(raw[: len(raw) // 2] if number % 5 == 0 else raw)
+        torch.manual_seed(0)
+        kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+        save_backbone(
+            folder / "random.safetensors",
+            timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs),
+            architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=(0.5,) * 3, std=(0.5,) * 3,
+            img_size=64, licence="none", source="random weights",
+        )  # fmt: skip
+        (folder / "ready").touch()
+    found = {name: str(path) for name, path in paths.items()}
+    return {**found, "random": str(folder / "random.safetensors"), "photos": str(photos)}
+
+
+def link(file: Path, path: Path) -> None:
+    """A link to a file, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(file)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """A picture, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def run(name: str, recipe: str, settings: list[str], paths: dict[str, str], out: Path) -> Path:
+    """One run, unless it is there; it may end in an error, as sick ones do."""
+    folder = out / "runs" / f"{zlib.crc32(name.encode()):08x}"
+    if not (folder / "ended").exists():
+        words = [one.format(**paths) for one in settings]
+        data = [f"--data.path={paths['packed']}", f"--runtime.probe_data={paths['packed']}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "cmt_mae", "pretrain", "--recipe", recipe, *COMMON, *data, *words,
+            f"--out={folder}"],
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+        print(
+            f"{name}: status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", flush=True
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ended").write_text(f"{name}\n{done.stderr}")
+    return folder
+
+
+def main() -> None:
+    """Make the runs, then look at them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Imagenette: train/CLASS, val/CLASS"
+    )
+    parser.add_argument("--photos", type=Path, required=True, help="some full-size photos")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    paths = prepare(options.data, options.out, options.photos)
+    folders = {name: (run(name, *given, paths, options.out), "") for name, given in HEALTHY.items()}
+    for name, (recipe, settings, expected) in SICK.items():
+        folders[name] = (run(name, recipe, settings, paths, options.out), expected)
+    table = [judged(name, folder, expected) for name, (folder, expected) in folders.items()]
+    write_json(options.out / "table.json", table)
+
+
+def judged(name: str, folder: Path, expected: str) -> dict[str, object]:
+    """What the doctor says of one run."""
+    from cmt_mae.doctor.run import diagnose, read_run
+
+    found = diagnose(read_run(folder))
+    said = [one.what for one in found]
+    right = (not said) if not expected else any(one.startswith(expected) for one in said)
+    print(f"{'ok ' if right else 'NO '} {name}: {json.dumps(said)}", flush=True)
+    return {
+        "run": name,
+        "expected": expected,
+        "right": right,
+        "findings": [vars(one) for one in found],
+    }
+
+
+if __name__ == "__main__":
+    main()
