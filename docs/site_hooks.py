@@ -15,21 +15,26 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = "Results measured here"
+RESULTS, MORE = "Results measured here", "More"
 
 
 def on_config(config: Any) -> Any:
-    """Called by mkdocs: add the fences, and every page of docs/results to the navigation."""
+    """Called by mkdocs: add the fences, and to the navigation every page that mkdocs.yml does not name."""
     fences = [
         {"name": "math", "class": "math", "format": math},
         {"name": "function", "class": "function", "format": function},
     ]
     config["mdx_configs"].setdefault("pymdownx.superfences", {})["custom_fences"] = fences
-    pages = sorted(p.name for p in (REPOSITORY / "docs" / "results").glob("*.md"))
-    pages.remove("index.md")
+    named = str(config["nav"])
+    docs = REPOSITORY / "docs"
+    others = [p.name for p in sorted(docs.glob("*.md")) if f"'{p.name}'" not in named]
+    results = [f"results/{p.name}" for p in sorted((docs / "results").glob("*.md"))]
+    results.sort(key=lambda name: name != "results/index.md")
     for entry in config["nav"]:
         if RESULTS in entry:
-            entry[RESULTS] = ["results/index.md", *(f"results/{name}" for name in pages)]
+            entry[RESULTS] = results
+        if MORE in entry:
+            entry[MORE] += others
     return config
 
 
