@@ -9,7 +9,7 @@ DEMO ?= runs/demo
 HASHED ?=
 TOOLS := $(VENV)-tools
 
-.PHONY: demo test test-faults lint clean sbom audit
+.PHONY: demo test test-faults lint docs docs-snippets clean sbom audit
 
 $(READY): pyproject.toml constraints.txt constraints-hashed.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -34,8 +34,16 @@ test-faults: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/faults
 
 lint: $(READY)
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
+
+# dist/docs/index.html: the documents as a site, every warning an error; nothing on a page comes from a network
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# every block of docs/*.md in bash as it is typed, the slow ones too (some minutes)
+docs-snippets: $(READY)
+	CMT_MAE_DOCS=all $(BIN)/python -m pytest --timeout 3600 tests/docs/test_docs_snippets.py
 
 # dist/cmt-mae.cdx.json: bill of materials (CycloneDX) of the environment that the tests run in
 sbom: $(READY) $(TOOLS)/.ready

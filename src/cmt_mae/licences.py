@@ -14,7 +14,7 @@ def licence_of(name: str) -> str:
         next(iter(about.get_all(field) or []), "").strip()
         for field in ("License-Expression", "License")
     )
-    if not stated and "\n" not in short and 0 < len(short) <= 60:
+    if not stated and "\n" not in short and 0 < len(short) <= 60 and short != "UNKNOWN":
         stated = short
     kinds = [c for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
     return stated or ", ".join(c.rsplit(" :: ", 1)[-1] for c in kinds) or NOT_STATED

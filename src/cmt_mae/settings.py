@@ -6,9 +6,9 @@ from typing import get_args
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
 from cmt_mae.method.attention import Heads, Normalise
-from cmt_mae.method.cmtmae import SOURCES, MaskConfig, TargetConfig
+from cmt_mae.method.cmtmae import FROM_IMAGE, SOURCES, MaskConfig, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
-from cmt_mae.method.masking import RULES
+from cmt_mae.method.masking import GUIDED, RULES
 from cmt_mae.method.targets import LOSSES, NORMS
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
@@ -207,7 +207,7 @@ class PretrainConfig:
             ("mask.source", self.mask.source, SOURCES),
             ("mask.heads", self.mask.heads, get_args(Heads)),
             ("mask.normalise", self.mask.normalise, get_args(Normalise)),
-            ("target.source", self.target.source, ("pixel", "hog", *SOURCES)),
+            ("target.source", self.target.source, (*FROM_IMAGE, *SOURCES)),
             ("target.norm", self.target.norm, NORMS),
             ("target.loss", self.target.loss, LOSSES),
             ("target.reduce", self.target.reduce, ("mean", "sum")),
@@ -233,7 +233,7 @@ class PretrainConfig:
 
     def mask_source(self) -> str:
         """Whose attention guides the mask, or "none" for rules without attention."""
-        return self.mask.source if self.mask.rule not in ("random", "block", "square") else "none"
+        return self.mask.source if self.mask.rule in GUIDED else "none"
 
     def needs_momentum(self) -> bool:
         """Whether a momentum student is ever run."""

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from cmt_mae.method.cmtmae import Guides, Learner, MaskConfig, TargetConfig, Weights, shares
+from cmt_mae.method.cmtmae import (
+    FROM_IMAGE,
+    Guides,
+    Learner,
+    MaskConfig,
+    TargetConfig,
+    Weights,
+    shares,
+)
 from cmt_mae.method.last_block import asks_alone
 from cmt_mae.method.masking import GUIDED
 from cmt_mae.method.vit import Vit, grid_of, has_class_token, num_prefix
@@ -234,7 +242,7 @@ def step_of(learner: Learner, guides: Guides, weights: Weights, n_mask: int) -> 
 def active(mask: MaskConfig, target: TargetConfig, weights: Weights) -> dict[str, list[str]]:
     """Which networks guide the mask, which are predicted, and the heads that learn."""
     looked = shares(mask.source, weights.mask) if mask.rule in GUIDED else {}
-    by_network = target.source not in ("pixel", "hog")
+    by_network = target.source not in FROM_IMAGE
     predicted = shares(target.source, weights.loss) if by_network else {target.source: 1.0}
     heads = [name for name, weight in predicted.items() if weight > 0]
     return {

@@ -26,6 +26,7 @@ from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.method.vit import BeforeLast, encode_visible, forward_to_last, gather_tokens
 
 SOURCES = ("teacher", "momentum", "collab")
+FROM_IMAGE = ("pixel", "hog")  # targets that are computed from the image, without a network
 
 
 @dataclass
@@ -296,7 +297,7 @@ class Guides(nn.Module):
     ) -> dict[str, Tensor]:
         ids = mask.ids_mask if self.target.tokens == "masked" else None
         with_class = self.target.tokens == "all+cls"
-        if self.target.source in ("pixel", "hog"):
+        if self.target.source in FROM_IMAGE:
             if with_class:
                 raise InputError(
                     "target.tokens all+cls needs a network as target: use masked or all"

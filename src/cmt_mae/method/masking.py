@@ -5,7 +5,7 @@ depends on the rank, the loader worker or the number of processes. All counts ar
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,10 +23,9 @@ Rule = Literal[
     "sampled_visible",
     "mix_random",
 ]
-RULES: tuple[str, ...] = (
-    "random", "block", "square", "sampled_high", "high", "low", "hint", "sampled_visible", "mix_random",
-)  # fmt: skip
-GUIDED: tuple[str, ...] = RULES[3:]
+RULES: tuple[str, ...] = get_args(Rule)
+UNGUIDED: tuple[str, ...] = ("random", "block", "square")
+GUIDED: tuple[str, ...] = tuple(rule for rule in RULES if rule not in UNGUIDED)
 BLOCKS = 64  # candidate rectangles of the block-wise rule; what they leave bare is filled at random
 SMALLEST = 1e-8
 
