@@ -187,14 +187,14 @@ def explode(verdict: Verdict, large: bool) -> None:
     """Bombs, each decoded in a fork of its own."""
     peaks: dict[str, str] = {}
     for what, raw, fate in bombs(large):
-        ended = measure(partial(decode_each, [(what, raw)], {}), 2 * LIMIT_S)
+        ended = measure(partial(decode_each, [(what, raw)], {}), 4 * LIMIT_S)
         verdict.trials += 1
         fault, most = ended.fault(), LARGE_MIB if "13377" in what else SMALL_MIB
         if fault is None and ended.value[0][0] != fate:
             fault = f"{ended.value}, not {fate}"
-        if fault is None and (ended.seconds > LIMIT_S or ended.peak_mib > most):
+        if fault is None and (ended.cpu_s > LIMIT_S or ended.peak_mib > most):
             fault = "too much"
-        peaks[what] = f"{ended.peak_mib:.0f} MiB, {ended.seconds:.1f} s, {len(raw)} bytes, {fate}"
+        peaks[what] = f"{ended.peak_mib:.0f} MiB, {ended.cpu_s:.1f} s, {len(raw)} bytes, {fate}"
         if fault is not None:
             verdict.failures.append(f"bomb, {what}: {fault} ({peaks[what]})")
     verdict.figures["bombs"] = peaks

@@ -31,6 +31,8 @@ class Measured:
     """Memory above what the process held before the call."""
     reached: int = 0
     """The last number that the function noted with `Progress`."""
+    cpu_s: float = 0.0
+    """Processor seconds of the function: what it costs, however busy the machine is."""
 
     def fault(self) -> str | None:
         """What no call may do: crash, hang, raise what is no InputError, refuse in more than one line."""
@@ -83,8 +85,8 @@ def measure(work: Callable[[Progress], Any], limit_s: float) -> Measured:
     _, status = os.waitpid(pid, 0)
     seconds = time.monotonic() - begin
     if answer:
-        kind, value, took, peak = pickle.loads(answer)
-        return Measured(kind, value, took, peak, progress.read())
+        kind, value, took, peak, cpu_s = pickle.loads(answer)
+        return Measured(kind, value, took, peak, progress.read(), cpu_s)
     code = os.waitstatus_to_exitcode(status)
     if answer is None:
         return Measured("hang", None, seconds, reached=progress.read())
@@ -99,7 +101,7 @@ def _child(work: Callable[[Progress], Any], write: int, progress: Progress) -> N
             os.dup2(null.fileno(), 1)
             os.dup2(null.fileno(), 2)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
-        before, begin = _memory("VmRSS"), time.monotonic()
+        before, begin, cpu = _memory("VmRSS"), time.monotonic(), time.process_time()
         kind, value = "value", None
         try:
             value = work(progress)
@@ -108,7 +110,8 @@ def _child(work: Callable[[Progress], Any], write: int, progress: Progress) -> N
         except BaseException as error:
             kind, value = "raised", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         seconds = time.monotonic() - begin
-        data = pickle.dumps((kind, value, seconds, _memory("VmHWM") - before))
+        peak = _memory("VmHWM") - before
+        data = pickle.dumps((kind, value, seconds, peak, time.process_time() - cpu))
         with open(write, "wb") as pipe:
             pipe.write(data)
     finally:
