@@ -59,7 +59,7 @@ def campaign(options: Options) -> Verdict:
 def run(words: list[str], out: Path, processes: int, **more: Any) -> tuple[list[int], str]:
     """(exit statuses, what was said)."""
     launch = tiny.Launch(words, out.with_suffix(".log"), processes, **more).start()
-    return launch.finish(240), launch.said()
+    return launch.finish(600), launch.said()
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -341,7 +341,7 @@ def killed(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
         while any(running(pid) for pid in others) and time.monotonic() - begin < 90:
             time.sleep(0.02)
         seconds.append(round(time.monotonic() - begin, 2))
-        status = process.wait(240)
+        status = process.wait(600)
         said = [
             line
             for line in log.read_text().splitlines()
