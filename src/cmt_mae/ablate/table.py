@@ -178,7 +178,7 @@ def paper_of(plan: Plan) -> dict[str, dict[str, float]]:
 
 def common_settings(plan: Plan) -> dict[str, Any]:
     """Settings that all trained runs share; what differs is in the plan."""
-    from cmt_mae.training.run_dir import flatten
+    from cmt_mae.parsing import flatten
 
     flat = [flatten(run.settings) for run in plan.runs if run.train]
     if not flat:
