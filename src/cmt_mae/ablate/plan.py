@@ -12,10 +12,11 @@ from typing import Any
 
 from cmt_mae.ablate.grid import Grid
 from cmt_mae.errors import InputError
-from cmt_mae.parsing import flatten, parse, plain, refuse_changes
+from cmt_mae.parsing import flatten, parse
 from cmt_mae.recipes import load_recipes, merge
 from cmt_mae.settings import INDIFFERENT, PretrainConfig
 from cmt_mae.training.files import write_json
+from cmt_mae.training.run_dir import plain, refuse_changes
 
 FORMAT = 1
 # settings that stage one does not depend on, where runs agree in all others
