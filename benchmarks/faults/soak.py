@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.faults import tiny
 from benchmarks.faults.campaign import Options, Verdict
@@ -34,7 +35,8 @@ class Sample:
     """One look at a running process (its loader processes taken together with it)."""
 
     step: int
-    rss_kb: int
+    memory_kb: int
+    """Anonymous memory: libraries mapped from files, which the system takes and brings back, are left out."""
     descriptors: int
     threads: int
     processes: int
@@ -53,12 +55,12 @@ class Curve:
     said: str = ""
 
     def slope(self, first: int, last: int) -> float:
-        """KB of memory a 1000 steps, least squares over the samples between two steps."""
-        there = [(s.step / 1000, s.rss_kb) for s in self.samples if first <= s.step <= last]
+        """KB of memory a 1000 steps: median of the slopes between any two samples between two steps (Theil, Sen)."""
+        there = [(s.step / 1000, s.memory_kb) for s in self.samples if first <= s.step <= last]
         if len(there) < 3:
             return 0.0
         steps, sizes = np.array(there, dtype=np.float64).T
-        return float(np.polyfit(steps, sizes, 1)[0])
+        return float(stats.theilslopes(sizes, steps)[0])
 
     def least(self, name: str, first: int, last: int) -> int:
         """Smallest value between two steps."""
@@ -156,12 +158,12 @@ def look_at(pid: int, out: Path, step: int) -> Sample | None:
     """A sample, or None where the process has just ended."""
     try:
         family = [pid, *tiny.descendants(pid)]
-        pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in family]
+        memory = [anonymous_kb(p) for p in family]
         threads = [len(os.listdir(f"/proc/{p}/task")) for p in family]
         files = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
         return Sample(
             step=step,
-            rss_kb=sum(pages) * os.sysconf("SC_PAGE_SIZE") // 1024,
+            memory_kb=sum(memory),
             descriptors=len(os.listdir(f"/proc/{pid}/fd")),
             threads=sum(threads),
             processes=len(family),
@@ -172,9 +174,17 @@ def look_at(pid: int, out: Path, step: int) -> Sample | None:
         return None
 
 
+def anonymous_kb(pid: int) -> int:
+    """Memory of a process that no file stands behind. Raises OSError where it has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1])
+    raise OSError(f"process {pid} has ended")
+
+
 def at(curve: Curve, step: int) -> int:
     """Memory in KB at the last sample up to a step."""
-    return next((s.rss_kb for s in reversed(curve.samples) if s.step <= step), 0)
+    return next((s.memory_kb for s in reversed(curve.samples) if s.step <= step), 0)
 
 
 def size_kb(path: Path) -> int:
