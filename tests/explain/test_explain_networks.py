@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.layers import set_fused_attn
 
 from cmt_mae.errors import InputError
 from cmt_mae.explain.images import Album, cut
@@ -78,7 +77,6 @@ def test_attention_of_a_layer_is_that_of_timm_itself(
     attn = student.blocks[layer - 1].attn
     hook = attn.attn_drop.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     fused, attn.fused_attn = attn.fused_attn, False
-    set_fused_attn(enable=True)
     student.forward_features(look.images)
     hook.remove()
     attn.fused_attn = fused

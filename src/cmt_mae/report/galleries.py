@@ -20,7 +20,7 @@ from cmt_mae.data.decode import BadImage
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate.video.pictures import Row, short, strip_figure
 from cmt_mae.evaluate.video.sequence import Shelf
-from cmt_mae.report.canvas import SMALL, Picture, Sheet
+from cmt_mae.report.canvas import SMALL, WIDTH, Picture, Sheet
 from cmt_mae.report.detections import MOST_SHOWN, SHOWN_SCORE, draw_objects
 from cmt_mae.report.segmentations import NAMES_SHOWN, UNLABELLED, class_colours
 from cmt_mae.text import printable
@@ -84,7 +84,8 @@ def strips_figure(sequence: VideoSequence, methods: Sequence[Output], columns: i
         score = 50 * (np.mean(outcome.j) + np.mean(outcome.f))
         masks = [read_video_mask(shelf.mask_file(sequence, n)) for n in numbers]
         rows.append((f"{short(method.name)}\nJ&F {score:.1f}", list(masks)))
-    return strip_figure([read_frame(sequence.frames[n]) for n in numbers], rows, numbers)
+    frames = [read_frame(sequence.frames[n]) for n in numbers]
+    return strip_figure(frames, rows, numbers, (WIDTH - 1.1) / len(frames))
 
 
 def detections_sheet(split: CocoSplit, methods: Sequence[Output], count: int) -> Sheet:

@@ -78,10 +78,12 @@ def draw_strip(
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 
-def strip_figure(frames: list[NDArray[np.uint8]], rows: list[Row], numbers: list[int]) -> Figure:
-    """A row for each (name, masks) over the same frames uint8 (H, W, 3)."""
+def strip_figure(
+    frames: list[NDArray[np.uint8]], rows: list[Row], numbers: list[int], inches: float = WIDTH
+) -> Figure:
+    """A row for each (name, masks) over the same frames uint8 (H, W, 3), each so many inches wide."""
     height, width = frames[0].shape[:2]
-    size = (WIDTH * len(frames) + 1.1, WIDTH * height / width * len(rows) + 0.3)
+    size = (inches * len(frames) + 1.1, inches * height / width * len(rows) + 0.3)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     figure = Figure(figsize=size, layout=layout)
     FigureCanvasAgg(figure)
