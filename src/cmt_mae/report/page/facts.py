@@ -211,7 +211,10 @@ def differences(records: list[Record]) -> list[dict[str, Any]]:
             )
     for name, of in (
         ("images (fingerprint)", lambda r: section(r.facts, "data").get("fingerprint")),
-        ("weights of the teacher", lambda r: section(r.facts, "teacher").get("digest") or (r.facts and "none")),
+        (
+            "weights of the teacher",
+            lambda r: section(r.facts, "teacher").get("digest") or (r.facts and "none"),
+        ),
         ("versions", versions),
         ("machine", machine),
     ):

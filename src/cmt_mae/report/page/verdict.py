@@ -75,10 +75,10 @@ def learns(record: Record) -> Finding:
     by = by_loss(record)
     if not knn:
         by.text = f"k-NN not measured; {by.text}"
-        by.mend = (
-            by.mend
-            or "give --runtime.probe_data a labelled folder: the loss says little of the features"
-        )
+        if not by.mend and "runtime.probe_data" in record.settings:
+            by.mend = (
+                "give --runtime.probe_data a labelled folder: the loss says little of the features"
+            )
     else:
         by.text = f"k-NN {knn[0][1]:.1f}, measured once (step {knn[0][0]}); {by.text}"
     return by
@@ -91,7 +91,9 @@ def by_knn(record: Record, knn: list[tuple[int, float]]) -> Finding:
     since_switch = bool(before) and last_step > (record.switch_step or 0)
     start = before[-1][1] if since_switch else first
     whole = "over the untrained student" if first_step == 0 else f"since step {first_step}"
-    text = f"k-NN {last:.1f}, {change(last - start)} {'since the switch' if since_switch else whole}"
+    text = (
+        f"k-NN {last:.1f}, {change(last - start)} {'since the switch' if since_switch else whole}"
+    )
     if since_switch:
         text += f" ({change(last - first)} {whole})"
     best_step, best = max(knn, key=lambda pair: pair[1])
