@@ -182,7 +182,7 @@
     if (event.key in moves) {
       const place = Math.min(last, Math.max(0, moves[event.key]));
       if (xs[place] < min || xs[place] > max) u.setScale("x", { min: whole[0], max: whole[1] });
-      u.setCursor({ left: u.valToPos(xs[place], "x"), top: u.bbox.height / 2 / devicePixelRatio });
+      u.setCursor({ left: u.valToPos(xs[place], "x"), top: u.bbox.height / 2 / devicePixelRatio }, true, true); // and the others
     } else if (event.key === "Escape") {
       u.setScale("x", { min: whole[0], max: whole[1] });
     } else if ("+-=".includes(event.key) && last > 0) {
