@@ -20,6 +20,7 @@ from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
 from cmt_mae.parsing import parse
 from cmt_mae.pretraining import pretrain
 from cmt_mae.recipes import load_recipes, merge
+from cmt_mae.report.page.command import ReportConfig, make_report
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.training.files import write_json
 from cmt_mae.training.run_dir import environment
@@ -92,6 +93,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         **environment(),
     }
     write_json(out / "demo.json", content)
+    runs = [str(out / "mae"), str(out / "cmt")]
+    make_report(ReportConfig(runs=runs, out=str(out / "report.html")))
     show(console, content, out)
     return content
 

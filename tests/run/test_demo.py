@@ -18,6 +18,7 @@ def test_demo_measures_all_four_and_continues(tmp_path: Path, teacher_file: Path
     assert main(words) == 0
     content = json.loads((out / "demo.json").read_text())
     assert set(content["results"]) == {"untrained", "mae", "cmt", "teacher"}
+    assert "What differs" in (out / "report.html").read_text()
     for row in content["results"].values():
         assert 0 <= row["knn"] <= 100
         assert 0 <= row["linear"] <= 100

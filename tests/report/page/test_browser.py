@@ -65,9 +65,7 @@ def test_renders_alone_in_light_and_dark(chromium: Any, two: str) -> None:
         )
         # the switch to dark while the page is open draws the charts anew
         page.emulate_media(color_scheme="dark")
-        page.wait_for_function(
-            "document.querySelector('.legend line').getAttribute('stroke') === '#6cb6ff'"
-        )
+        page.locator(".legend line[stroke='#6cb6ff']").first.wait_for(state="attached")
         opened.close()
     assert colours["light"] != colours["dark"]
 
@@ -92,7 +90,7 @@ def test_the_keyboard_reads_zooms_and_hides(chromium: Any, two: str) -> None:
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     said = chart.get_attribute("aria-valuetext")
-    assert said.startswith("epoch 2, step 20: a: loss 1.5")
+    assert said.startswith("epoch 2, step 20: a: loss_teacher 1.5")
     assert "b 1.5" in said
     # the other charts follow
     assert page.inner_text("#chart-lr .at") == "epoch 2, step 20"
@@ -155,7 +153,6 @@ def test_watching_follows_the_run(chromium: Any, live: tuple[Path, str]) -> None
     run, address = live
     opened = Opened(chromium, address)
     page = opened.page
-    page.wait_for_function("performance.getEntriesByName(location.href + 'stamp').length > 0")
     page.locator("#d-loss summary").click()
     page.locator("#plot-loss").focus()
     assert "stopped early at step 60 of 100" in page.inner_text(".line")
@@ -163,9 +160,7 @@ def test_watching_follows_the_run(chromium: Any, live: tuple[Path, str]) -> None
         file.write(
             json.dumps(row(70, 50)) + "\n" + json.dumps({"step": 70, "knn_top1": 66.0}) + "\n"
         )
-    page.wait_for_function(
-        "document.querySelector('.line').textContent.includes('66.0')", timeout=15_000
-    )
+    page.locator(".line", has_text="66.0").wait_for(timeout=15_000)
     assert "step 70 of 100" in page.inner_text(".line")
     assert page.locator("#plot-loss").get_attribute("aria-valuenow") == "7"
     # what the reader had opened and where they were is as before

@@ -34,6 +34,7 @@ def server(write: Write) -> Iterator[Server]:
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "last.pt").write_bytes(b"weights")
     (run / "pictures" / "out.png").symlink_to("/etc/passwd")
+    (run / "pictures" / "weights.png").symlink_to(run / "checkpoints" / "last.pt")
     (run / "pictures" / "up").symlink_to(run.parent)
     served = make_server(WatchConfig(run=str(run), port=0))
     thread = threading.Thread(
@@ -62,7 +63,7 @@ def ask(
 def test_page_stamp_and_pictures(server: Server) -> None:
     status, body = ask(server, "/")
     assert status == 200
-    assert b'data-live="yes"' in body
+    assert f'data-live="{stamp_of(server.run)}"'.encode() in body
     assert b"/files/pictures/attention_step_00000050.png?" in body
     assert ask(server, "/stamp")[1] == f'{{"stamp": "{stamp_of(server.run)}"}}'.encode()
     assert ask(server, "/files/pictures/attention_step_00000050.png?17")[1].startswith(b"\x89PNG")
@@ -76,7 +77,7 @@ def test_page_stamp_and_pictures(server: Server) -> None:
         "../config.yaml", "pictures/../config.yaml", "pictures/../../b.png", "%2e%2e/config.yaml",
         "pictures/%2e%2e/%2e%2e/x.png", "pictures%2f..%2f..%2fx.png", "pictures/..%5c..%5cx.png", "/etc/passwd",
         "//etc/passwd", "%2fetc%2fpasswd", "config.yaml", "run.lock", "checkpoints/last.pt", "pictures/out.png",
-        "pictures/up/a/pictures/attention_step_00000050.png", "pictures/", "pictures", "", ".", "..",
+        "pictures/up/b.png", "pictures/weights.png", "pictures/", "pictures", "", ".", "..",
         "pictures/%00.png", "pictures/x.png%00", "results/../results/knn.json", "pictures/.hidden.png",
         "~root/x.png", "pictures/%252e%252e/x.png", "C:/x.png", "results/knn.json/..",
     ],

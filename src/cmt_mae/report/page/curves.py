@@ -42,6 +42,7 @@ KINDS = (
          ("loss", "loss_")),
     Kind("knn", "k-NN accuracy while training", "Votes of the nearest features; nothing is trained.",
          ("knn_top1",), "%"),
+    Kind("val", "Validation while training", "On the images that are held out.", ("val_",)),
     Kind("lr", "Learning rate", "Warm-up, then a cosine to the end.", ("lr",)),
     Kind("alpha", "Weight of the momentum student (alpha)",
          "0 in stage one: the teacher alone. From the switch on, Eqs. 3 (mask) and 4 (loss).",

@@ -129,9 +129,9 @@ def fitted(path: Path, changed: int, most: int) -> tuple[tuple[int, int], bytes,
     for side in SIDES:
         small = picture.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        for quality in (90, 75, 50):
+        for quality in (90, 60):
             file = io.BytesIO()
-            small.save(file, "WEBP", quality=quality, method=4)
+            small.save(file, "WEBP", quality=quality, method=2)
             if file.tell() <= most:
                 return small.size, file.getvalue(), description
     raise ValueError(f"it does not fit into {most // 1000} kB")

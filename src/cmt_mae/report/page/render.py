@@ -24,10 +24,10 @@ LISTED = 200
 """Bad images and warnings that are listed; the rest is counted."""
 
 
-def page(records: list[Record], live: bool = False) -> str:
+def page(records: list[Record], live: str = "") -> str:
     """The page of one run, or of several side by side.
 
-    live: as `watch` serves it, with pictures by address, and updating by itself.
+    live: the stamp of the files where `watch` serves it: with pictures by address, and updating by itself.
     """
     content = content_of(records, live)
     pictures: list[list[Shown]] = [[] for _ in records]
@@ -44,7 +44,7 @@ def page(records: list[Record], live: bool = False) -> str:
     return fill(content, pictures)
 
 
-def content_of(records: list[Record], live: bool) -> dict[str, Any]:
+def content_of(records: list[Record], live: str) -> dict[str, Any]:
     """Everything that the template shows, but pictures."""
     table = results_table(records)
     runs = []

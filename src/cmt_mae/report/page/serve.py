@@ -62,20 +62,14 @@ def watch(config: WatchConfig) -> dict[str, Any]:
     read_record(config.run)  # refuses what is no run before anything listens
     server = make_server(config)
     address = address_of(config.host, server.server_address[1])
-    try:
-        print(
-            printable(f"watching {config.run} at {address} (Ctrl-C ends)"),
-            file=sys.stderr,
-            flush=True,
-        )
+    with server, contextlib.suppress(KeyboardInterrupt):
+        told = f"watching {config.run} at {address} (Ctrl-C ends)"
+        print(printable(told), file=sys.stderr, flush=True)
         if not is_loopback(config.host):
             print("warning: everybody who reaches this address can read the run", file=sys.stderr)
         if config.open:
             webbrowser.open(address)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever(poll_interval=0.2)
-    finally:
-        server.server_close()
+        server.serve_forever(poll_interval=0.2)
     print("stopped watching", file=sys.stderr)
     return {"address": address}
 
@@ -96,7 +90,7 @@ class Server(ThreadingHTTPServer):
         with self.making:
             stamp = stamp_of(self.run)
             if self.made[0] != stamp:
-                self.made = (stamp, page([read_record(str(self.run))], live=True).encode())
+                self.made = (stamp, page([read_record(str(self.run))], stamp).encode())
             return self.made[1]
 
 
@@ -227,7 +221,8 @@ def file_of(run: Path, quoted: str) -> Path | None:
     if allowed is None or not name.lower().endswith(allowed):
         return None
     path = run.joinpath(*parts)
-    return path if inside(run, path) else None
+    # below that folder too: a link to a checkpoint leads not out of the run, but is no picture
+    return path if inside(run, path) and inside(run / parts[0], path) else None
 
 
 def stamp_of(run: Path) -> str:

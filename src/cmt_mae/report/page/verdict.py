@@ -75,10 +75,10 @@ def learns(record: Record) -> Finding:
     by = by_loss(record)
     if not knn:
         by.text = f"k-NN not measured; {by.text}"
-        by.mend = (
-            by.mend
-            or "give --runtime.probe_data a labelled folder: the loss says little of the features"
-        )
+        if not by.mend and "runtime.probe_data" in record.settings:
+            by.mend = (
+                "give --runtime.probe_data a labelled folder: the loss says little of the features"
+            )
     else:
         by.text = f"k-NN {knn[0][1]:.1f}, measured once (step {knn[0][0]}); {by.text}"
     return by

@@ -182,7 +182,7 @@
     if (event.key in moves) {
       const place = Math.min(last, Math.max(0, moves[event.key]));
       if (xs[place] < min || xs[place] > max) u.setScale("x", { min: whole[0], max: whole[1] });
-      u.setCursor({ left: u.valToPos(xs[place], "x"), top: u.bbox.height / 2 / devicePixelRatio });
+      u.setCursor({ left: u.valToPos(xs[place], "x"), top: u.bbox.height / 2 / devicePixelRatio }, true, true); // and the others
     } else if (event.key === "Escape") {
       u.setScale("x", { min: whole[0], max: whole[1] });
     } else if ("+-=".includes(event.key) && last > 0) {
@@ -225,10 +225,10 @@
   });
 
   // --- watch: the server says when something has changed -------------------------------------
-  if (document.documentElement.dataset.live !== "yes") return;
+  let stamp = document.documentElement.dataset.live; // of the files that this page was made from
+  if (!stamp) return;
   const state = document.getElementById("live-state");
   const news = document.getElementById("live-news");
-  let stamp = null;
 
   function takeOver(text) {
     const fresh = new DOMParser().parseFromString(text, "text/html");
@@ -242,6 +242,7 @@
     document.getElementById("main").replaceWith(fresh.getElementById("main"));
     data = JSON.parse(fresh.getElementById("plot-data").textContent);
     document.title = fresh.title;
+    stamp = fresh.documentElement.dataset.live;
     for (const one of document.querySelectorAll("details")) {
       if (open.has(one.id)) one.open = true;
       else if (closed.has(one.id)) one.open = false;
@@ -258,14 +259,11 @@
       const answer = await fetch("/stamp", { cache: "no-store" });
       if (!answer.ok) throw new Error(String(answer.status));
       const now = (await answer.json()).stamp;
-      if (stamp !== null && now !== stamp && !dialog.open) {
+      if (now !== stamp && !dialog.open) {
         const page = await fetch("/", { cache: "no-store" });
         if (!page.ok) throw new Error(String(page.status));
         takeOver(await page.text());
         state.textContent = `updated ${new Date().toLocaleTimeString()}`;
-        stamp = now;
-      } else if (stamp === null) {
-        stamp = now;
       } else if (state.dataset.lost) {
         state.textContent = "connected again";
       }
