@@ -35,7 +35,8 @@ class AblateConfig:
     out: str
     """Folder for plan, runs and table. With a plan in it, nothing else need be given."""
     experiment: str = ""
-    """components (Table 4) | alpha (Table 5) | masks (rules x loss tokens) | ladder | FILE.yaml."""
+    """components (Table 4) | alpha (Table 5) | masks (rules x loss tokens) | ladder | targets |
+    split (stage one) | momentum | FILE.yaml: a grid of one's own."""
     data: str = ""
     """Images to train on, as for `pretrain`; with labelled train and val splits also those of k-NN and probe."""
     recipe: str = "micro64"

@@ -160,6 +160,8 @@ def settings_of(run: PlannedRun, out: Path) -> PretrainConfig:
     content = {k: v for k, v in run.settings.items() if k != "out"}
     config: PretrainConfig = parse(f"run {run.name}", PretrainConfig, [], drop_none(content))
     config.out = os.path.join(out, "runs", run.name)
+    if config.teacher.cache and not config.teacher.cache_folder:
+        config.teacher.cache_folder = os.path.join(out, "teacher")  # one for all runs of a seed
     return config
 
 
