@@ -232,7 +232,7 @@ def time_checkpoint(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dic
     kept = min(written, config.runtime.keep_last + for_good + 1)  # one more while it is written
     return {
         "seconds": round(seconds, 3),
-        "gb": round(size / 1e9, 4),
+        "gb": round(size / 1e9, 6),
         "written": written,
         "disk_gb": round((kept * size + 2 * backbone) / 1e9, 3),
     }

@@ -149,7 +149,7 @@ def not_finite(run: Run) -> list[Finding]:
 def off_centre(run: Run) -> list[Finding]:
     """Images that are far from 0 after normalisation."""
     centre = late_mean(run, "image_mean")
-    if abs(centre) <= FAR:
+    if not abs(centre) > FAR:
         return []
     return [problem(
         "run", "normalisation wrong", f"normalised images have mean {centre:.2f}; with the right mean and std "
