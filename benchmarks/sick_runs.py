@@ -12,16 +12,26 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from PIL import Image
 
 from cmt_mae.backbones import save_backbone
 from cmt_mae.data.pack import PackConfig, pack
-from cmt_mae.training.files import write_json
+from cmt_mae.doctor import DoctorConfig, doctor
+from cmt_mae.doctor.run import read_run
+from cmt_mae.parsing import parse
+from cmt_mae.recipes import load_recipes
+from cmt_mae.settings import PretrainConfig, RuntimeConfig
+from cmt_mae.training.files import write_json, write_text
 
 TRAIN, VAL = 200, 50  # images of each class
+KEPT = (
+    "step", "stage", "loss", "image_", "entropy_teacher", "class_mass_teacher", "spread_",
+    "rank_target", "skipped",
+    "data_wait",
+)  # fmt: skip
+"""Numbers that the doctor reads."""
 COMMON = [
     "--epochs=4",
     "--runtime.probe_every=2",
@@ -44,26 +54,74 @@ SICK: dict[str, tuple[str, list[str], str]] = {
     "learning rate x 30": ("demo", ["--optim.blr=0.24"], "learning rate too high"),
     "learning rate / 1000": ("demo", ["--optim.blr=8e-6"], "learning rate too low"),
     "warm-up longer than the run": ("demo", ["--optim.warmup_epochs=40"], "warm-up too long"),
-    "teacher of random weights": ("demo", ["--teacher.name={random}"], "teacher attends to nothing"),
-    "one-colour images": ("demo", ["--data.path={grey}", "--runtime.probe_data="], "images say nothing"),
-    "one-colour images, mae": ("mae,demo,mae", ["--data.path={grey}", "--runtime.probe_data="], "images say "
-    "nothing"),
-    "one image 2000 times": ("demo", ["--data.path={same}", "--runtime.probe_data="], "images say nothing"),
-    "mean and std in 0..255": ("demo", ["--data.mean=[123.7,116.3,103.5]",
-    "--data.std=[58.4,57.1,57.4]"], "normalisation wrong"),
-    "pixels not centred": ("mae,demo,mae", ["--data.mean=[0,0,0]", "--data.std=[0.02,0.02,0.02]"],
-    "normalisation wrong"),
+    "teacher of random weights": (
+        "demo",
+        ["--teacher.name={random}"],
+        "teacher attends to nothing",
+    ),
+    "one-colour images": (
+        "demo",
+        ["--data.path={grey}", "--runtime.probe_data="],
+        "images say nothing",
+    ),
+    "one-colour images, mae": (
+        "mae,demo,mae",
+        ["--data.path={grey}", "--runtime.probe_data="],
+        "images say nothing",
+    ),
+    "one image 256 times": (
+        "demo",
+        ["--data.path={same}", "--runtime.probe_data="],
+        "images say nothing",
+    ),
+    "mean and std in 0..255": (
+        "demo",
+        ["--data.mean=[123.7,116.3,103.5]", "--data.std=[58.4,57.1,57.4]"],
+        "normalisation wrong",
+    ),
+    "pixels not centred": (
+        "mae,demo,mae",
+        ["--data.mean=[0,0,0]", "--data.std=[0.02,0.02,0.02]"],
+        "normalisation wrong",
+    ),
     "one visible patch": ("demo", ["--mask.ratio=0.984"], "mask ratio"),
     "hardly anything hidden": ("demo", ["--mask.ratio=0.05"], "mask ratio"),
     "ten steps": ("demo", ["--epochs=0.33", "--optim.warmup_epochs=0.1"], "too few steps"),
-    "64 images": ("demo", ["--data.path={few}", "--epochs=250", "--runtime.probe_every=50"], "too few images"),
-    "broken images": ("demo", ["--data.path={broken}", "--data.max_bad=1", "--epochs=2"], "broken images"),
-    "slow data": ("demo", ["--data.path={photos}", "--data.shrink=false", "--batch_size=16",
-    "--epochs=10", "--runtime.probe_data="], "waiting for data"),
-    "momentum student alone": ("demo", ["--target.source=momentum", "--mask.source=momentum",
-    "--stage1_epochs=0", "--momentum.start=0", "--momentum.end=0", "--target.norm=none"], "collapse"),
+    "64 images": (
+        "demo",
+        ["--data.path={few}", "--epochs=250", "--runtime.probe_every=50"],
+        "too few images",
+    ),
+    "broken images": (
+        "demo",
+        ["--data.path={broken}", "--data.max_bad=1", "--epochs=2"],
+        "broken images",
+    ),
+    "slow data": (
+        "demo",
+        [
+            "--data.path={photos}",
+            "--data.shrink=false",
+            "--batch_size=16",
+            "--epochs=10",
+            "--runtime.probe_data=",
+        ],
+        "waiting for data",
+    ),
+    "momentum student alone": (
+        "demo",
+        [
+            "--target.source=momentum",
+            "--mask.source=momentum",
+            "--stage1_epochs=0",
+            "--momentum.start=0",
+            "--momentum.end=0",
+            "--target.norm=none",
+        ],
+        "collapse",
+    ),
     "weight decay 20": ("demo", ["--optim.weight_decay=20"], "weight decay too high"),
-}  # fmt: skip
+}
 """name -> (recipe, settings, what the doctor must say)."""
 
 
@@ -77,12 +135,8 @@ def prepare(data: Path, folder: Path, photos: Path) -> dict[str, str]:
                 for file in sorted((data / split / one.name).iterdir())[:count]:
                     link(file, folder / "photos" / split / one.name / file.name)
         pack(PackConfig(data=str(folder / "photos"), out=str(paths["packed"]), size=96, workers=0))
-        rng = np.random.default_rng(0)
         for number in range(256):
-            colour = (
-                tuple(int(c) for c in rng.integers(100, 140, 3)) if number < 0 else (128, 128, 128)
-            )
-            save(Image.new("RGB", (96, 96), colour), paths["grey"] / f"{number}.png")
+            save(Image.new("RGB", (96, 96), (128, 128, 128)), paths["grey"] / f"{number}.png")
         first = next((folder / "photos" / "train").rglob("*.JPEG"))
         for number in range(256):
             link(first.resolve(), paths["same"] / f"{number}.JPEG")
@@ -153,22 +207,50 @@ def main() -> None:
         folders[name] = (run(name, recipe, settings, paths, options.out), expected)
     table = [judged(name, folder, expected) for name, (folder, expected) in folders.items()]
     write_json(options.out / "table.json", table)
+    lines = {name: recorded(folder) for name, (folder, _) in folders.items()}
+    write_text(options.out / "recorded.json", dumped(lines))
 
 
 def judged(name: str, folder: Path, expected: str) -> dict[str, object]:
-    """What the doctor says of one run."""
-    from cmt_mae.doctor.run import diagnose, read_run
-
-    found = diagnose(read_run(folder))
-    said = [one.what for one in found]
+    """What the doctor says of one run from its files, its images and its teacher."""
+    report = doctor(DoctorConfig(run=str(folder), runtime=RuntimeConfig(progress=False)))
+    found = [one for one in report["findings"] if one["part"] != "machine"]
+    said = [one["what"] for one in found]
     right = (not said) if not expected else any(one.startswith(expected) for one in said)
+    first = bool(said) and said[0].startswith(expected)
     print(f"{'ok ' if right else 'NO '} {name}: {json.dumps(said)}", flush=True)
-    return {
-        "run": name,
-        "expected": expected,
-        "right": right,
-        "findings": [vars(one) for one in found],
-    }
+    return {"run": name, "expected": expected, "right": right, "first": first, "findings": found}
+
+
+def recorded(folder: Path) -> dict[str, object]:
+    """What the tests need of a run: its lines of metrics, shortened, its plan and its broken images."""
+    run = read_run(folder)
+    lines = [{k: short(row[k]) for k in row if k.startswith(KEPT)} for row in run.rows]
+    plan = None if run.plan is None else vars(run.plan)
+    return {"plan": plan, "images": run.images, "bad": len(run.bad), "knn": run.knn, "rows": lines}
+
+
+def dumped(runs: dict[str, dict[str, object]]) -> str:
+    """JSON with a line for each line of metrics."""
+    parts = []
+    for name, run in runs.items():
+        rows = ",\n  ".join(json.dumps(row) for row in run["rows"])  # type: ignore[attr-defined]
+        about = json.dumps({k: v for k, v in run.items() if k != "rows"})[:-1]
+        parts.append(f'{json.dumps(name)}: {about}, "rows": [\n  {rows}]}}')
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def short(value: float) -> float:
+    """Four digits."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def settings_of(name: str) -> PretrainConfig:
+    """The settings of a run in the list; paths of images and teachers are only names here."""
+    recipe, words = (HEALTHY | {one: given[:2] for one, given in SICK.items()})[name]
+    common = [*COMMON, "--data.path=images", *words]
+    made: PretrainConfig = parse("cmt-mae pretrain", PretrainConfig, common, load_recipes(recipe))
+    return made
 
 
 if __name__ == "__main__":

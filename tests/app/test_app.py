@@ -1,7 +1,5 @@
 """The explorer: what the sliders do to the pictures, and the page in a real browser."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,26 +165,10 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     page.close(verbose=False)
 
 
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """A real headless browser; the test is skipped with the reason where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    program = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if program is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has none
-        opened = driver.chromium.launch(executable_path=program, args=sandbox)
-        yield opened
-        opened.close()
-
-
 def test_page_upload_slider_click_download_and_nothing_from_outside(
-    browser: Any, served: str, image: str
+    chromium: Any, served: str, image: str
 ) -> None:
-    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page = chromium.new_page(viewport={"width": 1300, "height": 900})
     asked: list[str] = []
     broken: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

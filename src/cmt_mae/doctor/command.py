@@ -22,6 +22,7 @@ from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import make_plan
 
 WAITING = 0.2  # share of a step spent waiting for images
+ORDER = ("run", "settings", "data", "teacher", "estimate", "machine")  # of findings of one weight
 FULL = 0.9  # of the memory that is free
 
 
@@ -191,8 +192,9 @@ def judge_estimate(
 
 
 def finish(report: dict[str, Any], findings: list[Finding], console: Console) -> dict[str, Any]:
-    """Findings by weight into the report, and the report for people."""
-    findings = sorted(dict.fromkeys(findings), key=lambda one: one.level != "problem")
+    """Findings into the report, likeliest causes first and none twice, and the report for people."""
+    ordered = sorted(findings, key=lambda one: (one.level != "problem", ORDER.index(one.part)))
+    findings = list({one.what: one for one in reversed(ordered)}.values())[::-1]
     report["findings"] = [vars(one) for one in findings]
     problems = sum(one.level == "problem" for one in findings)
     report["summary"] = (

@@ -31,6 +31,7 @@ from cmt_mae.evaluate.online import POOL, OnlineProbe
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import Plan, Stepper, make_plan
 from cmt_mae.training.checkpoint import save_checkpoint
+from cmt_mae.training.energy import GpuEnergy
 from cmt_mae.writing import as_backbone, save_student
 
 ROUNDS = 5
@@ -177,9 +178,9 @@ def measure_size(
         if seconds:
             one = measure.rates(stepper, batches, step, images, 1, 1)["step_seconds"]["median"]
             steps, rounds = max(1, int(seconds / ROUNDS / one)), ROUNDS
-        joules, begin = read_joules(), time.perf_counter()
+        energy, joules, begin = GpuEnergy(stepper.device), read_joules(), time.perf_counter()
         timed = measure.rates(stepper, batches, step, images, rounds, steps)
-        watts = power(stepper.device, joules, time.perf_counter() - begin)
+        watts = power(energy, joules, time.perf_counter() - begin)
     spread = timed["step_seconds"]
     return Size(
         images, spread["median"], spread["low"], spread["high"], timed["data_wait_share"],
@@ -203,16 +204,12 @@ def read_joules() -> float | None:
     return None
 
 
-def power(device: torch.device, before: float | None, seconds: float) -> float | None:
-    """Watts: of the GPU now, or of the processor since ``before``; None where nothing tells."""
-    if device.type == "cuda":
-        with contextlib.suppress(Exception):  # no NVML, no permission
-            return torch.cuda.power_draw(device) / 1000
-        return None
-    now = read_joules()
-    if before is None or now is None or now <= before:
-        return None
-    return (now - before) / seconds
+def power(gpu: GpuEnergy, before: float | None, seconds: float) -> float | None:
+    """Watts over so many seconds: of the GPU, else of the processor since ``before``; None where nothing tells."""
+    used, now = gpu.read(), read_joules()
+    if used is None and before is not None and now is not None:
+        used = now - before
+    return None if used is None or used <= 0 else used / seconds
 
 
 def time_checkpoint(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str, Any]:
@@ -232,7 +229,7 @@ def time_checkpoint(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dic
     kept = min(written, config.runtime.keep_last + for_good + 1)  # one more while it is written
     return {
         "seconds": round(seconds, 3),
-        "gb": round(size / 1e9, 4),
+        "gb": round(size / 1e9, 6),
         "written": written,
         "disk_gb": round((kept * size + 2 * backbone) / 1e9, 3),
     }
@@ -251,7 +248,8 @@ def time_probe(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str
     each = (time.perf_counter() - begin) / len(some)
     stepper.learner.train()
     every = max(1, round(config.runtime.probe_every * plan.steps_per_epoch))
-    return {"seconds": round(each * images, 2), "measured": math.ceil(plan.total_steps / every)}
+    measured = 1 + math.ceil(plan.total_steps / every)  # once before the first step
+    return {"seconds": round(each * images, 2), "measured": measured}
 
 
 def total(facts: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ that stays) are told only where no cause explains them. Limits are set so that h
 (tests/doctor) and sick ones do not (benchmarks/sick_runs.py, docs/results/doctor.md).
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from cmt_mae.doctor.finding import Finding, problem, warning
-from cmt_mae.doctor.settings import FAR, check_settings
+from cmt_mae.doctor.settings import FAR, check_settings, few_images
 from cmt_mae.doctor.teacher import GREEDY, SAME, UNIFORM
-from cmt_mae.errors import InputError
-from cmt_mae.parsing import parse, read_settings
+from cmt_mae.explain.networks import read_config, read_plan
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import Plan
 from cmt_mae.training.collapse import signs
-from cmt_mae.training.run_dir import RunDir, plain, read_metrics
+from cmt_mae.training.metrics_file import read_metrics
 from cmt_mae.training.schedules import learning_rate
 
 TARGETS = ("teacher", "pixel", "hog", "momentum")  # the first that a run predicts tells how it does
@@ -62,35 +62,26 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run directory. Raises InputError where the folder holds none, or its files are damaged."""
-    path = folder / "config.yaml"
-    try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
-        raise InputError(
-            f"{folder} holds no run (no {path.name}): give the folder that --out named"
-        ) from error
-    config = parse("cmt-mae doctor", PretrainConfig, [], read_settings(text, str(path)))
-    facts = RunDir(str(folder), plain(config), ("",), writes=False).known_facts()
-    rows = read_metrics(folder)
+    """Read a run directory. Raises InputError where the folder holds none, or its settings are damaged."""
+    config, rows = read_config(folder), read_metrics(folder)
     bad = folder / "bad_images.txt"
     return Run(
         path=folder,
         config=config,
-        plan=plan_of(facts.get("plan")),
+        plan=read_plan(folder),
         rows=[row for row in rows if "loss" in row],
         knn=[(row["step"], float(row["knn_top1"])) for row in rows if "knn_top1" in row],
         bad=bad.read_text(errors="replace").splitlines() if bad.is_file() else [],
-        images=int(facts.get("data", {}).get("images", 0)),
+        images=count_images(folder),
     )
 
 
-def plan_of(known: Any) -> Plan | None:
-    """The plan in run.json, None where it is missing or of another version."""
+def count_images(folder: Path) -> int:
+    """How many images the run has, by its run.json; 0 where that does not say so."""
     try:
-        return Plan(**known)
-    except TypeError:
-        return None
+        return int(json.loads((folder / "run.json").read_bytes())["data"]["images"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return 0
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -104,6 +95,7 @@ def diagnose(run: Run) -> list[Finding]:
             causes += rule(run)
     for rule in (broken, waiting):
         causes += rule(run)
+    causes += few_images(run.images)
     unique = list({one.what: one for one in reversed(causes)}.values())[::-1]
     return sorted(unique, key=lambda one: one.level != "problem")
 
@@ -149,7 +141,7 @@ def not_finite(run: Run) -> list[Finding]:
 def off_centre(run: Run) -> list[Finding]:
     """Images that are far from 0 after normalisation."""
     centre = late_mean(run, "image_mean")
-    if abs(centre) <= FAR:
+    if not abs(centre) > FAR:
         return []
     return [problem(
         "run", "normalisation wrong", f"normalised images have mean {centre:.2f}; with the right mean and std "

@@ -52,11 +52,13 @@ def check_schedule(config: PretrainConfig, plan: Plan) -> list[Finding]:
             f"--optim.blr {suggested_blr(config):.2g}",
         ))  # fmt: skip
     if optim.warmup_epochs > 0.5 * config.epochs:
-        reached = min(1.0, config.epochs / optim.warmup_epochs)
-        found.append(problem(
+        never = optim.warmup_epochs >= config.epochs
+        reached = config.epochs / optim.warmup_epochs
+        left = f"gets to {reached:.0%} of its peak" if never else "is low for over half of them"
+        made = problem if never else warning
+        found.append(made(
             "settings", "warm-up too long",
-            f"{optim.warmup_epochs:g} of {config.epochs:g} epochs: the learning rate gets to {reached:.0%} of "
-            f"its peak",
+            f"{optim.warmup_epochs:g} of {config.epochs:g} epochs: the learning rate {left}",
             f"--optim.warmup_epochs {max(0.05 * config.epochs, 0.01):.2g}",
         ))  # fmt: skip
     if plan.lr * optim.weight_decay > HIGH_DECAY and plan.lr <= HIGH_LR:
@@ -127,11 +129,7 @@ def check_pixels(config: PretrainConfig, split: dict[str, Any]) -> list[Finding]
                 f"them at {[round(v, 2) for v in shifted]} with std {[round(v, 2) for v in widths]}",
                 "leave data.mean and data.std out",
             ))  # fmt: skip
-    if split["images"] < FEW_IMAGES:
-        found.append(warning(
-            "data", "too few images", f"{split['images']} in all: a run learns them by heart",
-            "more images, a pre-trained start (--init_from), or use a published backbone as it is",
-        ))  # fmt: skip
+    found += few_images(split["images"])
     size = min(config.student.size())
     if split["shorter_side"] and split["shorter_side"][1] < size:
         found.append(warning(
@@ -141,3 +139,17 @@ def check_pixels(config: PretrainConfig, split: dict[str, Any]) -> list[Finding]
             f"--student.img_size [{split['shorter_side'][1]}] or less, in multiples of the patch",
         ))  # fmt: skip
     return found
+
+
+def few_images(images: int) -> list[Finding]:
+    """So few images (0: not known) that a run learns them by heart."""
+    if not 0 < images < FEW_IMAGES:
+        return []
+    return [
+        warning(
+            "data",
+            "too few images",
+            f"{images} in all: a run learns them by heart, and its k-NN does not rise with it",
+            "more images, a pre-trained start (--init_from), or a published backbone as it is",
+        )
+    ]

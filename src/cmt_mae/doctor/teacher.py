@@ -190,7 +190,7 @@ def judge(facts: dict[str, Any], guides: bool) -> list[Finding]:
     found: list[Finding] = []
     if facts["feature_image_share"] < SAME or facts["feature_rank"] < LEAST_RANK:
         found.append(problem(
-            "teacher", "the teacher's features say nothing",
+            "teacher", "images say nothing to the teacher",
             f"images make {facts['feature_image_share']:.1%} of their variance, they fill "
             f"{facts['feature_rank']} directions",
             other,
@@ -200,7 +200,7 @@ def judge(facts: dict[str, Any], guides: bool) -> list[Finding]:
     entropy = facts["attention_entropy"]
     if entropy > UNIFORM:
         found.append(problem(
-            "teacher", "the teacher attends to nothing",
+            "teacher", "teacher attends to nothing",
             f"entropy of its class attention is {entropy:.4f} of the uniform map's: random weights, or the "
             f"wrong file",
             f"{other}, or --mask.rule random",
