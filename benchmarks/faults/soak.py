@@ -55,7 +55,7 @@ class Curve:
     said: str = ""
 
     def slope(self, first: int, last: int) -> float:
-        """KB of memory a 1000 steps: median of the slopes between any two samples between two steps (Theil, Sen)."""
+        """KB of memory a 1000 steps: median of the slopes of any two samples between two steps (Theil, Sen)."""
         there = [(s.step / 1000, s.memory_kb) for s in self.samples if first <= s.step <= last]
         if len(there) < 3:
             return 0.0
