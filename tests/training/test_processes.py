@@ -1,6 +1,9 @@
 """Deterministic algorithms, and what a process says that has lost another."""
 
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,3 +65,23 @@ def test_other_errors_stay_what_they_are(alone: bool) -> None:
     text = "Connection closed by peer" if alone else "shapes cannot be multiplied"
     with pytest.raises(RuntimeError, match=text), stopping_with_the_others(accelerator, Path("x")):
         raise RuntimeError(text)
+
+
+def test_a_process_that_nobody_meets_ends_in_one_line() -> None:
+    """Rank 0 of two whose rank 1 never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "from cmt_mae.training import processes\n"
+        "processes.MEETING_S = 1.0\n"
+        "processes.make_accelerator('cpu', 'fp32')\n"
+    )
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env={**os.environ, **place}
+    )  # fmt: skip
+    assert done.returncode == 75
+    (line,) = (text for text in done.stderr.splitlines() if text.startswith("cmt-mae: "))
+    assert "did not find each other within 1 s (process 0 of 2)" in line

@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from cmt_mae.training.memory import keep_memory
 # What gloo and NCCL say when a process at the other end is gone, in lower case.
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused",
         "timed out", "timeout", "remote process exited", "socket closed", "no longer available")  # fmt: skip
+MEETING_S = 300.0
+"""How long the processes of a run may take to find each other at its start."""
 
 
 def make_accelerator(device: str, precision: str, deterministic: bool = False) -> Accelerator:
@@ -45,7 +48,36 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
         AcceleratorState._reset_state()
         if (PartialState().device.type == "cpu") != on_cpu:
             AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if precision == "bf16" else "no")
+    with meeting_in_time(MEETING_S):
+        return Accelerator(cpu=on_cpu, mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+@contextlib.contextmanager
+def meeting_in_time(seconds: float) -> Iterator[None]:
+    """End this process, with a line and status 75, where the processes do not find each other in time.
+
+    gloo waits for ever for a connection that got lost while both ends came up (seen once, after a restart by
+    torchrun on a machine at its limit). Ended, torchrun starts them again.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized()
+
+    def give_up() -> None:
+        print(
+            f"cmt-mae: the processes of this run did not find each other within {seconds:g} s (process "
+            f"{os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}): run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(75)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    if not alone:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def make_deterministic() -> None:
