@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from cmt_mae.errors import InputError
+from cmt_mae.ranges import check_ranges
 from cmt_mae.text import one_line
 
 WORDS_OF = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
@@ -56,6 +57,7 @@ def parse(program: str, settings: type, words: list[str], defaults: dict[str, An
         text = complaint(str(error), kinds, words, recipe)
         raise InputError(f"{text}; see {program} --help") from error
     check_values(config)
+    check_ranges(config)
     return config
 
 

@@ -12,6 +12,7 @@ from cmt_mae.method.masking import GUIDED, RULES
 from cmt_mae.method.targets import LOSSES, NORMS
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
+from cmt_mae.ranges import check_ranges
 
 # Settings below these prefixes do not affect results: they may change when a run is continued.
 INDIFFERENT = (
@@ -167,19 +168,7 @@ class PretrainConfig:
             raise InputError(
                 "no images: give --data FOLDER (or tar shards, parquet, a packed folder)"
             )
-        for name, value in (
-            ("alpha", self.alpha),
-            ("alpha_mask", self.alpha_mask),
-            ("alpha_loss", self.alpha_loss),
-        ):
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise InputError(f"{name} {value} is out of range: give a weight in 0..1")
-        if self.epochs <= 0 or self.batch_size < 1 or self.runtime.log_every < 1:
-            raise InputError("epochs, batch_size and runtime.log_every must be positive")
-        if not 0.0 <= self.stage1_share <= 1.0:
-            raise InputError(
-                f"stage1_share {self.stage1_share} is out of range: give a share in 0..1"
-            )
+        check_ranges(self)
         if not 0.0 <= self.stage_one() <= self.epochs:
             raise InputError(
                 f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"

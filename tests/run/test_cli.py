@@ -129,7 +129,7 @@ def test_words_win_over_recipes() -> None:
         (["pretrain", "--recipe"], "needs a value"),
         (["pretrain", "--out", "x"], "no images: give --data"),
         (["pretrain", "--data", "x"], "no folder for the run: give --out"),
-        (["demo", "--epochs", "-1"], "must be positive"),
+        (["demo", "--epochs", "-1"], "epochs -1 is out of range"),
         (["demo", "--images", "5"], "--images 5 is too few"),
         (["evaluate", "nope"], "use knn, linear"),
         (["evaluate", "knn", "--backbone", "x"], "data"),

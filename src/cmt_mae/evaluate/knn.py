@@ -26,6 +26,7 @@ from cmt_mae.evaluate.features import (
     start_processes,
 )
 from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.ranges import check_ranges
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -178,6 +179,7 @@ def evaluate_knn(config: KnnConfig, progress: Progress | None = None) -> Result:
     Raises:
         InputError: unusable backbone, data or setting, in one line.
     """
+    check_ranges(config)
     started = time.perf_counter()
     device, rank, world = start_processes(config.device)
     train, val = open_labelled(config.data)

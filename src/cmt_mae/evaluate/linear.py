@@ -41,6 +41,7 @@ from cmt_mae.evaluate.protocols import (
 )
 from cmt_mae.evaluate.result import Result, make_result, save_where
 from cmt_mae.evaluate.sweep import Step, Training, cached_steps, head_accuracy, train_heads
+from cmt_mae.ranges import check_ranges
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -159,6 +160,7 @@ def evaluate_linear(config: LinearConfig, progress: Progress | None = None) -> R
     Raises:
         InputError: unusable backbone, data or setting, in one line.
     """
+    check_ranges(config)
     started = time.perf_counter()
     where = start_processes(config.device)
     train, val = open_labelled(config.data)

@@ -32,6 +32,7 @@ from cmt_mae.evaluate.video.protocol import (
     input_size,
 )
 from cmt_mae.evaluate.video.sequence import Followed, Shelf, follow
+from cmt_mae.ranges import check_ranges
 from cmt_mae.training.progress import training_bar
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def evaluate_davis(config: DavisConfig, progress: Progress | None = None) -> Res
     Raises:
         InputError: unusable backbone, data or setting, in one line.
     """
+    check_ranges(config)
     started = time.perf_counter()
     protocol = choose_protocol(config)
     where = start_processes(config.device)
