@@ -19,6 +19,7 @@ from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
 from cmt_mae.parsing import parse
 from cmt_mae.pretraining import pretrain
+from cmt_mae.ranges import check_ranges
 from cmt_mae.recipes import load_recipes, merge
 from cmt_mae.report.page.command import ReportConfig, make_report
 from cmt_mae.settings import PretrainConfig
@@ -62,6 +63,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
     Raises InputError for data that cannot be used.
     """
+    check_ranges(config)
     started = time.perf_counter()
     console, out = Console(stderr=True), Path(config.out)
     settings(config, "demo", out, out).check()  # before the work of making images

@@ -89,6 +89,13 @@ RANGES: dict[str, dict[str, Range]] = {
         "probe_every": ZERO,
         "max_nonfinite": ONE,
     },
+    "DemoConfig": {
+        "images": ONE,
+        "epochs": POSITIVE,
+        "batch_size": ONE,
+        "seed": ZERO,
+        "workers": ZERO,
+    },
     "KnnConfig": {
         "k": ONE,
         "temperature": POSITIVE,
