@@ -12,11 +12,18 @@ from cmt_mae.errors import InputError
 from cmt_mae.explain.command import MAKERS, explain
 from cmt_mae.explain.images import Album
 from cmt_mae.explain.settings import KINDS, ExplainConfig
+from cmt_mae.report import canvas
 
 
 def names(folder: Path) -> set[str]:
     """Of the files in it."""
     return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few dots an inch, for speed."""
+    monkeypatch.setattr(canvas, "DPI", 50)
 
 
 def test_every_kind_has_a_maker() -> None:
@@ -42,7 +49,7 @@ def test_a_run_of_two_stages(
     assert names(tmp_path) == {f"{name}.{ending}" for name in made for ending in ("png", "svg")}
     for name in made:
         with Image.open(tmp_path / f"{name}.png") as image:
-            assert 700 < image.width <= 2500
+            assert 100 < image.width <= 350
             assert image.convert("L").getextrema()[0] < 60  # ink
         root = ET.parse(tmp_path / f"{name}.svg").getroot()
         assert float(root.attrib["width"].removesuffix("pt")) <= 7.1 * 72

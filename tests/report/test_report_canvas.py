@@ -11,7 +11,7 @@ from PIL import Image
 
 from cmt_mae.errors import InputError
 from cmt_mae.parsing import with_lists
-from cmt_mae.report import curves
+from cmt_mae.report import canvas, curves
 from cmt_mae.report.attention import attention_sheet, in_units
 from cmt_mae.report.canvas import COVER, Scale, Sheet, at_pixels, common_scale, over, save, without
 from cmt_mae.report.ladder import ladder_figure, read_ladder
@@ -63,9 +63,10 @@ def test_grids_that_do_not_divide_the_image() -> None:
     ("grid", "height", "width"), [((8, 8), 64, 64), ((14, 14), 224, 224), ((2, 6), 32, 96)]
 )
 def test_sheets_fit_a_page_and_the_shape(
-    tmp_path: Path, grid: tuple[int, int], height: int, width: int
+    tmp_path: Path, grid: tuple[int, int], height: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cells have the images' proportions, and nothing is wider than a page."""
+    monkeypatch.setattr(canvas, "DPI", 50)
     images = torch.randint(0, 255, (2, 3, height, width), dtype=torch.uint8)
     shares = torch.rand(2, grid[0] * grid[1])
     shares = shares / shares.sum(1, keepdim=True)
@@ -74,7 +75,7 @@ def test_sheets_fit_a_page_and_the_shape(
     (file,) = save(sheet.figure, tmp_path / "sheet", ["png"])
     box = sheet.axes[0, 0].get_window_extent()
     assert box.height / box.width == pytest.approx(height / width, rel=0.03)
-    assert Image.open(file).width <= 2100
+    assert Image.open(file).width <= 350
     assert Sheet(1, 40, 1.0, "many heads").figure.get_figwidth() > 7
 
 

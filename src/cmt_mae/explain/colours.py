@@ -51,10 +51,13 @@ def likeness(first: Tensor, second: Tensor) -> Tensor:
     return F.cosine_similarity(first.float(), second.float(), dim=-1)
 
 
-def explained(said: Tensor, target: Tensor) -> Tensor:
-    """R2: share of the targets' variance that predictions explain, of tokens (N, D); their mean has 0."""
+def explained(said: Tensor, target: Tensor, mean: Tensor) -> float:
+    """R2: share of the targets' variance around ``mean`` (D,) that predictions explain, of tokens (N, D).
+
+    0 for a prediction that is the mean everywhere, 1 for the target itself, negative where it is worse.
+    """
     wrong = (said.float() - target.float()).square().sum()
-    return 1 - wrong / (target.float() - target.float().mean(0)).square().sum().clamp_min(1e-12)
+    return float(1 - wrong / (target.float() - mean).square().sum().clamp_min(1e-12))
 
 
 def similar_to(tokens: Tensor, patch: int) -> Tensor:

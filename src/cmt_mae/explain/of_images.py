@@ -35,7 +35,7 @@ def attention(desk: Desk) -> None:
         "collab": rf"both $A_c$, $\alpha$ = {alpha:g}",
     }
     notes = overlap_notes(maps)
-    title = f"{networks.name}: attention{of_layer(config.layer)}, hidden patches by {rule}"
+    title = f"{networks.name}: attention{of_layer(config.layer)}, hidden patches by rule {rule}"
     shown = look.inputs.shown
     sheet = attention_sheet(shown, maps, mask.mask, networks.grid, title, titles, notes)
     desk.save(sheet.figure, "attention")
@@ -116,14 +116,14 @@ def predictions(desk: Desk) -> None:
         basis, shown = fit_basis(target), "student" if name == "momentum" else name
         cosine = likeness(said[name] - basis.mean, target - basis.mean)
         share = [
-            float(explained(one[where], wanted[where]))
+            explained(one[where], wanted[where], basis.mean)
             for one, wanted, where in zip(said[name], target, counted, strict=True)
         ]
         predicted[shown] = Predicted(
             basis.colours(target), basis.colours(said[name]), cosine, share
         )
     networks = look.networks
-    title = f"{networks.name}: predicted features (hidden by {rule}), colours: the target's principal axes"
+    title = f"{networks.name}: predicted features (hidden by rule {rule}), colours: the target's principal axes"
     sheet = predictions_sheet(
         look.inputs.shown, predicted, mask.mask, counted, networks.grid, title
     )
@@ -137,9 +137,9 @@ def reconstruction(desk: Desk) -> None:
         raise NotHere("this run predicts no pixels")
     rule, mask = desk.mask()
     networks = look.networks
-    title = f"{networks.name}: pixels predicted at patches hidden by {rule}"
+    title = f"{networks.name}: pixels predicted at patches hidden by rule {rule}"
     if networks.config.target.norm == "mae":
-        title += " (its own mean and contrast)"
+        title += " (each keeps its own mean and contrast)"
     made = look.reconstruction(mask)
     sheet = reconstruction_sheet(look.inputs.images, mask.mask, made, networks.grid, title)
     desk.save(sheet.figure, "reconstruction")

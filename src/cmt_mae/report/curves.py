@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cmt_mae.report.canvas import NORMAL, SMALL, WIDTH
 from cmt_mae.text import printable
@@ -126,18 +127,24 @@ def draw(axis: Axes, panel: Panel, found: dict[str, tuple[np.ndarray, np.ndarray
         part = name.rsplit("_", 1)[-1]
         part = part if part in COLOURS else ""
         label, colour, style = WORDS[part], COLOURS[part], STYLES[part]
+        if len(found) == 1:
+            label = name
         if name in ("alpha_mask", "alpha_loss"):
             label = {"alpha_mask": "mask (Eq. 3)", "alpha_loss": "loss (Eq. 4)"}[name]
             colour, style = {"alpha_mask": ("#333333", "-"), "alpha_loss": ("#CC79A7", "--")}[name]
         dots = "." if len(values) < 3 else ""
         axis.plot(
-            epochs, values, color=colour, linestyle=style, linewidth=1.1, label=label, marker=dots
-        )
+            epochs, values, color=colour, linestyle=style, linewidth=1.1, label=label, marker=dots,
+            drawstyle="steps-pre" if name.startswith("alpha") else "default",
+        )  # fmt: skip
     if panel.line is not None:
         level, word = panel.line
         axis.axhline(level, color="0.45", linewidth=0.8, linestyle="--", label=word)
     if panel.log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     elif panel.lowest is not None:
         top = max(float(values.max()) for _, values in found.values())
         axis.set_ylim(panel.lowest, 1.08 * max(top, panel.line[0] if panel.line else 0) or 1.0)

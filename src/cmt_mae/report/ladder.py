@@ -19,7 +19,7 @@ MEASURES = (("knn_mean", "k-NN top-1, %"), ("linear_mean", "linear probe top-1, 
 """Key in the file and title of the panel; features are the mean of the patch tokens."""
 REFERENCES = ("untrained", "teacher")
 """Rungs that are no training: levels to compare with."""
-SHOWN = {"cmt": "CMT-MAE", "mae": "MAE"}
+SHOWN = {"cmt": "CMT-MAE", "mae": "MAE", "mvp": "MVP"}
 
 
 @dataclass
