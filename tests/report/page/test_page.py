@@ -81,6 +81,7 @@ def test_foreign_names_are_text(hostile: Path, write: Write) -> None:
                 assert str(attributes["src"]).startswith("data:")
         data = json.loads(elements.inside["script"][0])
         assert data["runs"][0] == '<img src=x onerror="window.hurt=1">'
+        assert "\u202e" not in text  # turns the direction of what follows it
         assert "{{7*7}}" in text  # no template of theirs is filled in
 
 

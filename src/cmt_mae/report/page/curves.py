@@ -169,7 +169,7 @@ def names_of(kind: Kind, rows: list[dict[str, float]]) -> list[str]:
     for wanted in kind.names:
         for name in there:
             fits = name.startswith(wanted) if wanted.endswith("_") else name == wanted
-            if fits and len(name) <= 60 and name not in found:
+            if fits and len(name) <= 60 and name.isprintable() and name not in found:
                 found.append(name)
     for name, other in SAME:
         if {name, other} <= set(found) and all(_same(row, name, other) for row in rows):
