@@ -5,6 +5,7 @@ from typing import get_args
 
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
+from cmt_mae.indifferent import INDIFFERENT as INDIFFERENT
 from cmt_mae.method.attention import Heads, Normalise
 from cmt_mae.method.cmtmae import FROM_IMAGE, SOURCES, MaskConfig, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
@@ -13,11 +14,6 @@ from cmt_mae.method.targets import LOSSES, NORMS
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
 from cmt_mae.ranges import check_ranges
-
-# Settings below these prefixes do not affect results: they may change when a run is continued.
-INDIFFERENT = (
-    "runtime.", "out", "data.path", "data.workers", "data.timeout_s", "data.max_bad", "teacher.cache_folder",
-)  # fmt: skip
 
 
 @dataclass

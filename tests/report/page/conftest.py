@@ -95,7 +95,9 @@ def write(tmp_path: Path) -> Write:
 @pytest.fixture
 def hostile(write: Write) -> Path:
     """A run whose every name and text tries to be HTML or script."""
-    attack = "</script><script>window.hurt=1</script><img src=x onerror=window.hurt=1>'\"&{{7*7}}"
+    attack = (
+        "\u202e</script><script>window.hurt=1</script><img src=x onerror=window.hurt=1>'\"&{{7*7}}"
+    )
     run = write(
         '<img src=x onerror="window.hurt=1">',
         knn={0: 20.0, 100: 60.0},

@@ -81,6 +81,7 @@ def test_foreign_names_are_text(hostile: Path, write: Write) -> None:
                 assert str(attributes["src"]).startswith("data:")
         data = json.loads(elements.inside["script"][0])
         assert data["runs"][0] == '<img src=x onerror="window.hurt=1">'
+        assert "\u202e" not in text  # turns the direction of what follows it
         assert "{{7*7}}" in text  # no template of theirs is filled in
 
 
@@ -115,6 +116,7 @@ def test_several_runs_stand_side_by_side(write: Write) -> None:
     assert data["switches"] == [5.0, None]
     assert {t["run"] for c in data["charts"] if c["key"] == "loss" for t in c["tables"]} == {0, 1}
     assert text.index("What differs") < text.index("What ran, on what")
+    assert '<th scope="row">Images</th><td colspan="2">photos/, 640 images' in text  # said once
     assert '<th scope="row">seed</th><td>0</td><td>5</td><td>yes</td>' in text
 
 

@@ -22,13 +22,13 @@ def verdict(run: Path) -> tuple[str, str]:
 
 def test_learning_as_in_the_issue(write: Write) -> None:
     run = write(knn={0: 30.0, 50: 51.4, 100: 61.2})
-    line = "learning: k-NN 61.2, up 9.8 since the switch (up 31.2 over the untrained student); no collapse"
+    line = "learning: k-NN 61.2, up 9.8 since the switch (up 31.2 from the untrained student); no collapse"
     assert verdict(run) == ("good", line)
 
 
 def test_one_stage_is_measured_from_the_first(write: Write) -> None:
     run = write(switch=100, knn={0: 30.0, 100: 40.0})
-    line = "learning: k-NN 40.0, up 10.0 over the untrained student; no collapse"
+    line = "learning: k-NN 40.0, up 10.0 from the untrained student; no collapse"
     assert verdict(run) == ("good", line)
 
 
@@ -48,7 +48,7 @@ def test_not_learning(write: Write) -> None:
     mood, line = verdict(write(knn={0: 30.0, 50: 30.2, 100: 29.9}))
     assert mood == "bad"
     assert line.startswith(
-        "not learning: k-NN 29.9, down 0.3 since the switch (down 0.1 over the untrained"
+        "not learning: k-NN 29.9, down 0.3 since the switch (down 0.1 from the untrained"
     )
 
 

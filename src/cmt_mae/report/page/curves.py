@@ -12,10 +12,7 @@ POINTS = 600
 ALL_POINTS = 4000
 TABLE_ROWS = 9
 """Lines of the table under a chart."""
-SAME = (
-    ("alpha_mask", "alpha_loss"),
-    *((f"loss_{name}", "loss") for name in ("teacher", "momentum", "pixel", "hog")),
-)
+SAME = (*((f"loss_{name}", "loss") for name in ("teacher", "momentum", "pixel", "hog")),)
 """Pairs of which the second is left out where it is the first throughout."""
 
 
@@ -46,7 +43,7 @@ KINDS = (
     Kind("lr", "Learning rate", "Warm-up, then a cosine to the end.", ("lr",)),
     Kind("alpha", "Weight of the momentum student (alpha)",
          "0 in stage one: the teacher alone. From the switch on, Eqs. 3 (mask) and 4 (loss).",
-         ("alpha_mask", "alpha_loss")),
+         ("alpha", "alpha_mask", "alpha_loss")),
     Kind("overlap", "Overlap of the two attentions",
          "Share of the teacher's most attended quarter of patches that the student attends to most as well.",
          ("overlap",), chance=0.25),
@@ -118,7 +115,7 @@ def row_of(record: Record) -> list[dict[str, float]]:
 
 
 def alphas(record: Record) -> Callable[[int], dict[str, float]] | None:
-    """Step -> alpha_mask and alpha_loss as the step before used them; None for a run of one stage."""
+    """Step -> alpha (or alpha_mask and alpha_loss) of the step that ended there; None for a run of one stage."""
     switch, per = record.switch_step, record.plan("steps_per_epoch")
     base = _number(record.setting("alpha"))
     if switch is None or base is None or not per:
@@ -128,6 +125,8 @@ def alphas(record: Record) -> Callable[[int], dict[str, float]] | None:
     for name in ("alpha_mask", "alpha_loss"):
         own = _number(record.setting(name))
         full[name] = base if own is None else own
+    if full["alpha_mask"] == full["alpha_loss"]:
+        full = {"alpha": full["alpha_mask"]}
 
     def at(step: int) -> dict[str, float]:
         done = step - 1 - switch  # the line of step n tells of the step that began at n - 1
@@ -169,7 +168,7 @@ def names_of(kind: Kind, rows: list[dict[str, float]]) -> list[str]:
     for wanted in kind.names:
         for name in there:
             fits = name.startswith(wanted) if wanted.endswith("_") else name == wanted
-            if fits and len(name) <= 60 and name not in found:
+            if fits and len(name) <= 60 and name.isprintable() and name not in found:
                 found.append(name)
     for name, other in SAME:
         if {name, other} <= set(found) and all(_same(row, name, other) for row in rows):

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
+from cmt_mae.indifferent import INDIFFERENT
 from cmt_mae.report.page.record import Record, section
-from cmt_mae.text import one_line
+from cmt_mae.text import one_line, printable
 
 Pairs = list[tuple[str, str]]
 
@@ -167,7 +168,7 @@ def repeat(record: Record) -> list[tuple[str, str]]:
         launch = f"torchrun --nproc-per-node {processes} -m cmt_mae"
     commands = []
     if (record.path / "config.yaml").is_file():
-        recipe = shlex.quote(str(record.path / "config.yaml"))
+        recipe = printable(shlex.quote(str(record.path / "config.yaml")))
         commands.append(
             (
                 "The same run again, every setting as it was",
@@ -196,8 +197,6 @@ def differences(records: list[Record]) -> list[dict[str, Any]]:
 
     Names of folders (out, the label) always differ and are left out.
     """
-    from cmt_mae.settings import INDIFFERENT  # with torch behind it: not for a page of one run
-
     names = dict.fromkeys(name for record in records for name in record.settings)
     found = []
     for name in names:

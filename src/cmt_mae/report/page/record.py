@@ -111,7 +111,7 @@ def read_record(run: str, label: str = "") -> Record:
         raise InputError(
             f"{run} holds no run (no {', no '.join(SIGNS_OF_RUN)}): give what --out was in cmt-mae pretrain"
         )
-    record = Record(path, label or name_of(path))
+    record = Record(path, one_line(label or name_of(path), 120))
     record.settings = _settings(record)
     record.facts = _json(record, "run.json")
     record.bench = _json(record, "bench.json")
@@ -170,7 +170,8 @@ def _settings(record: Record) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        return flatten(read_settings(text, "config.yaml"))
+        settings = flatten(read_settings(text, "config.yaml"))
+        return {one_line(name, 120): value for name, value in settings.items()}
     except InputError as error:
         record.problems.append(str(error))
         return {}
@@ -226,7 +227,7 @@ def _finite(value: float) -> float:
 def _bad_images(record: Record) -> list[tuple[str, str]]:
     lines = (_text(record, "bad_images.txt") or "").splitlines()
     pairs = [line.partition("\t") for line in lines if line.strip()]
-    return [(name, reason) for name, _, reason in pairs]
+    return [(one_line(name, 300), one_line(reason, 300)) for name, _, reason in pairs]
 
 
 def _warnings(record: Record) -> list[tuple[int, str]]:

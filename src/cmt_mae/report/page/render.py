@@ -16,6 +16,7 @@ from cmt_mae.report.page.pictures import Shown, embedded, linked
 from cmt_mae.report.page.record import Record
 from cmt_mae.report.page.results import results_table
 from cmt_mae.report.page.verdict import judge
+from cmt_mae.text import printable
 
 MAX_BYTES = 5_000_000
 """Of the page."""
@@ -53,7 +54,7 @@ def content_of(records: list[Record], live: str) -> dict[str, Any]:
             {
                 "place": place,
                 "label": record.label,
-                "path": str(record.path),
+                "path": printable(str(record.path)),
                 "verdict": judge(record),
                 "repeat": facts.repeat(record),
                 "warnings": record.warnings[-LISTED:],

@@ -90,7 +90,7 @@ def by_knn(record: Record, knn: list[tuple[int, float]]) -> Finding:
     before = [pair for pair in knn if record.switch_step and 0 < pair[0] <= record.switch_step]
     since_switch = bool(before) and last_step > (record.switch_step or 0)
     start = before[-1][1] if since_switch else first
-    whole = "over the untrained student" if first_step == 0 else f"since step {first_step}"
+    whole = "from the untrained student" if first_step == 0 else f"since step {first_step}"
     text = (
         f"k-NN {last:.1f}, {change(last - start)} {'since the switch' if since_switch else whole}"
     )
@@ -108,7 +108,10 @@ def by_knn(record: Record, knn: list[tuple[int, float]]) -> Finding:
     if since_switch and rise >= rise_needed:
         return Finding("good", "learning, but level since the switch", text)
     chance = f"{text}; chance alone moves it by up to {rise_needed:.1f}"
-    mend = "train longer, or try another --optim.blr, --mask.ratio, or --target.tokens all+cls"
+    mend = (
+        "train longer, or try another --optim.blr, --mask.ratio, or --target.tokens all+cls; cmt-mae doctor RUN "
+        "names the likely cause"
+    )
     if not record.finished:
         return Finding("unclear", "no clear rise yet", chance)
     if rise <= 0:
@@ -167,7 +170,7 @@ def collapses(rows: list[dict[str, float]]) -> Finding | None:
         since = found[healthy + 1][0]
         return Finding(
             "bad", "signs of collapse", f"signs of collapse since step {since}: {', '.join(now)}",
-            "lower --optim.blr, or look at the images and the teacher",
+            "lower --optim.blr, or look at the images and the teacher; cmt-mae doctor RUN names the likely cause",
         )  # fmt: skip
     earlier = [step for step, names in found if names]
     if earlier:

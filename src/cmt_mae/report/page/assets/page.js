@@ -125,6 +125,7 @@
       canvas.setAttribute("aria-valuetext", `${at.textContent}: ${words.join(", ") || "no value"}${chart.unit ? ` ${chart.unit}` : ""}`);
     }
 
+    const numbers = (_, ticks) => ticks.map((tick) => (tick === null ? "" : shown(tick)));
     const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1, size: 5 }, font: "12px system-ui, sans-serif" };
     const u = new uPlot({
       width: Math.max(200, holder.clientWidth), height: 240,
@@ -134,8 +135,8 @@
         y: { distr: log ? 3 : 1, ...(log ? {} : { range: (_, low, high) => rangeOf(chart, low, high) }) },
       },
       axes: [
-        { ...axis, label: chart.x_name, labelSize: 18, labelFont: axis.font, size: 34 },
-        { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : shown(tick))) },
+        { ...axis, label: chart.x_name, labelSize: 18, labelFont: axis.font, size: 34, values: numbers },
+        { ...axis, size: 66, values: numbers },
       ],
       series: [{}, ...lines.map((line) => ({
         label: line.label, stroke: line.stroke, dash: line.dash, width: 2, spanGaps: true, show: !kept.hidden.has(`${chart.key}/${line.label}`),
@@ -235,7 +236,7 @@
     const open = new Set([...document.querySelectorAll("details[open]")].map((one) => one.id));
     const closed = new Set([...document.querySelectorAll("details:not([open])")].map((one) => one.id));
     const focused = document.activeElement?.id;
-    const before = document.querySelector(".line")?.textContent;
+    const before = document.querySelector(".line strong")?.textContent;
     const zooms = new Map(plots.filter((p) => p.u.scales.x.min > p.whole[0] || p.u.scales.x.max < p.whole[1]).map((p) => [p.chart.key, { min: p.u.scales.x.min, max: p.u.scales.x.max }]));
     for (const plot of plots) plot.u.destroy();
     plots = [];
@@ -250,8 +251,8 @@
     rebuildAll();
     for (const plot of plots) if (zooms.has(plot.chart.key)) plot.u.setScale("x", zooms.get(plot.chart.key));
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
-    const line = document.querySelector(".line")?.textContent;
-    if (line !== before) news.textContent = line;
+    // read aloud where the verdict is another one, not with every step
+    if (document.querySelector(".line strong")?.textContent !== before) news.textContent = document.querySelector(".line").textContent;
   }
 
   async function look() {
