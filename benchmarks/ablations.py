@@ -2,9 +2,9 @@
 
     python -m benchmarks.ablations --data imagenette/ --teacher deit_tiny.safetensors --work runs/ablations
 
-makes the images (packed at 96 px, 3000 of the training photos), works off the experiments one after the other (the same
-command again continues) and writes docs/results/ablations.json and the tables of ablations.md; the words in that
-file, above its first table, are by hand and stay. ``--only masks`` takes single experiments; ``--tables`` runs nothing.
+makes the images (packed at 96 px, 3000 of the training photos), works off the experiments one after the other (the
+same command again continues) and writes docs/results/ablations.json and the tables of ablations.md; the words in
+that file, above its first table, are by hand and stay. ``--only masks`` takes single experiments; ``--tables`` runs nothing.
 """
 
 import argparse
