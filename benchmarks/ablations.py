@@ -4,7 +4,8 @@
 
 makes the images (packed at 96 px, 3000 of the training photos), works off the experiments one after the other (the
 same command again continues) and writes docs/results/ablations.json and the tables of ablations.md; the words in
-that file, above its first table, are by hand and stay. ``--only masks`` takes single experiments; ``--tables`` runs nothing.
+that file, above its first table, are by hand and stay. ``--only masks`` takes single experiments;
+``--tables`` runs nothing.
 """
 
 import argparse
