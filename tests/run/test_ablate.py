@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cmt_mae.ablate import AblateConfig, ablate
+from cmt_mae.ablate.command import in_order
 from cmt_mae.ablate.grid import grid_names, load_grid
+from cmt_mae.ablate.one import ELSEWHERE
 from cmt_mae.ablate.one import main as work_off
-from cmt_mae.ablate.plan import read_plan
+from cmt_mae.ablate.plan import Plan, PlannedRun, read_plan
 from cmt_mae.ablate.table import write_table
 from cmt_mae.errors import InputError
+from cmt_mae.training.lock import Lock
 
 from .conftest import Make, assert_same_state
 
@@ -144,3 +149,27 @@ def test_built_in_grids_make_plans(name: str, images: Path, scale: Path, tmp_pat
     assert len(plan.runs) == 3 * len(grid.variants)
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert len(table["paper"]["numbers"]) == sum(bool(one.paper) for one in grid.variants)
+
+
+def test_a_run_in_other_hands_is_left_alone(images: Path, scale: Path, tmp_path: Path) -> None:
+    """While somebody holds a run's lock, nobody else trains it; afterwards it can be had."""
+    out = tmp_path / "out"
+    plan = quick(images, scale, out, grid_file(tmp_path, OWN), seeds=1, table_only=True)
+    ablate(plan)
+    (out / "status").mkdir()
+    lock = Lock(out / "status" / "a_s0.lock")
+    lock.take()
+    assert work_off(out, "a_s0") == ELSEWHERE
+    assert not (out / "runs").exists()
+    lock.give_back()
+
+
+@given(st.integers(1, 30), st.integers(1, 8))
+def test_machines_begin_apart_and_reach_every_run(runs: int, of: int) -> None:
+    """Every machine's order holds all runs once; the parts they begin with share nothing."""
+    planned = [PlannedRun(str(number), "v", number, True, {}) for number in range(runs)]
+    plan = Plan("e", "t", "v", "r", [], {}, planned, [])
+    orders = [[run.name for run in in_order(plan, index, of)] for index in range(of)]
+    own = [name for index, order in enumerate(orders) for name in order[: len(planned[index::of])]]
+    assert sorted(own) == sorted(run.name for run in planned)
+    assert all(sorted(order) == sorted(own) for order in orders)

@@ -215,7 +215,7 @@ class Crew:
         numbers = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         with open(self.out / "logs" / f"{run.name}.log", "ab") as log:
             self.running[run.name] = subprocess.Popen(
-                [sys.executable, "-m", "cmt_mae.ablate.one", str(self.out), run.name],
+                [sys.executable, "-m", "cmt_mae.ablate", str(self.out), run.name],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, **numbers},
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One run of a plan, in a process of its own: training, then the evaluations. ``python -m cmt_mae.ablate.one``.
+"""One run of a plan, in a process of its own: training, then the evaluations. ``python -m cmt_mae.ablate``.
 
 A process a run: whatever one of them dies of, the others go on.
 """
@@ -159,7 +159,3 @@ def check_evaluations(plan: Plan) -> None:
     for evaluation in plan.evaluations:
         settings = settings_of_task(evaluation, plan.runs[0], Path("run"))
         assert asdict(settings)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -64,8 +64,12 @@ class Plan:
     evaluations: list[Evaluation]
 
     def evaluation_key(self) -> str:
-        """Names the evaluations: a run that was measured by others has to be measured again."""
-        text = json.dumps([asdict(one) for one in self.evaluations], sort_keys=True)
+        """Names the evaluations: a run that was measured by others has to be measured again.
+
+        Of a data set only the folder's name counts, so that it may lie elsewhere on another machine.
+        """
+        what = [[one.task, Path(one.data).name, one.settings] for one in self.evaluations]
+        text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
