@@ -56,6 +56,9 @@ class Size:
     waits: float
     """Share of the time spent waiting for images."""
     memory_gb: float
+    """At the peak."""
+    kept_gb: float
+    """What the forward pass keeps for the backward pass; it grows with the images."""
     watts: float | None
 
 
@@ -151,7 +154,9 @@ def measure_stage(
         "step_seconds_range": [whole * top.low / top.seconds, whole * top.high / top.seconds],
         "images_per_second": round(config.batch_size / whole, 2),
         "data_wait_share": round(top.waits, 4),
-        "memory_gb": round(at(sizes, plan.micro_batch, lambda one: one.memory_gb), 3),
+        "memory_gb": round(
+            top.memory_gb + top.kept_gb / top.images * (plan.micro_batch - top.images), 3
+        ),
         "watts": top.watts,
     }
 
@@ -190,13 +195,14 @@ def measure_size(
         if source is not None:
             drain(batches, assemble.worker_count(config.data.workers, 1))
         measure.forget_peak(stepper.device)
+        kept = kept_gb(stepper, next(batches), step)
         energy, joules, begin = GpuEnergy(stepper.device), read_joules(), time.perf_counter()
         timed = measure.rates(stepper, batches, step, images, ROUNDS if seconds else 1, steps)
         watts = power(energy, joules, time.perf_counter() - begin)
     spread = timed["step_seconds"]
     return Size(
         images, spread["median"], spread["low"], spread["high"], timed["data_wait_share"],
-        measure.peak_gb(stepper.device), watts,
+        measure.peak_gb(stepper.device), kept, watts,
     )  # fmt: skip
 
 
@@ -207,6 +213,25 @@ def drain(batches: Iterator[Batch], workers: int) -> None:
         next(batches)
         if time.perf_counter() - begin > DRAIN_S:
             return
+
+
+def kept_gb(stepper: Stepper, batch: Batch, step: int) -> float:
+    """GB that the forward pass of these images keeps for the backward pass, weights left out.
+
+    Counted, since a process's memory hardly differs between small steps: what was freed is used again.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in stepper.learner.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stepper.loss(batch, step)
+    return sum(kept.values()) / 1e9
 
 
 def read_joules() -> float | None:
