@@ -223,6 +223,15 @@ def test_normalisation_is_compared_with_the_images(make: Make) -> None:
     ]
 
 
+def test_a_batch_larger_than_the_data_is_a_finding_and_the_rest_is_told(make: Make) -> None:
+    config = make(batch_size=64)
+    words = {one.name: getattr(config, one.name) for one in dataclasses.fields(PretrainConfig)}
+    report = doctor(DoctorConfig(**words, recipe="tiny"))
+    assert "settings and images do not fit" in [one["what"] for one in report["findings"]]
+    assert "estimate" not in report
+    assert report["data"]["splits"]["train"]["images"] == 40
+
+
 # --- images --------------------------------------------------------------------------------------
 
 
