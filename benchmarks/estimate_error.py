@@ -27,7 +27,8 @@ CASES: dict[str, tuple[str, list[str], float]] = {
         ["--epochs=2", "--runtime.probe_every=1", "--runtime.probe_data={data}"],
         5.0,
     ),
-    "CMT-MAE, micro, steps of 256 measured at fewer": ("demo", ["--epochs=8", "--batch_size=256"], 1.0),
+    "CMT-MAE, micro, steps of 256": ("demo", ["--epochs=2", "--batch_size=256"], 15.0),
+    "the same, from steps that fit into 1 s": ("demo", ["--epochs=2", "--batch_size=256"], 1.0),
     "random mask, teacher, ViT-Ti at 128 px": (
         "mvp,demo,mvp",
         ["--epochs=0.5", "--student.preset=tiny", "--student.img_size=[128]", "--student.patch_size=16",
@@ -58,7 +59,7 @@ def case(recipe: str, words: list[str], seconds: float, data: str, out: Path) ->
         "estimate_after": after["seconds"],
         "error_before": before["seconds"] / spent - 1,
         "error_after": after["seconds"] / spent - 1,
-        "extrapolated": any(one["extrapolated"] for one in before["stages"].values()),
+        "measured_images": [one["measured_images"] for one in before["stages"].values()],
         "memory_gb": rows[-1]["peak_memory_gb"],
         "memory_estimate_gb": before["memory_gb"],
         "load_before_and_after": [round(load, 2), round(os.getloadavg()[0], 2)],

@@ -96,6 +96,14 @@ RANGES: dict[str, dict[str, Range]] = {
         "seed": ZERO,
         "workers": ZERO,
     },
+    "DoctorConfig": {
+        "sample": ZERO,
+        "images": ZERO,
+        "seconds": POSITIVE,
+        "watts": ZERO,
+        "price_per_hour": ZERO,
+    },
+    "AppConfig": {"port": Range(0, 65535)},
     "KnnConfig": {
         "k": ONE,
         "temperature": POSITIVE,

@@ -9,6 +9,7 @@ from typing import Any
 from cmt_mae.app.explorer import Explorer
 from cmt_mae.data.scenes import render_scene
 from cmt_mae.errors import InputError
+from cmt_mae.ranges import check_ranges
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -37,6 +38,7 @@ class AppConfig:
 
 def app(config: AppConfig) -> dict[str, Any]:
     """Serve until interrupted; returns the address. Raises InputError without gradio, runs or a free port."""
+    check_ranges(config)
     with tempfile.TemporaryDirectory(prefix="cmt-mae-app-") as folder:
         page, address = start(config, Path(folder))
         print(f"serving on {address} (Ctrl-C ends it)", flush=True)

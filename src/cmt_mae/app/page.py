@@ -37,7 +37,8 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*values)
         except InputError as error:
-            raise gr.Error(printable(str(error)), duration=None, print_exception=False) from error
+            text = printable(str(error)).replace("<", "&lt;")  # the window takes HTML
+            raise gr.Error(text, duration=None, print_exception=False) from error
 
     return run
 

@@ -18,9 +18,11 @@ from cmt_mae.doctor.show import show
 from cmt_mae.doctor.teacher import check_teacher
 from cmt_mae.errors import InputError
 from cmt_mae.method.teacher import TeacherConfig
+from cmt_mae.ranges import check_ranges
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import make_plan
 
+UNFIT = "settings and images do not fit"
 WAITING = 0.2  # share of a step spent waiting for images
 ORDER = ("run", "settings", "data", "teacher", "estimate", "machine")  # of findings of one weight
 FULL = 0.9  # of the memory that is free
@@ -53,12 +55,6 @@ class DoctorConfig(PretrainConfig):
     price_per_hour: float = 0.0
     """What this machine costs in an hour, in any currency; 0: no price is told."""
 
-    def check_numbers(self) -> None:
-        """Raise InputError for numbers that mean nothing."""
-        for name in ("sample", "images", "seconds", "watts", "price_per_hour"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)} must not be negative")
-
     def settings(self) -> PretrainConfig:
         """The settings of the run-to-be. Raises InputError for settings that cannot work."""
         names = [one.name for one in dataclasses.fields(PretrainConfig)]
@@ -74,7 +70,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
 
     Raises InputError where there is nothing to look at: no such run, no images, settings that cannot work.
     """
-    config.check_numbers()
+    check_ranges(config)
     report: dict[str, Any] = {}
     findings: list[Finding] = []
     console = Console(stderr=True)
@@ -138,7 +134,10 @@ def judge_settings(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """The plan of the run-to-be, and what is wrong with its settings."""
     count = len(source) if source is not None else images or 1000 * settings.batch_size
-    plan = make_plan(settings, count, 1)
+    try:
+        plan = make_plan(settings, count, 1)
+    except InputError as error:
+        return {"error": str(error)}, [problem("settings", UNFIT, str(error), "as it says")]
     told = source is not None or images > 0
     facts = {**vars(plan), "images": count if told else None, "epochs": settings.epochs}
     return facts, check_settings(settings, plan)
@@ -146,7 +145,9 @@ def judge_settings(
 
 def can_run(findings: list[Finding]) -> bool:
     """Whether steps can be measured at all: the disk and the teacher are there."""
-    stops = ("the disk cannot be written", "the teacher cannot be had", "the teacher is not finite")
+    stops = (
+        "the disk cannot be written", "the teacher cannot be had", "the teacher is not finite", UNFIT,
+    )  # fmt: skip
     return not any(one.what in stops for one in findings)
 
 

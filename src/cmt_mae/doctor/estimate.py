@@ -34,7 +34,10 @@ from cmt_mae.training.checkpoint import save_checkpoint
 from cmt_mae.training.energy import GpuEnergy
 from cmt_mae.writing import as_backbone, save_student
 
-ROUNDS = 5
+ROUNDS, WARM = (
+    3,
+    2,
+)  # timings of which the median counts, after the steps that `measure.rates` does not time
 FIRST = 4  # images in the step that tells how large a step can be measured
 PREFETCHED = 4  # batches that each loader process keeps ready (data.workers)
 DRAIN_S = 6.0
@@ -53,6 +56,9 @@ class Size:
     waits: float
     """Share of the time spent waiting for images."""
     memory_gb: float
+    """At the peak."""
+    kept_gb: float
+    """What the forward pass keeps for the backward pass; it grows with the images."""
     watts: float | None
 
 
@@ -121,17 +127,23 @@ def measure_stage(
     """Seconds and memory of a whole step of one stage."""
     step = 0 if name == "one" else stepper.plan.switch_step
 
-    def size(images: int, budget: float) -> Size:
-        return measure_size(resized(config, images), stepper, teacher, source, step, budget)
+    def size(images: int, expected: float, budget: float) -> Size:
+        part = resized(config, images)
+        return measure_size(part, stepper, teacher, source, step, expected, budget)
 
     first = min(FIRST, plan.micro_batch)
-    tried = size(first, 0.0)
-    # two warm-up steps and ROUNDS timed ones must fit into the time given
-    fits = int(first * seconds / (tried.seconds * (ROUNDS + 2)))
-    largest = max(first, min(plan.micro_batch, fits))
-    sizes = [size(largest, seconds)] if largest > first else [tried]
-    if largest < config.batch_size and largest > 1:
-        sizes.insert(0, size(max(1, largest // 2), seconds / 2))
+    tried = size(first, math.inf, 0.0)
+    fits = (
+        first * seconds / (tried.seconds * (ROUNDS + WARM))
+    )  # images of a step that fits into the time
+    if (
+        plan.micro_batch == config.batch_size <= 2 * fits
+    ):  # the step itself, even if it takes a little longer
+        sizes = [size(plan.micro_batch, tried.seconds * plan.micro_batch / first, seconds)]
+    else:
+        largest = min(plan.micro_batch, max(2, int(fits)))
+        counts = sorted({max(1, largest // 4), largest})  # far apart, as the times are noisy
+        sizes = [size(one, tried.seconds * one / first, seconds / 2) for one in counts]
     whole = at(sizes, config.batch_size, lambda one: one.seconds)
     top = sizes[-1]
     return {
@@ -142,7 +154,9 @@ def measure_stage(
         "step_seconds_range": [whole * top.low / top.seconds, whole * top.high / top.seconds],
         "images_per_second": round(config.batch_size / whole, 2),
         "data_wait_share": round(top.waits, 4),
-        "memory_gb": round(at(sizes, plan.micro_batch, lambda one: one.memory_gb), 3),
+        "memory_gb": round(
+            top.memory_gb + top.kept_gb / top.images * (plan.micro_batch - top.images), 3
+        ),
         "watts": top.watts,
     }
 
@@ -150,11 +164,13 @@ def measure_stage(
 def at(sizes: list[Size], images: int, number: Any) -> float:
     """A number of a step with so many images: measured, or on the line through two measured ones.
 
-    The line never falls: noise must not make more images cheaper.
+    The line never falls: noise must not make more images cheaper. One size alone: in proportion.
     """
     top = sizes[-1]
-    if len(sizes) == 1 or images <= top.images:
+    if images <= top.images:
         return float(number(top))
+    if len(sizes) == 1:
+        return float(number(top)) * images / top.images
     slope = (number(top) - number(sizes[0])) / (top.images - sizes[0].images)
     return float(number(top) + max(0.0, slope) * (images - top.images))
 
@@ -165,26 +181,28 @@ def measure_size(
     teacher: Any,
     source: Source | None,
     step: int,
+    expected: float,
     seconds: float,
 ) -> Size:
-    """Time steps of ``config.batch_size`` images for about so many seconds; 0: one round of one step."""
+    """Time steps of ``config.batch_size`` images for about so many seconds; 0: one step.
+
+    expected: seconds that a step is likely to take.
+    """
     images = config.batch_size
     stepper.plan.micro_batch = images
+    steps = max(1, int(seconds / (ROUNDS + WARM) / expected))
     with closing(open_batches(config, stepper, teacher, source)) as batches:
         if source is not None:
             drain(batches, assemble.worker_count(config.data.workers, 1))
         measure.forget_peak(stepper.device)
-        steps, rounds = 1, 1
-        if seconds:
-            one = measure.rates(stepper, batches, step, images, 1, 1)["step_seconds"]["median"]
-            steps, rounds = max(1, int(seconds / ROUNDS / one)), ROUNDS
+        kept = kept_gb(stepper, next(batches), step)
         energy, joules, begin = GpuEnergy(stepper.device), read_joules(), time.perf_counter()
-        timed = measure.rates(stepper, batches, step, images, rounds, steps)
+        timed = measure.rates(stepper, batches, step, images, ROUNDS if seconds else 1, steps)
         watts = power(energy, joules, time.perf_counter() - begin)
     spread = timed["step_seconds"]
     return Size(
         images, spread["median"], spread["low"], spread["high"], timed["data_wait_share"],
-        measure.peak_gb(stepper.device), watts,
+        measure.peak_gb(stepper.device), kept, watts,
     )  # fmt: skip
 
 
@@ -195,6 +213,25 @@ def drain(batches: Iterator[Batch], workers: int) -> None:
         next(batches)
         if time.perf_counter() - begin > DRAIN_S:
             return
+
+
+def kept_gb(stepper: Stepper, batch: Batch, step: int) -> float:
+    """GB that the forward pass of these images keeps for the backward pass, weights left out.
+
+    Counted, since a process's memory hardly differs between small steps: what was freed is used again.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in stepper.learner.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stepper.loss(batch, step)
+    return sum(kept.values()) / 1e9
 
 
 def read_joules() -> float | None:

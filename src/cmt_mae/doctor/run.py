@@ -187,9 +187,9 @@ def dull_images(run: Run) -> list[Finding]:
 def too_low(run: Run) -> list[Finding]:
     """A learning rate that cannot move the weights within this run."""
     plan, optim = run.plan, run.config.optim
-    if plan is None or plan.total_steps < SETTLED:
-        return []
     epochs = run.config.epochs
+    if plan is None or plan.total_steps < SETTLED or optim.warmup_epochs >= epochs:
+        return []  # told as too few steps, as a warm-up that is too long
     points = [epochs * (i + 0.5) / 200 for i in range(200)]
     rates = [learning_rate(e, plan.lr, optim.warmup_epochs, epochs, optim.min_lr) for e in points]
     moved = fmean(rates) * plan.total_steps

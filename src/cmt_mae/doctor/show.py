@@ -157,6 +157,9 @@ def teacher_lines(facts: dict[str, Any]) -> Iterator[Line]:
 
 def plan_lines(facts: dict[str, Any]) -> Iterator[Line]:
     """Plan of the run-to-be."""
+    if "error" in facts:
+        yield "error", facts["error"]
+        return
     images = "unknown number of images" if facts["images"] is None else f"{facts['images']} images"
     yield (
         "plan",
