@@ -58,7 +58,7 @@ def command_of(experiment: str, options: argparse.Namespace, images: Path) -> li
 
 def write_page(work: Path) -> None:
     """ablations.json, and the tables below the words of ablations.md."""
-    from cmt_mae.ablate.text import markdown
+    from cmt_mae.ablation.text import markdown
 
     contents: list[dict[str, Any]] = []
     for experiment in EXPERIMENTS:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_mae.data.sources import open_split
-from cmt_mae.doctor.estimate import estimate
+from cmt_mae.health.estimate import estimate
 from cmt_mae.parsing import parse
 from cmt_mae.pretraining import pretrain
 from cmt_mae.recipes import load_recipes

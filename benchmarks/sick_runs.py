@@ -19,8 +19,8 @@ from PIL import Image
 
 from cmt_mae.backbones import save_backbone
 from cmt_mae.data.pack import PackConfig, pack
-from cmt_mae.doctor import DoctorConfig, doctor
-from cmt_mae.doctor.run import read_run
+from cmt_mae.health import DoctorConfig, doctor
+from cmt_mae.health.run import read_run
 from cmt_mae.parsing import parse
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig, RuntimeConfig

@@ -7,12 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmt_mae.ablate import AblateConfig, ablate
-    from cmt_mae.app import AppConfig, app
+    from cmt_mae.ablation import AblateConfig, ablate
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
     from cmt_mae.benchmark import BenchConfig, bench
     from cmt_mae.data.pack import PackConfig, pack
-    from cmt_mae.doctor import DoctorConfig, doctor
     from cmt_mae.errors import InputError, Stopped
     from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
     from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
@@ -21,8 +19,10 @@ if TYPE_CHECKING:
     from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
     from cmt_mae.evaluate.segmentation import Ade20kConfig, evaluate_ade20k
     from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
-    from cmt_mae.explain.command import explain
-    from cmt_mae.explain.settings import ExplainConfig
+    from cmt_mae.explanation.command import explain
+    from cmt_mae.explanation.settings import ExplainConfig
+    from cmt_mae.explorer import AppConfig, app
+    from cmt_mae.health import DoctorConfig, doctor
     from cmt_mae.pretraining import pretrain
     from cmt_mae.report.compare import CompareConfig, compare
     from cmt_mae.report.page.command import ReportConfig, make_report
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from cmt_mae.settings import PretrainConfig
 
 _HOMES = {
-    "AblateConfig": "ablate",
+    "AblateConfig": "ablation",
     "Ade20kConfig": "evaluate.segmentation",
-    "AppConfig": "app",
+    "AppConfig": "explorer",
     "Backbone": "backbones",
     "BenchConfig": "benchmark",
     "CocoConfig": "evaluate.detection",
     "CompareConfig": "report.compare",
     "DavisConfig": "evaluate.video.evaluate",
-    "DoctorConfig": "doctor",
+    "DoctorConfig": "health",
     "EvaluateAllConfig": "evaluate.everything",
-    "ExplainConfig": "explain.settings",
+    "ExplainConfig": "explanation.settings",
     "ExportConfig": "backbones",
     "FinetuneConfig": "evaluate.finetune",
     "InputError": "errors",
@@ -51,11 +51,11 @@ _HOMES = {
     "ReportConfig": "report.page.command",
     "Stopped": "errors",
     "WatchConfig": "report.page.serve",
-    "ablate": "ablate",
-    "app": "app",
+    "ablate": "ablation",
+    "app": "explorer",
     "bench": "benchmark",
     "compare": "report.compare",
-    "doctor": "doctor",
+    "doctor": "health",
     "evaluate_ade20k": "evaluate.segmentation",
     "evaluate_all": "evaluate.everything",
     "evaluate_coco": "evaluate.detection",
@@ -63,7 +63,7 @@ _HOMES = {
     "evaluate_finetune": "evaluate.finetune",
     "evaluate_knn": "evaluate.knn",
     "evaluate_linear": "evaluate.linear",
-    "explain": "explain.command",
+    "explain": "explanation.command",
     "export": "backbones",
     "load_backbone": "backbones",
     "make_report": "report.page.command",

@@ -25,10 +25,10 @@ COMMANDS = {
     "report": ("cmt_mae.report.page.command", "ReportConfig", "make_report"),
     "watch": ("cmt_mae.report.page.serve", "WatchConfig", "watch"),
     "bench": ("cmt_mae.benchmark", "BenchConfig", "bench"),
-    "explain": ("cmt_mae.explain.command", "ExplainConfig", "explain"),
-    "ablate": ("cmt_mae.ablate", "AblateConfig", "ablate"),
-    "doctor": ("cmt_mae.doctor", "DoctorConfig", "doctor"),
-    "app": ("cmt_mae.app", "AppConfig", "app"),
+    "explain": ("cmt_mae.explanation.command", "ExplainConfig", "explain"),
+    "ablate": ("cmt_mae.ablation", "AblateConfig", "ablate"),
+    "doctor": ("cmt_mae.health", "DoctorConfig", "doctor"),
+    "app": ("cmt_mae.explorer", "AppConfig", "app"),
 }
 EVALUATIONS = {
     "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),

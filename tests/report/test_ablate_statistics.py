@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cmt_mae.ablate.statistics import (
+from cmt_mae.ablation.statistics import (
     against_baseline,
     axis_effects,
     detectable,

@@ -11,13 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmt_mae.ablate import AblateConfig, ablate
-from cmt_mae.ablate.command import in_order
-from cmt_mae.ablate.grid import grid_names, load_grid
-from cmt_mae.ablate.one import ELSEWHERE
-from cmt_mae.ablate.one import main as work_off
-from cmt_mae.ablate.plan import Plan, PlannedRun, read_plan
-from cmt_mae.ablate.table import write_table
+from cmt_mae.ablation import AblateConfig, ablate
+from cmt_mae.ablation.command import in_order
+from cmt_mae.ablation.grid import grid_names, load_grid
+from cmt_mae.ablation.one import ELSEWHERE
+from cmt_mae.ablation.one import main as work_off
+from cmt_mae.ablation.plan import Plan, PlannedRun, read_plan
+from cmt_mae.ablation.table import write_table
 from cmt_mae.errors import InputError
 from cmt_mae.training.lock import Lock
 

@@ -18,14 +18,14 @@ from cmt_mae import assemble
 from cmt_mae.backbones import save_backbone
 from cmt_mae.benchmark.build import make_stepper, synthetic_batches
 from cmt_mae.cli import main
-from cmt_mae.doctor import DoctorConfig, doctor, machine
-from cmt_mae.doctor.estimate import Size, at, estimate, kept_gb
-from cmt_mae.doctor.finding import Finding
-from cmt_mae.doctor.images import check_images
-from cmt_mae.doctor.run import Run, diagnose
-from cmt_mae.doctor.settings import check_pixels, check_settings
-from cmt_mae.doctor.teacher import check_teacher
 from cmt_mae.errors import InputError
+from cmt_mae.health import DoctorConfig, doctor, machine
+from cmt_mae.health.estimate import Size, at, estimate, kept_gb
+from cmt_mae.health.finding import Finding
+from cmt_mae.health.images import check_images
+from cmt_mae.health.run import Run, diagnose
+from cmt_mae.health.settings import check_pixels, check_settings
+from cmt_mae.health.teacher import check_teacher
 from cmt_mae.pretraining import pretrain
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig

@@ -1,0 +1,208 @@
+"""The explorer: what the sliders do to the pictures, and the page in a real browser."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from cmt_mae.backbones import save_backbone
+from cmt_mae.data.scenes import render_scene
+from cmt_mae.errors import InputError
+from cmt_mae.explorer.command import AppConfig, app, find_runs, start
+from cmt_mae.explorer.explorer import OWN_TEACHER, TILES, Choice, Controls, Explorer
+
+PLAIN = Controls(alpha=0.3, ratio=0.75, rule="sampled_high")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A scene, wider than high."""
+    path = tmp_path_factory.mktemp("image") / "scene.png"
+    Image.fromarray(render_scene(3, 96, width=128).image).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A network of random weights on the same grid, so that its attention is another one."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    with torch.no_grad():  # as they are drawn, all attention is uniform
+        model.blocks[-1].attn.qkv.weight.mul_(20)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_backbone(
+        path, model, architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=(0.5,) * 3, std=(0.5,) * 3,
+        img_size=64, licence="none", source="random weights of a test",
+    )  # fmt: skip
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def explorer(teacher: str) -> Explorer:
+    """The embedded backbone beside a teacher of two blocks and two heads."""
+    return Explorer([], ["embedded"], [teacher])
+
+
+@pytest.fixture(scope="module")
+def both(teacher: str) -> Choice:
+    """Student and teacher."""
+    return Choice("embedded", None, teacher)
+
+
+def grey_share(visible: np.ndarray) -> float:
+    """Share of the picture in the grey of hidden patches."""
+    return float((visible == round(0.62 * 255)).all(-1).mean())
+
+
+def test_every_tile_is_there_and_hidden_patches_are_as_many_as_asked(
+    explorer: Explorer, both: Choice, image: str
+) -> None:
+    seen = explorer.view(both, image, PLAIN)
+    assert set(seen.tiles) == set(TILES)
+    shapes = {one.shape for one in seen.tiles.values()}
+    assert len(shapes) == 1, shapes
+    assert all(one.dtype == np.uint8 for one in seen.tiles.values())
+    for ratio in (0.25, 0.5, 0.75):
+        drawn = explorer.view(both, image, replace(PLAIN, ratio=ratio)).tiles["visible"]
+        assert grey_share(drawn) == pytest.approx(ratio, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("changed", "moves", "stays"),
+    [
+        ({"alpha": 1.0}, ["collab", "visible"], ["student_features", "teacher_features"]),
+        ({"rule": "block"}, ["visible"], ["collab", "teacher"]),
+        ({"temperature": 5.0}, ["visible"], ["collab"]),
+        ({"seed": 4}, ["visible"], ["collab", "student_features"]),
+        ({"layer": 1}, ["teacher", "student", "student_features"], ["photo"]),
+        ({"head": 2}, ["teacher", "student", "collab"], ["photo", "student_features"]),
+    ],
+)
+def test_each_control_moves_its_pictures_and_no_others(
+    explorer: Explorer,
+    both: Choice,
+    image: str,
+    changed: dict[str, Any],
+    moves: list[str],
+    stays: list[str],
+) -> None:
+    before = explorer.view(both, image, PLAIN).tiles
+    after = explorer.view(both, image, replace(PLAIN, **changed)).tiles
+    for name in moves:
+        assert not np.array_equal(before[name], after[name]), name
+    for name in stays:
+        assert np.array_equal(before[name], after[name]), name
+
+
+def test_alpha_one_is_the_student_alone_and_zero_the_teacher(
+    explorer: Explorer, both: Choice, image: str
+) -> None:
+    for alpha, same, other in ((0.0, "teacher", "student"), (1.0, "student", "teacher")):
+        tiles = explorer.view(both, image, replace(PLAIN, alpha=alpha)).tiles
+        assert np.array_equal(tiles["collab"], tiles[same])
+        assert not np.array_equal(tiles["collab"], tiles[other])
+
+
+def test_blocks_and_heads_are_those_that_both_networks_have(
+    explorer: Explorer, both: Choice
+) -> None:
+    assert explorer.limits(both) == (2, 2)
+    assert explorer.limits(Choice("embedded", None, "none"))[0] == 6
+
+
+def test_likeness_is_one_at_the_patch_itself_and_marks_it(explorer: Explorer, image: str) -> None:
+    alone = Choice("embedded", None, "none")
+    seen = explorer.similarity(alone, alone, image, (0.99, 0.0), stretch=True)
+    photo, first, second = seen.pictures
+    assert np.array_equal(first, second)
+    side = photo.shape[0] // 8  # 8 x 8 patches
+    assert (photo[-side, :side] == 255).all(), "the frame of the patch at the lower left"
+    assert seen.darkest[0] == seen.darkest[1] < 1
+    # the brightest colour of the scale lies on the patch: brighter than anything beside it
+    inside = first[-side // 2, side // 2].astype(int).sum()
+    others = first[:-side].astype(int).sum(-1)
+    assert inside >= np.quantile(others, 0.9)
+
+
+def test_a_run_offers_its_checkpoints_and_its_own_settings(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        Explorer([str(tmp_path)], [], [])
+    with pytest.raises(InputError, match="holds no run"):
+        find_runs([str(tmp_path)])
+    with pytest.raises(InputError, match="not in the list"):
+        Explorer([], ["embedded"], []).view(
+            Choice("/etc/passwd", None, OWN_TEACHER), "x.png", PLAIN
+        )
+
+
+def test_a_broken_image_is_one_line(explorer: Explorer, both: Choice, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"x\.png"):
+        explorer.view(both, str(tmp_path / "x.png"), PLAIN)
+
+
+def test_without_gradio_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(InputError, match=r"cmt-mae\[app\]"):
+        app(AppConfig())
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The page on a free port of loopback."""
+    pytest.importorskip("gradio", reason="needs the extra app: pip install gradio")
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    page, address = start(AppConfig(port=0), tmp_path)
+    yield address
+    page.close(verbose=False)
+
+
+def test_page_upload_slider_click_download_and_nothing_from_outside(
+    chromium: Any, served: str, image: str
+) -> None:
+    page = chromium.new_page(viewport={"width": 1300, "height": 900})
+    asked: list[str] = []
+    broken: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: broken.append(str(error)))
+
+    def source(tile: str) -> str:
+        found: str = page.get_attribute(f"#tile_{tile} img", "src")
+        return found
+
+    def changed(tile: str, before: str) -> None:
+        page.wait_for_function(
+            "([tile, before]) => ![null, undefined, before].includes("
+            "document.querySelector(`#tile_${tile} img`)?.getAttribute('src'))",
+            arg=[tile, before], timeout=60_000,
+        )  # fmt: skip
+
+    page.goto(served)
+    changed("visible", "")
+    first = source("collab")
+    page.set_input_files("#upload input[type=file]", image)
+    changed("collab", first)
+    before, student = source("visible"), source("student")
+    page.locator("#ratio input[type=range]").focus()
+    page.keyboard.press("ArrowLeft")
+    changed("visible", before)
+    assert source("student") == student, "attention does not hang on the mask"
+    with page.expect_download(timeout=60_000) as download:
+        page.click("#save")
+    assert Path(download.value.path()).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page.get_by_role("tab", name="Compare two backbones").click()
+    changed("second", "")
+    before = source("second")
+    page.locator("#tile_click img").click(position={"x": 40, "y": 60})
+    changed("second", before)
+    assert not broken
+    outside = [url for url in asked if not url.startswith((served, "data:", "blob:"))]
+    assert outside == []
