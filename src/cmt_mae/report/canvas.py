@@ -28,7 +28,9 @@ LARGEST, LEAST = 1.35, 0.46
 """Inches: width of a cell."""
 SMALL, NORMAL = 6.5, 8.0
 """Points."""
-FORMATS = ("png", "svg", "pdf")
+UNDATED = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Format -> what is left out of the file, so that the same figure is the same file."""
+FORMATS = tuple(UNDATED)
 DPI = 300
 COVER = 0.7
 """How much of a map's colour lies over the grey image; the colour bar lies over mid grey likewise."""
@@ -163,16 +165,9 @@ def save(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
                 f"--formats '{printable(ending)}' is unknown: use {', '.join(FORMATS)}"
             )
         file = path.with_name(f"{path.name}.{ending}")
-        about = (
-            {"Software": None} if ending == "png" else {"Date": None} if ending == "svg" else None
-        )
-        if ending == "pdf":
-            about = {"CreationDate": None}
+        write = partial(figure.savefig, format=ending, dpi=DPI, metadata=UNDATED[ending])
         with matplotlib.rc_context({"svg.hashsalt": "cmt-mae"}):
-            write_atomically(
-                file,
-                partial(figure.savefig, format=ending, dpi=DPI, metadata=about),
-            )
+            write_atomically(file, write)
         written.append(file)
     return written
 
