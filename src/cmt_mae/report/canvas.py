@@ -129,11 +129,9 @@ class Sheet:
             axis.set_title(name, fontsize=SMALL, pad=2.5, fontweight=weight)
 
     def plain_heads(self, names: Sequence[str]) -> None:
-        """Titles of the columns that may hold anything, in at most two lines."""
+        """Titles of the columns that may hold anything, in lines."""
         for axis, name in zip(self.axes[0], names, strict=True):
-            text = "\n".join(
-                wrapped(printable(name), max(8, int(12 * axis.get_position().width * 10)))
-            )
+            text = "\n".join(printable(line) for line in name.split("\n"))
             axis.set_title(text, fontsize=SMALL, pad=2.5, parse_math=False)
 
     def colour_bar(self, scale: Scale, *, covered: bool = True) -> None:
