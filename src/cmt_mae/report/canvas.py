@@ -95,10 +95,11 @@ class Sheet:
         cell = min(largest, max(LEAST, (WIDTH - beside) / columns))
         high = cell * aspect + (0.15 if below else 0.03)
         width = max(2.6, beside + cell * columns)
-        lines = wrapped(printable(title), max(24, int(width * 14)))
+        lines = wrapped(printable(title), max(24, int(width * 15)))
         size = (width, 0.1 + 0.15 * len(lines) + 0.11 * head_lines + high * rows)
         layout = ConstrainedLayoutEngine(w_pad=0.012, h_pad=0.012, wspace=0, hspace=0)
-        self.figure, self.bar = Figure(figsize=size, layout=layout), bar
+        self.figure = Figure(figsize=size, layout=layout)
+        self.bar = "\n".join(wrapped(bar, max(10, int(high * rows * 13))))
         FigureCanvasAgg(self.figure)
         self.axes: NDArray[Any] = self.figure.subplots(rows, columns, squeeze=False)
         for axis in self.axes.flat:
