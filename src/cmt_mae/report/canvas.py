@@ -142,7 +142,7 @@ class Sheet:
             colours = COVER * colours + (1 - COVER) * 0.5
         drawn = ScalarMappable(Normalize(0, scale.highest), ListedColormap(list(colours)))
         bar = self.figure.colorbar(
-            drawn, ax=self.axes, shrink=0.9 if len(self.axes) < 3 else 0.5, pad=0.012, fraction=0.05,
+            drawn, ax=self.axes, shrink=0.9 if self.figure.get_figheight() < 3 else 0.5, pad=0.012, fraction=0.05,
             aspect=16, extend={(0, 0): "neither", (1, 0): "max", (0, 1): "min", (1, 1): "both"}[
                 scale.clipped, scale.below
             ],
