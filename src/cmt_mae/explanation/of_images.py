@@ -123,7 +123,7 @@ def predictions(desk: Desk) -> None:
             basis.colours(target), basis.colours(said[name]), cosine, share
         )
     networks = look.networks
-    title = f"{networks.name}: predicted features (hidden by rule {rule}), colours: the target's principal axes"
+    title = f"{networks.name}: predicted features, hidden by rule {rule}; colours: the target's principal axes"
     sheet = predictions_sheet(
         look.inputs.shown, predicted, mask.mask, counted, networks.grid, title
     )

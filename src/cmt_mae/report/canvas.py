@@ -28,7 +28,9 @@ LARGEST, LEAST = 1.35, 0.46
 """Inches: width of a cell."""
 SMALL, NORMAL = 6.5, 8.0
 """Points."""
-FORMATS = ("png", "svg", "pdf")
+UNDATED = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Format -> what is left out of the file, so that the same figure is the same file."""
+FORMATS = tuple(UNDATED)
 DPI = 300
 COVER = 0.7
 """How much of a map's colour lies over the grey image; the colour bar lies over mid grey likewise."""
@@ -93,10 +95,11 @@ class Sheet:
         cell = min(largest, max(LEAST, (WIDTH - beside) / columns))
         high = cell * aspect + (0.15 if below else 0.03)
         width = max(2.6, beside + cell * columns)
-        lines = wrapped(printable(title), max(24, int(width * 14)))
+        lines = wrapped(printable(title), max(24, int(width * 15)))
         size = (width, 0.1 + 0.15 * len(lines) + 0.11 * head_lines + high * rows)
         layout = ConstrainedLayoutEngine(w_pad=0.012, h_pad=0.012, wspace=0, hspace=0)
-        self.figure, self.bar = Figure(figsize=size, layout=layout), bar
+        self.figure = Figure(figsize=size, layout=layout)
+        self.bar = "\n".join(wrapped(bar, max(10, int(high * rows * 13))))
         FigureCanvasAgg(self.figure)
         self.axes: NDArray[Any] = self.figure.subplots(rows, columns, squeeze=False)
         for axis in self.axes.flat:
@@ -127,11 +130,9 @@ class Sheet:
             axis.set_title(name, fontsize=SMALL, pad=2.5, fontweight=weight)
 
     def plain_heads(self, names: Sequence[str]) -> None:
-        """Titles of the columns that may hold anything, in at most two lines."""
+        """Titles of the columns that may hold anything, in lines."""
         for axis, name in zip(self.axes[0], names, strict=True):
-            text = "\n".join(
-                wrapped(printable(name), max(8, int(12 * axis.get_position().width * 10)))
-            )
+            text = "\n".join(printable(line) for line in name.split("\n"))
             axis.set_title(text, fontsize=SMALL, pad=2.5, parse_math=False)
 
     def colour_bar(self, scale: Scale, *, covered: bool = True) -> None:
@@ -141,7 +142,7 @@ class Sheet:
             colours = COVER * colours + (1 - COVER) * 0.5
         drawn = ScalarMappable(Normalize(0, scale.highest), ListedColormap(list(colours)))
         bar = self.figure.colorbar(
-            drawn, ax=self.axes, shrink=0.9 if len(self.axes) < 3 else 0.5, pad=0.012, fraction=0.05,
+            drawn, ax=self.axes, shrink=0.9 if self.figure.get_figheight() < 3 else 0.5, pad=0.012, fraction=0.05,
             aspect=16, extend={(0, 0): "neither", (1, 0): "max", (0, 1): "min", (1, 1): "both"}[
                 scale.clipped, scale.below
             ],
@@ -163,16 +164,9 @@ def save(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
                 f"--formats '{printable(ending)}' is unknown: use {', '.join(FORMATS)}"
             )
         file = path.with_name(f"{path.name}.{ending}")
-        about = (
-            {"Software": None} if ending == "png" else {"Date": None} if ending == "svg" else None
-        )
-        if ending == "pdf":
-            about = {"CreationDate": None}
+        write = partial(figure.savefig, format=ending, dpi=DPI, metadata=UNDATED[ending])
         with matplotlib.rc_context({"svg.hashsalt": "cmt-mae"}):
-            write_atomically(
-                file,
-                partial(figure.savefig, format=ending, dpi=DPI, metadata=about),
-            )
+            write_atomically(file, write)
         written.append(file)
     return written
 

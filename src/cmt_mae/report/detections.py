@@ -91,8 +91,10 @@ def draw_objects(axis: Any, image: np.ndarray, objects: list[Any], split: CocoSp
         )  # fmt: skip
         name = printable(split.classes[split.category_ids.index(record["category_id"])])
         text = name + (" (heap)" if heap else "") + ("" if score is None else f" {score:.2f}")
+        above = y > 0.06 * len(image)  # else it would be cut off
         axis.text(
-            max(0.0, x), max(0.0, y), text, fontsize=6, color="white", va="bottom", clip_on=True,
+            max(0.0, x), max(0.0, y), text, fontsize=6, color="white",
+            va="bottom" if above else "top", clip_on=True,
             parse_math=False, bbox={"facecolor": colour, "alpha": 0.8, "pad": 0.8, "linewidth": 0},
         )  # fmt: skip
 

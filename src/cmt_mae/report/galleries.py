@@ -95,7 +95,7 @@ def detections_sheet(split: CocoSplit, methods: Sequence[Output], count: int) ->
     answers = [read_detections(method.folder / "predictions") for method in methods]
     sheet = Sheet(
         len(places), 1 + len(methods), 0.78, f"detections with score {SHOWN_SCORE} or more",
-        below=True, largest=2.3,
+        below=True, largest=2.3, head_lines=lines_of(methods),
     )  # fmt: skip
     for row, place in enumerate(places):
         index = there[int(place)]
@@ -110,7 +110,7 @@ def detections_sheet(split: CocoSplit, methods: Sequence[Output], count: int) ->
             shown = [(b, coco_mask.decode(m["segmentation"]), b["score"]) for b, m in best]
             draw_objects(sheet.axes[row, column], image, shown, split)
             sheet.note(row, column, f"{len(found)} found")
-    sheet.plain_heads(["ground truth", *(method.name for method in methods)])
+    sheet.plain_heads(["ground truth", *(short(method.name) for method in methods)])
     return sheet
 
 
@@ -155,7 +155,7 @@ def segmentations_sheet(data: Ade20k, methods: Sequence[Output], count: int) -> 
     first = labels_of(data.val.masks[kept[0][0]], classes)
     sheet = Sheet(
         len(places), 2 + len(methods), first.shape[0] / first.shape[1], "segmentations", below=True,
-        side=1.0, largest=2.0,
+        side=1.0, largest=2.0, head_lines=lines_of(methods),
     )  # fmt: skip
     for row, place in enumerate(places):
         index, files = kept[int(place)]
@@ -168,9 +168,14 @@ def segmentations_sheet(data: Ade20k, methods: Sequence[Output], count: int) -> 
             right = 100 * float((labels == truth)[labelled].mean()) if labelled.any() else 0.0
             note = "" if file is None else f"{right:.0f} % right"
             sheet.show(row, column, painted(labels, colours), note)
-    sheet.plain_heads(["image", "ground truth", *(method.name for method in methods)])
+    sheet.plain_heads(["image", "ground truth", *(short(method.name) for method in methods)])
     legend(sheet, counts, colours, data.classes)
     return sheet
+
+
+def lines_of(methods: Sequence[Output]) -> int:
+    """Of the longest title."""
+    return max(short(method.name).count("\n") + 1 for method in methods)
 
 
 def labels_of(file: str, classes: int) -> np.ndarray:
