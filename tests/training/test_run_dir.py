@@ -69,6 +69,18 @@ def test_a_whole_last_line_without_its_end_is_not_glued_to_the_next(tmp_path: Pa
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_warnings_are_kept_as_long_as_their_steps(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.claim()
+    for step in (1, 2, 3):
+        run.append_warning(step, f"at step {step}")
+    run.cut_metrics(2)  # the run goes on from step 2
+    run.append_warning(3, "again")
+    texts = [row["text"] for row in read_metrics(tmp_path, "warnings.jsonl")]
+    assert texts == ["at step 1", "at step 2", "again"]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_full_disk_under_metrics_or_curves_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from cmt_mae.cli import main
 from cmt_mae.errors import InputError
 from cmt_mae.report.page import render
 from cmt_mae.report.page.command import ReportConfig, make_report
+from cmt_mae.report.page.pictures import chosen
 from cmt_mae.report.page.record import read_record
 from cmt_mae.report.page.render import MAX_BYTES, page
 
@@ -146,3 +147,16 @@ def test_reports_start_without_torch() -> None:
     code = "import sys, cmt_mae.report.page.command, cmt_mae.report.page.serve; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_pictures_are_chosen_from_every_kind(write: Write) -> None:
+    run = write(pictures=20)
+    for name in ("growth", "heads_teacher", "curves"):
+        Image.new("RGB", (40, 30)).save(run / "pictures" / f"{name}.png")
+    picked = chosen(read_record(str(run)), 6)
+    assert [(kind, step) for _, kind, step in picked] == [
+        ("attention", 50), ("attention", 56), ("attention", 63), ("attention", 69),
+        ("growth", None), ("heads_teacher", None),
+    ]  # fmt: skip
+    text, _ = made(run)
+    assert 'alt="heads teacher. The attention of each head by itself."' in text

@@ -36,7 +36,7 @@ def test_not_measured(write: Write) -> None:
     mood, line = verdict(write())
     assert mood == "unclear"
     # stage two: 1 + 10/60 at its first line, 1 + 10/100 at its last
-    assert line == "loss falls: k-NN not measured; loss 1.17 → 1.1 in stage 2; no collapse"
+    assert line == "not measured: no k-NN; loss 1.17 → 1.1 in stage 2; no collapse"
     assert "--runtime.probe_data" in judge(read_record(str(write("b")))).mend
 
 
@@ -84,9 +84,7 @@ def test_collapse_now_outweighs_a_rising_knn(write: Write) -> None:
     )
     mood, line = verdict(run)
     assert mood == "bad"
-    assert line.startswith(
-        "signs of collapse: signs of collapse since step 80: spread_student 0.001 < 0.02; k-NN"
-    )
+    assert line.startswith("signs of collapse: since step 80, spread_student 0.001 < 0.02; k-NN")
 
 
 def test_collapse_that_is_over(write: Write) -> None:

@@ -18,10 +18,24 @@ SIDES = (1600, 1000, 640)
 MAX_PIXELS = 64_000_000
 STEP = re.compile(r"^(?P<what>.+?)_step_(?P<step>\d+)$")
 WORDS = {
-    "attention": "Attention and mask: one row an image; the photo, the map of each network, the patches left "
-    "visible. Brighter = more attention than an even spread.",
-    "confusion": "Confusion of classes: one row a true class, one column an answer.",
+    "attention": "One row an image: the photo, the attention map of each network, the patches left visible. "
+    "Brighter is more attention than an even spread.",
+    "heads": "The attention of each head by itself.",
+    "growth": "The student's attention at several checkpoints in a row, from the random start on.",
+    "masks": "What each mask rule leaves visible of the same images.",
+    "features": "Patch features, three principal axes as red, green and blue: equal colours are equal features.",
+    "predictions": "Predicted features beside their targets, in the same colours.",
+    "reconstruction": "Pixels that the network predicts for hidden patches.",
+    "neighbours": "The nearest images of each image by the features.",
+    "confusion": "One row a true class, one column an answer.",
+    "detections": "Found objects beside the true ones.",
+    "segmentations": "Predicted masks beside the true ones.",
+    "davis": "Frames of videos with the true and the carried masks.",
+    "ladder": "Bars: results of several runs.",
 }
+"""What a picture of this kind shows, for those who cannot see it and do not know it."""
+LEFT_OUT = ("curves",)
+"""The page draws its own."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +60,21 @@ def chosen(record: Record, most: int) -> list[tuple[Path, str, int | None]]:
         folder = path.parent.relative_to(record.path / "pictures").as_posix()
         kind = match["what"] if match else path.stem
         kind = kind if folder == "." else f"{folder}/{kind}"
+        if kind in LEFT_OUT:
+            continue
         kinds.setdefault(kind, []).append((path, int(match["step"][:15]) if match else None))
+    counts = dict.fromkeys(list(kinds)[:most], 1)
+    while sum(counts.values()) < most:  # what is left goes round to those that have more
+        hungry = [kind for kind, count in counts.items() if count < len(kinds[kind])]
+        if not hungry:
+            break
+        for kind in hungry[: most - sum(counts.values())]:
+            counts[kind] += 1
     shown: list[tuple[Path, str, int | None]] = []
-    each = max(1, most // max(1, len(kinds)))
-    for kind, files in list(kinds.items())[:most]:
-        files.sort(key=lambda item: (item[1] is None, item[1] or 0, item[0].name))
-        count = min(each, len(files))
-        places = {round(i * (len(files) - 1) / max(1, count - 1)) for i in range(count)}
-        if count == 1:
-            places = {len(files) - 1}
+    for kind, count in counts.items():
+        files = sorted(kinds[kind], key=lambda item: (item[1] is None, item[1] or 0, item[0].name))
+        last = len(files) - 1
+        places = {round(i * last / (count - 1)) for i in range(count)} if count > 1 else {last}
         shown += [(files[p][0], kind, files[p][1]) for p in sorted(places)]
     return shown
 
@@ -74,7 +94,7 @@ def embedded(record: Record, budget: int, most: int = 12) -> tuple[list[Shown], 
         source = "data:image/webp;base64," + base64.b64encode(data).decode()
         budget -= len(source)
         found.append(_shown(record, path, kind, step, size, source, description))
-    left = len(record.pictures) - len(picked)
+    left = sum(path.stem not in LEFT_OUT for path in record.pictures) - len(picked)
     if left > 0:
         notes.append(f"{left} more picture(s) are in {record.path / 'pictures'}")
     return found, notes
@@ -109,7 +129,7 @@ def _shown(
 ) -> Shown:
     name = one_line(kind.replace("_", " "), 80)
     caption = name if step is None else f"{name}, step {step}"
-    says = description or WORDS.get(kind, "")
+    says = description or WORDS.get(kind.rsplit("/", 1)[-1].split("_")[0], "")
     alt = f"{caption}. {says}" if says else f"Picture {caption} of run {one_line(record.label, 80)}"
     below = path.relative_to(record.path / "pictures").as_posix()
     return Shown(source, size[0], size[1], caption, alt, one_line(below, 200))

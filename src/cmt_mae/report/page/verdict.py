@@ -15,6 +15,7 @@ SMALLEST_RISE = 1.0
 """Points of k-NN that count as a change where the number of measured images is not known."""
 LOSS_FALL = 0.02
 """Share of the loss, of the same stage, that a fall needs to count as one."""
+FALLS = "loss falls"
 EDGE = 0.1
 """Share of a stage's lines at its begin and its end whose means are compared."""
 
@@ -74,7 +75,8 @@ def learns(record: Record) -> Finding:
         return by_knn(record, knn)
     by = by_loss(record)
     if not knn:
-        by.text = f"k-NN not measured; {by.text}"
+        by.word = "not measured" if by.word == FALLS else by.word
+        by.text = f"no k-NN; {by.text}"
         if not by.mend and "runtime.probe_data" in record.settings:
             by.mend = (
                 "give --runtime.probe_data a labelled folder: the loss says little of the features"
@@ -149,7 +151,7 @@ def by_loss(record: Record) -> Finding:
     where = f" in stage {stage:.0f}" if record.switch_step and stage else ""
     text = f"loss {begin:.3g} → {end:.3g}{where}"
     if begin - end >= LOSS_FALL * abs(begin):
-        return Finding("unclear", "loss falls", text)
+        return Finding("unclear", FALLS, text)
     return Finding(
         "bad" if record.finished else "unclear",
         "loss does not fall",
@@ -169,7 +171,7 @@ def collapses(rows: list[dict[str, float]]) -> Finding | None:
         healthy = max((place for place, (_, names) in enumerate(found) if not names), default=-1)
         since = found[healthy + 1][0]
         return Finding(
-            "bad", "signs of collapse", f"signs of collapse since step {since}: {', '.join(now)}",
+            "bad", "signs of collapse", f"since step {since}, {', '.join(now)}",
             "lower --optim.blr, or look at the images and the teacher; cmt-mae doctor RUN names the likely cause",
         )  # fmt: skip
     earlier = [step for step, names in found if names]
