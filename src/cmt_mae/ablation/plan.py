@@ -87,21 +87,21 @@ def make_plan(
 
     Raises InputError for settings that `pretrain` refuses, before anything runs.
     """
+    configs: dict[str, PretrainConfig] = {}
+    for variant in grid.variants:
+        content = load_recipes(f"{variant.recipe},{recipe}" if recipe else variant.recipe)
+        merge(content, further)
+        merge(content, variant.settings)
+        merge(content, {"out": str(out), "data": {"path": data}, "runtime": {"progress": False}})
+        config: PretrainConfig = parse(f"variant {variant.name}", PretrainConfig, [], content)
+        config.check()
+        config.runtime.keep_switch = config.needs_momentum()
+        configs[variant.name] = config
     runs = []
     for seed in range(seeds):
         for variant in grid.variants:
-            content = load_recipes(f"{variant.recipe},{recipe}" if recipe else variant.recipe)
-            merge(content, further)
-            merge(content, variant.settings)
-            name = f"{variant.name}_s{seed}"
-            merge(
-                content,
-                {"seed": seed, "out": str(out / "runs" / name), "data": {"path": data}},
-            )
-            merge(content, {"runtime": {"progress": False}})
-            config: PretrainConfig = parse(f"variant {variant.name}", PretrainConfig, [], content)
-            config.check()
-            config.runtime.keep_switch = config.needs_momentum()
+            name, config = f"{variant.name}_s{seed}", configs[variant.name]
+            config.seed, config.out = seed, str(out / "runs" / name)
             runs.append(PlannedRun(name, variant.name, seed, variant.train, plain(config)))
     variants = [
         {"name": one.name, "what": one.what, "paper": one.paper, "levels": one.levels}
