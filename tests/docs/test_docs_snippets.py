@@ -22,8 +22,8 @@ from snippets import (
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # the order matters: later pages use what the first one made
 PAGES = (
-    "first-run", "teachers", "report", "small", "evaluations", "backbones", "pictures", "export", "equations",
-    "add-mask-rule", "add-target", "design", "scale", "gpu", "index",
+    "first-run", "teachers", "report", "doctor", "app", "small", "ablations", "evaluations", "backbones",
+    "pictures", "export", "equations", "add-mask-rule", "add-target", "design", "scale", "gpu", "index",
 )  # fmt: skip
 NO_COMMANDS = {"licences"}  # a table, made by a program
 

@@ -26,7 +26,16 @@ def test_the_changes_of_the_pages_apply_and_work(tmp_path: Path) -> None:
         assert applied.returncode == 0, f"{page}: {applied.stderr}"
     new = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
     chosen = ["-k", "grid or lowpass or low_frequencies", *TESTS]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *chosen]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=-v",
+        *chosen,
+    ]
     done = subprocess.run(command, env=new, **run)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = set(re.findall(r"::(test_\w+)\S* PASSED", done.stdout))
