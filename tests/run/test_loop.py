@@ -298,7 +298,7 @@ def test_a_nonfinite_loss_skips_the_step_and_is_named(
     assert "not finite" in capsys.readouterr().err
     kept = [json.loads(t) for t in (Path(config.out) / "warnings.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == [1, 2, 3, 3]
-    assert "1 step(s) up to step 1 skipped, not finite: first image_mean" in kept[0]["text"]
+    assert "1 step(s) up to step 1 skipped, not finite: first image at step 1" in kept[0]["text"]
     assert kept[-1]["text"].startswith("the run ended: 3 steps in a row up to step 3")
     for name, value in training[0].stepper.learner.named_parameters():
         assert torch.isfinite(value).all(), name
