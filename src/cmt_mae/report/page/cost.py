@@ -107,7 +107,8 @@ def arithmetic(record: Record, rows: list[dict[str, float]]) -> Pairs:
         pairs.append(
             (
                 "MFU",
-                "not known: the peak of this machine was not measured (cmt-mae bench --recipe RUN/config.yaml --out RUN does it)",
+                "not known: the peak of this machine was not measured (cmt-mae bench --recipe "
+                "RUN/config.yaml --out RUN does it)",
             )
         )
     return pairs
