@@ -49,8 +49,14 @@ def make_images(data: str, work: Path) -> Path:
 
 def command_of(experiment: str, options: argparse.Namespace, images: Path) -> list[str]:
     """As a user would type it."""
+    scale = "nano48"
+    if options.epochs != 6:
+        longer = options.work / f"epochs_{options.epochs:g}.yaml"
+        warmup = options.epochs / 12
+        longer.write_text(f"epochs: {options.epochs}\noptim: {{warmup_epochs: {warmup}}}\n")
+        scale = f"nano48,{longer}"
     return [
-        sys.executable, "-m", "cmt_mae", "ablate", experiment, "--recipe", "nano48", "--data", str(images),
+        sys.executable, "-m", "cmt_mae", "ablate", experiment, "--recipe", scale, "--data", str(images),
         "--teacher", options.teacher, "--out", str(options.work / experiment), "--seeds", str(options.seeds),
         "--jobs", str(options.jobs), "--threads", "1",
     ]  # fmt: skip
@@ -82,6 +88,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--only", nargs="*", default=EXPERIMENTS, choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=6, help="6 took 558 steps of 32 images")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="run nothing, write the page")
     options = parser.parse_args()
