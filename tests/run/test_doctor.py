@@ -78,7 +78,11 @@ def test_recorded_demo_is_quiet(name: str) -> None:
     assert names(diagnose(run)) == []
 
 
-@pytest.mark.parametrize("name", [one for one in SICK if one in RECORDED])
+BY_IMAGES = "one image 256 times"
+"""Its crops differ, so its metrics are those of a healthy run: the images themselves tell (next section)."""
+
+
+@pytest.mark.parametrize("name", [one for one in SICK if one in RECORDED and one != BY_IMAGES])
 def test_sick_recorded_run_gets_its_cause(name: str) -> None:
     """From metrics and settings alone; the whole doctor also looks at images and teacher."""
     found = diagnose(run_of(name))

@@ -46,6 +46,8 @@ class DoctorConfig(PretrainConfig):
     """How many images of each split are read, drawn at random; 0: all of them."""
     images: int = 0
     """How many images the run will have, where --data does not give them."""
+    machine: bool = True
+    """Look at the machine too, which takes a few seconds (an estimate always does)."""
     estimate: bool = True
     """Measure steps and say what the run will take (with --data or --recipe, without a run directory)."""
     seconds: float = 15.0
@@ -85,11 +87,13 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         report[part] = result[0]
         findings.extend(result[1])
 
-    with console.status("the machine"):
-        where = str(run.path) if run else config.out
-        note("machine", check_machine(
-            settings.runtime.device, settings.precision, where, settings.runtime.compile
-        ))  # fmt: skip
+    will_run = run is None and bool(config.recipe or path)
+    if config.machine or (will_run and config.estimate):
+        with console.status("the machine"):
+            where = str(run.path) if run else config.out
+            note("machine", check_machine(
+                settings.runtime.device, settings.precision, where, settings.runtime.compile
+            ))  # fmt: skip
     source = open_images(path, run is None, findings)
     if source is not None:
         bar = settings.runtime.progress and config.runtime.progress
@@ -101,7 +105,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
             note("teacher", check_teacher(settings, source))
     if run is not None:
         note("run", (facts_of(run), diagnose(run)))
-    elif config.recipe or source is not None:
+    elif will_run:
         note("settings", judge_settings(settings, source, config.images))
         if config.estimate and can_run(findings):
             with console.status("a few steps"):

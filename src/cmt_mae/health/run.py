@@ -31,6 +31,7 @@ NO_BETTER = 0.97  # of the loss of predicting 0
 ROSE = 1.15  # loss at the end over its lowest: healthy runs stay below 1.05
 EXPLODED = 1.5  # loss of any line over that of the first: healthy runs only fall
 MEAN_ONLY = 0.05  # spread of predictions over that of targets; healthy small runs end at 0.2 to 0.6
+LEAST_SPREAD = 1e-3  # of targets; healthy ones: 0.2 to 1.3
 WAITING = 0.25
 FLAT_KNN = 0.5  # points between the first and the best later k-NN
 
@@ -88,8 +89,10 @@ def diagnose(run: Run) -> list[Finding]:
     """Likely causes first, problems before warnings; nothing for a run that does well."""
     causes = [*check_settings(run.config, run.plan)] if run.plan else []
     if run.rows:
-        for rule in (not_finite, off_centre, blind_teacher, dull_images, too_low, too_high):
+        for rule in (not_finite, off_centre, dull_images, too_low, too_high):
             causes += rule(run)
+        if not dull_images(run):  # before which any teacher is blind
+            causes += blind_teacher(run)
     if not any(one.level == "problem" for one in causes) and run.rows:
         for rule in (collapsed, no_better, mean_only, flat_knn):
             causes += rule(run)
@@ -174,13 +177,14 @@ def dull_images(run: Run) -> list[Finding]:
             late_mean(run, f"image_share_{name}"),
             late_mean(run, f"spread_target_{name}"),
         )
-        if share < SAME or spread < 1e-3:
-            return [problem(
-                "run", "images say nothing",
-                f"images make {share:.2%} of the variance of the {name} targets (their spread is {spread:.2g})",
-                "look at the images (one colour? the same one many times? the same crop of a scan?) and at "
-                "the teacher",
-            )]  # fmt: skip
+        if spread < LEAST_SPREAD:
+            why = f"the {name} targets are all the same (their spread is {spread:.2g})"
+        elif share < SAME:
+            why = f"images make {share:.2%} of the variance of the {name} targets, places in them the rest"
+        else:
+            continue
+        mend = "look at the images (one colour? the same crop of a scan?) and at the teacher"
+        return [problem("run", "images say nothing", why, mend)]
     return []
 
 
