@@ -43,7 +43,7 @@ docs: $(READY)
 
 # every block of docs/*.md in bash as it is typed, the slow ones too (some minutes)
 docs-snippets: $(READY)
-	CMT_MAE_DOCS=all $(BIN)/python -m pytest --timeout 3600 tests/docs/test_docs_snippets.py
+	CMT_MAE_DOCS=all $(BIN)/python -m pytest tests/docs/test_docs_snippets.py
 
 # dist/cmt-mae.cdx.json: bill of materials (CycloneDX) of the environment that the tests run in
 sbom: $(READY) $(TOOLS)/.ready

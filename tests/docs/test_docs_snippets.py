@@ -28,6 +28,7 @@ PAGES = (
 NO_COMMANDS = {"licences"}  # a table, made by a program
 
 
+@pytest.mark.timeout(3600)  # some twenty seconds; with the slow ones many minutes
 def test_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     everything = os.environ.get("CMT_MAE_DOCS") == "all"

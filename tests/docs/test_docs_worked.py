@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("add-mask-rule", "add-target")
 TESTS = [f"tests/method/test_{name}.py" for name in ("masking", "targets", "cmtmae")]
 
 
+@pytest.mark.timeout(900)  # a test session of its own
 def test_the_changes_of_the_pages_apply_and_work(tmp_path: Path) -> None:
     for folder in ("src", "tests/method"):
         skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
