@@ -10,6 +10,7 @@ from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
 
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
 CLOCKED = ("run.lock", "run.json")  # hold dates, process numbers and the list of starts
+TOLD = "warnings.jsonl"  # holds what was said of the accidents themselves
 
 
 def steps_done(run: Path) -> list[int]:
@@ -57,7 +58,7 @@ def _older(run: Path) -> set[str]:
 
 def _names(run: Path) -> set[str]:
     files = (str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
-    return {name for name in files if not name.startswith("tensorboard/")}
+    return {n for n in files if not n.startswith("tensorboard/") and Path(n).name != TOLD}
 
 
 def _lines_apart(one: Path, two: Path) -> list[str]:
