@@ -85,3 +85,20 @@ def test_a_process_that_nobody_meets_ends_in_one_line() -> None:
     assert done.returncode == 75
     (line,) = (text for text in done.stderr.splitlines() if text.startswith("cmt-mae: "))
     assert "did not find each other within 1 s (process 0 of 2)" in line
+
+
+def test_processes_meet_again_after_a_restart_by_torchrun() -> None:
+    """torch 2.14 leaves the addresses of the dead in the store that both starts use."""
+    program = Path(__file__).with_name("restart_program.py")
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, str(program)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("sum 2.0") == 2

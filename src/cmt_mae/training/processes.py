@@ -49,6 +49,7 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
         if (PartialState().device.type == "cpu") != on_cpu:
             AcceleratorState._reset_state(reset_partial_state=True)
     with meeting_in_time(MEETING_S):
+        meet_after_restart("gloo" if on_cpu else "nccl")
         return Accelerator(cpu=on_cpu, mixed_precision="bf16" if precision == "bf16" else "no")
 
 
@@ -56,8 +57,7 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
 def meeting_in_time(seconds: float) -> Iterator[None]:
     """End this process, with a line and status 75, where the processes do not find each other in time.
 
-    gloo waits for ever for a connection that got lost while both ends came up (seen once, after a restart by
-    torchrun on a machine at its limit). Ended, torchrun starts them again.
+    gloo waits for ever for one that does not come. Ended, torchrun starts them again, or the user does.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized()
 
@@ -78,6 +78,33 @@ def meeting_in_time(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def meet_after_restart(backend: str) -> None:
+    """Bring processes together that torchrun has started again on one machine; nothing else.
+
+    torchrun keeps one store for all starts of a job (torch 2.14), in which the addresses of processes that are
+    gone still stand: this start gets names of its own there. Over several machines the count of restarts is not
+    the same everywhere; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun does it (docs/scale.md).
+    """
+    place = os.environ
+    restarts, world = (
+        int(place.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        place.get("WORLD_SIZE", "1"),
+    )
+    shared = place.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not restarts or not shared or world != place.get("LOCAL_WORLD_SIZE"):
+        return
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.TCPStore(
+            place["MASTER_ADDR"], int(place["MASTER_PORT"]), int(world), is_master=False
+        )
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore(f"start_{restarts}", store),
+            rank=int(place["RANK"]),
+            world_size=int(world),
+        )
 
 
 def make_deterministic() -> None:
