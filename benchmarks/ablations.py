@@ -19,7 +19,7 @@ import numpy as np
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
-EXPERIMENTS = ("masks", "components", "alpha", "targets", "split", "momentum")
+EXPERIMENTS = ("masks", "components", "alpha", "targets", "split", "momentum", "ladder")
 """In the order of their value for setting defaults."""
 TRAIN = (
     3000  # photos: with a teacher that sees each once, a run then takes a minute or two of one core

@@ -37,6 +37,8 @@ def test_too_few_values_give_no_p() -> None:
     """One seed: differences without a test; no baseline: nothing."""
     assert against_baseline({"base": [1.0], "x": [3.0]}, "base")["x"].p is None
     assert against_baseline({"base": [], "x": [3.0]}, "base") == {}
+    luck = {"base": [1.0, 1.01], "x": [3.0]}  # two values that happen to be close
+    assert against_baseline(luck, "base")["x"].p is None
     assert against_baseline({"base": [1.0, 1.0], "x": [1.0, 1.0]}, "base")["x"].p is None
 
 

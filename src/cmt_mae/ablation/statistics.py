@@ -11,6 +11,9 @@ from scipy import stats
 LEVEL = 0.05
 """Below this a difference is marked."""
 POWER = 0.8
+LEAST_FREEDOM = 4
+"""Degrees of freedom below which the pooled spread is luck (two values may be close by chance): no test then."""
+LEAST_PAIRS = 3
 TESTS = {
     "rows": "Dunnett's test against the baseline (one spread for all rows; any false mark in a column: 5 %)",
     "axes": "paired t-test over all combinations of the other axes and the seed, Holm over the values of an axis",
@@ -61,7 +64,7 @@ def against_baseline(groups: Mapping[str, Sequence[float]], baseline: str) -> di
     deviation, freedom = pooled_spread([control, *others.values()])
     centre = statistics.fmean(control)
     p: Sequence[float | None] = [None] * len(others)
-    if freedom > 0 and deviation > 0:
+    if freedom >= LEAST_FREEDOM and deviation > 0:
         p = [float(one) for one in dunnett(list(others.values()), control)]
     return {
         name: Effect(statistics.fmean(values) - centre, one, len(values))
@@ -98,7 +101,7 @@ def axis_effects(
             continue
         differences = [blocks[level][block] - blocks[levels[0]][block] for block in both]
         p = None
-        if len(both) > 1 and statistics.stdev(differences) > 0:
+        if len(both) >= LEAST_PAIRS and statistics.stdev(differences) > 0:
             p = float(stats.ttest_1samp(differences, 0.0).pvalue)
         effects[level] = Effect(statistics.fmean(differences), p, len(both))
     known = {level: effect.p for level, effect in effects.items() if effect.p is not None}
@@ -123,7 +126,7 @@ def detectable(deviation: float, freedom: int, n: int, comparisons: int) -> floa
     Bonferroni in place of Dunnett, and t in place of its noncentral form: a little too large. NaN without
     a spread.
     """
-    if freedom < 1 or n < 1 or not math.isfinite(deviation):
+    if freedom < LEAST_FREEDOM or n < 1 or not math.isfinite(deviation):
         return math.nan
     factor = stats.t.ppf(1 - LEVEL / 2 / max(1, comparisons), freedom) + stats.t.ppf(POWER, freedom)
     return float(factor * deviation * math.sqrt(2 / n))

@@ -27,11 +27,17 @@ def introduction(content: dict[str, Any]) -> str:
     student = f"{settings.get('student.preset')} at {settings.get('student.img_size')} px"
     return (
         f"Experiment `{cell(content['experiment'])}`, scale `{cell(content['recipe'])}`: student {student}, "
-        f"{settings.get('epochs')} epochs of {cell(settings.get('data.path'))}, batch "
-        f"{settings.get('batch_size')}, teacher {cell(settings.get('teacher.name'))}. "
+        f"{settings.get('epochs')} epochs of {cell(last_part(settings.get('data.path')))}, batch "
+        f"{settings.get('batch_size')}, teacher "
+        f"{cell(last_part(settings.get('teacher.name')))}. "
         f"{content['runs_done']} of {content['runs_planned']} runs are done. "
         "Percent: mean ± standard deviation between seeds (number of seeds)."
     )
+
+
+def last_part(path: Any) -> str:
+    """A path without where it lies on this machine; other names stay."""
+    return str(path).rstrip("/").rsplit("/", 1)[-1]
 
 
 def main_table(content: dict[str, Any]) -> str:
@@ -47,6 +53,8 @@ def main_table(content: dict[str, Any]) -> str:
     lines = [head, ["---"] * len(head)]
     for one in content["variants"]:
         name = one["name"]
+        if not one["done"]:
+            continue
         title = cell(name) + (f": {cell(one['what'])}" if one["what"] else "")
         if name == content["baseline"]:
             title += " (baseline)"
@@ -118,8 +126,8 @@ def notes(content: dict[str, Any]) -> str:
             if any(c["axes"] for c in content["columns"])
             else ""
         )
-        + " An unmarked difference is not shown to be zero: see the last line for what would have been seen "
-        "(power 80 %)."
+        + " No test where the seeds leave fewer than 4 degrees of freedom, or fewer than 3 pairs. An unmarked "
+        "difference is not shown to be zero: the last line says what would have been seen (power 80 %)."
     ]
     if content["paper"]["numbers"]:
         lines.append(
@@ -128,6 +136,9 @@ def notes(content: dict[str, Any]) -> str:
         )
     for name, reason in content["failed"].items():
         lines.append(f"Failed: {cell(name)}: {cell(reason)}")
+    untouched = [one["name"] for one in content["variants"] if not one["done"]]
+    if untouched:
+        lines.append(f"No run is done yet of: {cell(', '.join(untouched))}.")
     missing = content["runs_planned"] - content["runs_done"] - len(content["failed"])
     if missing:
         lines.append(f"{missing} runs are still to be made: the same command continues.")
