@@ -238,12 +238,12 @@ def page(table: list[dict[str, Any]], estimates: Path | None) -> str:
     missing = f"Not run yet: {', '.join(rest)}." if rest else ""
     lines = [
         "# How right is the doctor?", "",
-        f"`python -m benchmarks.sick_runs`: {len(healthy)} healthy runs and {len(sick)} made sick in one known way "
-        f"(Imagenette, {10 * TRAIN} photos at 64 px, a ViT of width 128 and depth 6, 124 steps of 64 where nothing "
-        f"else is said, one seed). The doctor was quiet on {quiet} of {len(healthy)} healthy ones, named the cause "
-        f"of {right} of {len(sick)} sick ones, and named it first in {first}. The limits were set while looking at "
-        "these runs, so this is no test on unseen ones; their metrics are kept in `tests/run/recorded_runs.json` "
-        f"and hold the rules to it. {missing}", "",
+        f"`python -m benchmarks.sick_runs`: {len(healthy)} healthy runs and {len(sick)} made sick in one known "
+        f"way (Imagenette, {10 * TRAIN} photos at 64 px, a ViT of width 128 and depth 6, 124 steps of 64 where "
+        f"nothing else is said, one seed). The doctor was quiet on {quiet} of {len(healthy)} healthy ones, named "
+        f"the cause of {right} of {len(sick)} sick ones, and named it first in {first}. The limits were set while "
+        "looking at these runs, so this is no test on unseen ones; their metrics are kept in "
+        f"`tests/run/recorded_runs.json` and hold the rules to it. {missing}", "",
         "| run | made sick by | the doctor says |", "|---|---|---|",
     ]  # fmt: skip
     settings = HEALTHY | {name: given[:2] for name, given in SICK.items()}
@@ -260,12 +260,10 @@ def estimate_lines(content: dict[str, Any]) -> list[str]:
     """The part on the estimate of time and memory."""
     lines = [
         "", "## The estimate beside real runs", "",
-        "`python -m benchmarks.estimate_error`: estimate, the run itself, the estimate again, one thread, on "
-        "a machine of "
-        f"{content['hardware']['cores']} cores that others used at the same time; the load is in the table, "
-        f"and with it a step takes "
-        "up to three times as long from one minute to the next. That, not the method, is most of the error "
-        "here.", "",
+        "`python -m benchmarks.estimate_error`: estimate, the run itself, the estimate again, one thread, "
+        f"{content['hardware']['cores']} cores. Where others compute at the same time (the load is in the table) a step "
+        "takes up to three times as long from one minute to the next, so that the two estimates of one run differ "
+        "as well.", "",
         "| run | steps | told before | taken | told after | memory told | memory taken | load before, after |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
