@@ -261,9 +261,9 @@ def estimate_lines(content: dict[str, Any]) -> list[str]:
     lines = [
         "", "## The estimate beside real runs", "",
         "`python -m benchmarks.estimate_error`: estimate, the run itself, the estimate again, one thread, "
-        f"{content['hardware']['cores']} cores. Where others compute at the same time (the load is in the table) a "
-        "step takes up to three times as long from one minute to the next, so that the two estimates of one run differ "
-        "as well.", "",
+        f"{content['hardware']['cores']} cores. Where others compute at the same time (the load is in the table) "
+        "a step takes up to three times as long from one minute to the next, so that the two estimates of one "
+        "run differ as well.", "",
         "| run | steps | told before | taken | told after | memory told | memory taken | load before, after |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
