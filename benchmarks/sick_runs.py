@@ -234,17 +234,16 @@ def page(table: list[dict[str, Any]], estimates: Path | None) -> str:
     sick = [row for row in table if row["expected"]]
     quiet, right = sum(row["right"] for row in healthy), sum(row["right"] for row in sick)
     first = sum(row["first"] for row in sick)
+    rest = [name for name in [*HEALTHY, *SICK] if name not in {row["run"] for row in table}]
+    missing = f"Not run yet: {', '.join(rest)}." if rest else ""
     lines = [
         "# How right is the doctor?", "",
-        f"`python -m benchmarks.sick_runs`: {len(healthy)} healthy runs and {len(sick)} made sick in one "
-        f"known way (Imagenette, "
-        f"{10 * TRAIN} photos at 64 px, a ViT of width 128 and depth 6, 124 steps of 64 where nothing else is "
-        f"said, one seed). "
-        f"The doctor was quiet on {quiet} of {len(healthy)} healthy ones, named the cause of {right} of "
-        f"{len(sick)} sick ones, and "
-        f"named it first in {first}. The limits were set while looking at these runs, so this is no test on "
-        f"unseen ones; their "
-        "metrics are kept in `tests/run/recorded_runs.json` and hold the rules to it.", "",
+        f"`python -m benchmarks.sick_runs`: {len(healthy)} healthy runs and {len(sick)} made sick in one known "
+        f"way (Imagenette, {10 * TRAIN} photos at 64 px, a ViT of width 128 and depth 6, 124 steps of 64 where "
+        f"nothing else is said, one seed). The doctor was quiet on {quiet} of {len(healthy)} healthy ones, named "
+        f"the cause of {right} of {len(sick)} sick ones, and named it first in {first}. The limits were set while "
+        "looking at these runs, so this is no test on unseen ones; their metrics are kept in "
+        f"`tests/run/recorded_runs.json` and hold the rules to it. {missing}", "",
         "| run | made sick by | the doctor says |", "|---|---|---|",
     ]  # fmt: skip
     settings = HEALTHY | {name: given[:2] for name, given in SICK.items()}
@@ -261,12 +260,10 @@ def estimate_lines(content: dict[str, Any]) -> list[str]:
     """The part on the estimate of time and memory."""
     lines = [
         "", "## The estimate beside real runs", "",
-        "`python -m benchmarks.estimate_error`: estimate, the run itself, the estimate again, one thread, on "
-        "a machine of "
-        f"{content['hardware']['cores']} cores that others used at the same time; the load is in the table, "
-        f"and with it a step takes "
-        "up to three times as long from one minute to the next. That, not the method, is most of the error "
-        "here.", "",
+        "`python -m benchmarks.estimate_error`: estimate, the run itself, the estimate again, one thread, "
+        f"{content['hardware']['cores']} cores. Where others compute at the same time (the load is in the table) "
+        "a step takes up to three times as long from one minute to the next, so that the two estimates of one "
+        "run differ as well.", "",
         "| run | steps | told before | taken | told after | memory told | memory taken | load before, after |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
