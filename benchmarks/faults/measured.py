@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_mae.errors import InputError
+from cmt_mae.text import printable
 
 
 @dataclass
@@ -206,7 +207,7 @@ def _try(part: list[Trial], progress: Progress) -> list[tuple[str, str]]:
             wrong = trial()
             said.append(("fine", "") if wrong is None else ("wrong", wrong))
         except InputError as error:
-            told = " ".join(str(error).split())  # as the command line prints it
+            told = printable(" ".join(str(error).split()))  # as the command line prints it
             said.append(("refused" if is_one_line(told) else "wrong", told[:500]))
         except Exception as error:
             text = " ".join(traceback.format_exc().split())[-400:]

@@ -24,6 +24,7 @@ from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.detection_crops import Example
 from cmt_mae.data.folder import open_file, read_file
 from cmt_mae.errors import InputError
+from cmt_mae.text import one_line
 
 LARGEST_ID = 2**53
 """Ids from here on are not the same number in every JSON reader, and overflow in the evaluation."""
@@ -323,7 +324,7 @@ def check_files(
     if absent:
         raise InputError(
             f"{annotation_file.name} names {len(absent)} image(s) that are not in {folder}: "
-            f"{', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}; add them, or take them out of it"
+            f"{', '.join(one_line(name, 80) for name in absent[:3])}{' ...' if len(absent) > 3 else ''}; add them, or take them out of it"
         )
     for name, stated, (_, real) in zip(names, sizes, found, strict=True):
         if isinstance(real, str):
