@@ -322,9 +322,10 @@ def check_files(
         found = list(pool.map(look, names))
     absent = [name for name, (size, _) in zip(names, found, strict=True) if size < 0]
     if absent:
+        first = ", ".join(one_line(name, 80) for name in absent[:3])
         raise InputError(
             f"{annotation_file.name} names {len(absent)} image(s) that are not in {folder}: "
-            f"{', '.join(one_line(name, 80) for name in absent[:3])}{' ...' if len(absent) > 3 else ''}; add them, or take them out of it"
+            f"{first}{' ...' if len(absent) > 3 else ''}; add them, or take them out of it"
         )
     for name, stated, (_, real) in zip(names, sizes, found, strict=True):
         if isinstance(real, str):
