@@ -355,7 +355,9 @@ def killed(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
             verdict.failures.append(f"{case}: {len(said)} lines say so")
         if status:
             verdict.failures.append(f"{case}: torchrun ends with {status}")
-        found = [d for d in differences(whole[count], out) if "config.yaml" not in d]
+        # a fork draws smaller pictures than a process that torchrun starts (tiny.py)
+        apart = ("config.yaml", "pictures/")
+        found = [d for d in differences(whole[count], out) if not any(name in d for name in apart)]
         verdict.failures += [f"{case}: {what}" for what in found[:3]]
         verdict.trials += 1
         verdict.figures["the line"] = said[0] if said else ""

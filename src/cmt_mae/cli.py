@@ -15,6 +15,8 @@ from cmt_mae.errors import InputError, LostProcess, Stopped
 from cmt_mae.parsing import expand, hint, parse, take, take_flag, with_lists, with_positional
 from cmt_mae.text import one_line, printable
 
+# read by torch at its import: its own warnings, such as DDP's of a flag that we set on purpose, are not for users
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # command -> module and names of its settings and of its function; imported only when asked for
 COMMANDS = {
     "pretrain": ("cmt_mae.pretraining", "PretrainConfig", "pretrain"),

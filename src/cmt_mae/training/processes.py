@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from cmt_mae.errors import InputError, LostProcess
 from cmt_mae.training.memory import keep_memory
@@ -50,7 +51,20 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
             AcceleratorState._reset_state(reset_partial_state=True)
     with meeting_in_time(MEETING_S):
         meet_after_restart("gloo" if on_cpu else "nccl")
-        return Accelerator(cpu=on_cpu, mixed_precision="bf16" if precision == "bf16" else "no")
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            kwargs_handlers=[steady_buckets()],
+        )
+
+
+def steady_buckets() -> DistributedDataParallelKwargs:
+    """DDP that adds gradients up in the same order in every step, the first after a start included.
+
+    Else it sorts parameters into new buckets after its first backward pass, and with three processes or more
+    the sums of the first step after a resume would be rounded otherwise than in a run that was not stopped.
+    """
+    return DistributedDataParallelKwargs(find_unused_parameters=True)
 
 
 @contextlib.contextmanager
