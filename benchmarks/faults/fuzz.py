@@ -33,8 +33,11 @@ SIZES = {  # cases of each kind: full, quick
     "runs": (250, 3),
     "work": (300, 3),
 }
-PLACES = {"out", "data", "data.path", "data_root", "backbone", "cache", "runs", "init_from"}
-"""Settings that say where to read and write: they are not drawn, so that a case stays in its folder."""
+PLACES = {
+    "out", "data", "data.path", "data_root", "backbone", "cache", "runs", "init_from", "run", "images", "results",
+    "backbones", "teachers", "teacher.cache_folder", "experiment", "host", "open",
+}  # fmt: skip
+"""Settings that say where to read, write and listen: they are not drawn, so that a case stays in its folder."""
 NAMES = {  # of each command: words that end it before any work
     "pretrain": ["--out", "o", "--data", "nowhere"],
     "pack": ["--out", "o", "--data", "nowhere"],
@@ -42,6 +45,12 @@ NAMES = {  # of each command: words that end it before any work
     "demo": ["--out", "o", "--data", "nowhere"],
     "compare": ["nowhere"],
     "bench": ["--data", "nowhere", "--teacher", "nowhere.pth"],
+    "ablate": ["--out", "o", "--experiment", "masks", "--data", "nowhere"],
+    "app": ["nowhere"],
+    "doctor": ["nowhere"],
+    "explain": ["--run", "nowhere", "--images", "nowhere"],
+    "report": ["nowhere"],
+    "watch": ["nowhere"],
     "knn": ["--backbone", "nowhere.pth", "--data", "nowhere"],
     "all": ["--backbone", "nowhere.pth", "--data_root", "nowhere", "--out", "o"],
 }
