@@ -175,9 +175,9 @@ def look_at(pid: int, out: Path, step: int) -> Sample | None:
 
 
 def anonymous_kb(pid: int) -> int:
-    """Memory of a process that no file stands behind. Raises OSError where it has ended."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+    """Memory of a process that no file stands behind, its share of what forks share. Raises OSError at its end."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Anon:"):
             return int(line.split()[1])
     raise OSError(f"process {pid} has ended")
 
