@@ -187,8 +187,8 @@ def on_loaders(options: Options, chance: random.Random, verdict: Verdict) -> Non
             elif hurt and not (
                 "loader worker" in said and "process" in said and "it was to read" in said
             ):
-                # a worker that had nothing more to do may be gone unnoticed
-                fault = None if how in OUTSIDE and not said else f"not named: {said!r}"
+                # unnoticed: a worker that had nothing more to do, or read ahead what nobody asked for
+                fault = f"not named: {said!r}" if said else None
             figures["accidents"] += hurt
             figures["noticed"] += bool(said)
             kind = "hang" if hang else "death"
