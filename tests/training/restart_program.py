@@ -18,5 +18,5 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             accelerator.reduce(torch.ones(1))
     except RuntimeError:
         sys.exit(75)
-print("sum", accelerator.reduce(torch.ones(1)).item(), flush=True)
+sys.stdout.write(f"sum {accelerator.reduce(torch.ones(1)).item()}\n")  # in one piece
 leave_processes()
