@@ -10,10 +10,12 @@ writes docs/results/faults.json after every part, and docs/results/faults.md fro
 import argparse
 import importlib
 import json
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,14 @@ def run(part: str, quick: bool, seed: int, shared: Path) -> dict[str, Any]:
     )
     for failure in verdict.failures:
         print(f"  BROKEN: {failure}", file=sys.stderr)
-    return {**asdict(verdict), "seed": seed, "quick": quick, "seconds": seconds}
+    about = {"seed": seed, "quick": quick, "seconds": seconds, "commit": commit()}
+    return {**asdict(verdict), **about, "date": datetime.now(UTC).date().isoformat()}
+
+
+def commit() -> str:
+    """Of the tree that is put to the test, "" outside of git."""
+    words = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def page(content: dict[str, Any]) -> str:
@@ -92,14 +101,14 @@ def page(content: dict[str, Any]) -> str:
         "",
         f"Made by `{content['command']}` on {content['hardware']['processor']}; all figures are in faults.json.",
         "",
-        "| part | promise | trials | broken | seconds |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| part | promise | trials | broken | seconds | commit |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for part, entry in content["parts"].items():
         mark = " (quick)" if entry["quick"] else ""
         lines.append(
             f"| {part}{mark} | {entry['promise']} | {entry['trials']} | {len(entry['failures'])} | "
-            f"{entry['seconds']} |"
+            f"{entry['seconds']} | {entry['commit']} |"
         )
     for part, entry in content["parts"].items():
         lines += ["", f"## {part}", ""]
