@@ -27,7 +27,7 @@ WORDS = [
     "--optim.blr=0.001", "--optim.warmup_epochs=1",
 ]  # fmt: skip
 PER_1000_STEPS_KB = 100.0
-"""Growth of memory of a process that would be a leak: 100 bytes a step. Measured on the second half of each stage."""
+"""Growth of a process that would be a leak: 100 bytes a step. Measured on the second half of each stage."""
 
 
 @dataclass
