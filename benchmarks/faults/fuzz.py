@@ -140,7 +140,7 @@ def settings_of(command: str) -> dict[str, Any]:
 
 
 TYPES = {name: settings_of(name) for name in (*COMMANDS, *EVALUATIONS)}
-COMMAND_NAMES = {name: list(types) for name, types in TYPES.items()}
+COMMAND_NAMES = {name: list(types) for name, types in TYPES.items() if types}
 
 
 def start_of(command: str) -> list[str]:
