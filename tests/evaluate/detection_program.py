@@ -12,6 +12,7 @@ import torch
 
 from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco, task
 from cmt_mae.evaluate.result import Result
+from cmt_mae.training.processes import leave_processes
 
 torch.set_num_threads(1)
 
@@ -42,3 +43,4 @@ def run(kill_at: tuple[int, int] | None = None, **given: Any) -> Result:
 
 if __name__ == "__main__":
     run(**json.loads(sys.argv[1]))
+    leave_processes()

@@ -14,6 +14,7 @@ import torch
 from cmt_mae.evaluate import finetune
 from cmt_mae.evaluate.finetune import FinetuneConfig, evaluate_finetune
 from cmt_mae.evaluate.result import Result
+from cmt_mae.training.processes import leave_processes
 from cmt_mae.training.run_dir import RunDir
 
 torch.set_num_threads(1)
@@ -46,3 +47,4 @@ def run(kill_at: tuple[int, int] | None = None, **given: Any) -> Result:
 
 if __name__ == "__main__":
     run(**json.loads(sys.argv[1]))
+    leave_processes()

@@ -14,6 +14,7 @@ import torch
 from cmt_mae.evaluate import segmentation
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation import Ade20kConfig, evaluate_ade20k
+from cmt_mae.training.processes import leave_processes
 
 torch.set_num_threads(1)
 
@@ -41,3 +42,4 @@ def run(kill_at: tuple[int, int] | None = None, **given: Any) -> Result:
 if __name__ == "__main__":
     for words in sys.argv[1:]:
         run(**json.loads(words))
+    leave_processes()

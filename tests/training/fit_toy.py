@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cmt_mae.data.tasks import train_batches
 from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
-from cmt_mae.training.processes import make_accelerator
+from cmt_mae.training.processes import leave_processes, make_accelerator
 from cmt_mae.training.run_dir import RunDir, plain
 from cmt_mae.training.settings import INDIFFERENT, TaskSettings
 
@@ -113,3 +113,4 @@ def toy(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     toy(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    leave_processes()

@@ -162,6 +162,6 @@ def test_ctrl_c_ends_it_cleanly(write: Write) -> None:
         first = process.stderr.readline()
         assert "at http://127.0.0.1:" in first
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=20)
+        _, rest = process.communicate(timeout=90)
     assert rest == "stopped watching\n"
     assert process.returncode == 0
