@@ -41,7 +41,9 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
         *(OF_IMAGES if config.images else ()),
         *(OF_FILES if config.run else ()),
     ]
-    bar = Progress(console=Console(stderr=True), disable=not config.progress, transient=True)
+    console = Console(stderr=True)
+    quiet = not config.progress or not console.is_terminal
+    bar = Progress(console=console, disable=quiet, transient=True)
     with bar:
         task = bar.add_task("", total=len(wanted))
         for number, kind in enumerate(wanted, start=1):
