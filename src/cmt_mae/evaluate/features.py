@@ -22,6 +22,7 @@ from cmt_mae.data.sources import Source, open_split
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.errors import InputError
 from cmt_mae.training.files import sweep, write_atomically
+from cmt_mae.training.processes import meeting
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -73,7 +74,8 @@ def start_processes(device: str) -> Where:
         raise InputError(f"unknown device {device!r}; use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch sees no GPU here; use --device cpu or auto")
-    state = PartialState(cpu=device == "cpu")
+    with meeting(on_cpu=device == "cpu" or not torch.cuda.is_available()):
+        state = PartialState(cpu=device == "cpu")
     where = torch.device("cpu") if device == "cpu" else state.device
     return Where(where, state.process_index, state.num_processes)
 

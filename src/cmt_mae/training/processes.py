@@ -49,8 +49,7 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
         AcceleratorState._reset_state()
         if (PartialState().device.type == "cpu") != on_cpu:
             AcceleratorState._reset_state(reset_partial_state=True)
-    with meeting_in_time(MEETING_S):
-        meet_after_restart("gloo" if on_cpu else "nccl")
+    with meeting(on_cpu):
         return Accelerator(
             cpu=on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
@@ -65,6 +64,14 @@ def steady_buckets() -> DistributedDataParallelKwargs:
     the sums of the first step after a resume would be rounded otherwise than in a run that was not stopped.
     """
     return DistributedDataParallelKwargs(find_unused_parameters=True)
+
+
+@contextlib.contextmanager
+def meeting(on_cpu: bool) -> Iterator[None]:
+    """Around what brings the processes of a run together: after a restart too, and not for ever."""
+    with meeting_in_time(MEETING_S):
+        meet_after_restart("gloo" if on_cpu else "nccl")
+        yield
 
 
 @contextlib.contextmanager

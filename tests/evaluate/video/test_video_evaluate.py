@@ -287,6 +287,7 @@ import torch
 torch.set_num_threads(1)
 from cmt_mae.errors import InputError
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
+from cmt_mae.training.processes import leave_processes
 said = []
 for settings in json.loads(sys.argv[1]):
     try:
@@ -295,6 +296,7 @@ for settings in json.loads(sys.argv[1]):
     except InputError as error:
         said.append(str(error))
 pathlib.Path(__file__).with_name("said" + os.environ["RANK"]).write_text(json.dumps(said))
+leave_processes()  # else the interpreter may end while a connection's thread still runs
 """
 
 

@@ -157,6 +157,8 @@ def test_ctrl_c_ends_it_cleanly(write: Write) -> None:
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root / "src")},
+        # a runner that was started in the background passes on that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stderr is not None
         first = process.stderr.readline()
