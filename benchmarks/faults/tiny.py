@@ -229,9 +229,9 @@ class Launch:
         fault = self.fault if self.fault is not None and self.fault.rank == rank else None
         if rank == 0 or fault is not None:
             watch(self.counters, fault, out_of(self.words))
-        from cmt_mae import pretraining
+        from cmt_mae import picturing
 
-        pretraining.PICTURED = 1  # else most of a tiny run is spent, and killed, drawing pictures
+        picturing.PICTURED = 1  # else most of a tiny run is spent, and killed, drawing pictures
         if self.prepare is not None:
             self.prepare(rank)
         return main(self.words)

@@ -5,18 +5,16 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from cmt_mae import assemble
 from cmt_mae.costing import cost_of, joules_of_all
-from cmt_mae.data.loader import eval_batches, pretrain_batches, readable
+from cmt_mae.data.loader import pretrain_batches
 from cmt_mae.data.sources import Source, open_split
 from cmt_mae.errors import InputError, Stopped
-from cmt_mae.evaluate.few_shot import Subset
 from cmt_mae.evaluate.online import OnlineProbe
 from cmt_mae.method.masking import noise_length
-from cmt_mae.report.pictures import attention_picture
+from cmt_mae.picturing import draw_attention
 from cmt_mae.settings import INDIFFERENT, PretrainConfig
 from cmt_mae.stepping import Plan, Stepper, make_plan
 from cmt_mae.training import compiling
@@ -48,7 +46,6 @@ from cmt_mae.writing import as_backbone, save_student
 ENOUGH_SEEN = (
     1000  # images after which the share of broken ones is judged (an epoch where it is shorter)
 )
-PICTURED = 6  # images in a picture of attention and mask
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -251,46 +248,9 @@ class Training:
         """Image, maps and mask of the first few images, centre crops."""
         with whole(self.stepper.guides.running()):
             if self.run.writes:
-                self.write_picture()
-
-    def write_picture(self) -> None:
-        """The main process's part of ``picture``."""
-        sizes = [self.config.student.size()] + (
-            [self.crops.second_size] if self.crops.second_size else []
-        )
-        photos = Subset(self.source, readable(self.source, self.config.student.in_chans, PICTURED))
-        if not len(photos):
-            return
-        shown = [
-            next(
-                iter(
-                    eval_batches(
-                        photos,
-                        size=s,
-                        channels=self.config.student.in_chans,
-                        batch_size=PICTURED,
-                    )
+                draw_attention(
+                    self.stepper, self.source, self.crops, self.step, self.run.path / "pictures"
                 )
-            )[0]
-            for s in sizes
-        ]
-        device, stepper = self.accelerator.device, self.stepper
-        ready = [stepper.normalise(images.to(device)) for images in shown]
-        noise = torch.rand(
-            len(shown[0]), noise_length(self.config.mask.rule, self.plan.n_patches),
-            generator=torch.Generator().manual_seed(self.config.seed),
-        )  # fmt: skip
-        weights = stepper.weights_at(max(0, self.step - 1))
-        with compiling.uncompiled():
-            maps, mask = stepper.guides.maps(
-                ready[0], noise.to(device), self.plan.n_mask, weights, ready[-1]
-            )
-        path = self.run.path / "pictures" / f"attention_step_{self.step:08d}.png"
-        title = f"{self.run.path.name}, step {self.step}, rule {self.config.mask.rule}"
-        maps = {name: value.float().cpu() for name, value in maps.items()}
-        attention_picture(
-            path, shown[0] / 255, maps, mask.mask.cpu(), self.config.student.grid(), title
-        )
 
     def checkpoint(self) -> None:
         """Write everything that continuing needs, and the student alone; forget old checkpoints.

@@ -3,15 +3,11 @@
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 
-from cmt_mae.backbones import save_backbone
 from cmt_mae.data.scenes import write_imagefolder
 from cmt_mae.pretraining import pretrain
 from cmt_mae.settings import PretrainConfig
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+from random_teacher import write_teacher
 
 
 @pytest.fixture(scope="session")
@@ -25,18 +21,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A frozen ViT with random weights: 48 px, patch 12, so its grid is the student's 4 x 4; 3 heads."""
-    torch.manual_seed(5)
-    kwargs = {"img_size": 48, "patch_size": 12, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
-    with torch.no_grad():
-        for parameter in model.parameters():  # else attention is flat
-            parameter.add_(0.3 * torch.randn(parameter.shape))
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_backbone(
-        path, model, architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=IMAGENET[0],
-        std=IMAGENET[1], img_size=48, licence="none", source="random weights of a test",
-    )  # fmt: skip
-    return path
+    return write_teacher(path, heads=3, spread=0.3)
 
 
 def settings(photos: Path, teacher: Path, out: Path) -> PretrainConfig:
