@@ -5,11 +5,13 @@
 makes the images (packed at 96 px, 3000 of the training photos), works off the experiments one after the other (the
 same command again continues) and writes docs/results/ablations.json and the tables of ablations.md; the words in
 that file, above its first table, are by hand and stay. ``--only masks`` takes single experiments;
-``--tables`` runs nothing.
+``--tables`` runs nothing. A run that another experiment has made already (same settings, same seed) is taken from
+there: the settings of CMT-MAE itself stand in seven of them.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,10 @@ import numpy as np
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
-EXPERIMENTS = ("masks", "components", "alpha", "targets", "split", "momentum", "ladder")
-"""In the order of their value for setting defaults."""
+EXPERIMENTS = ("masks", "components", "targets", "alpha", "split", "momentum", "transfer")
+"""In the order of their value for setting defaults; the last is that of transfer.yaml beside this file."""
+DENSE = {"davis": "davis", "ade20k": "camvid"}
+"""Tasks of the transfer: folders beside the one of Imagenette."""
 TRAIN = (
     3000  # photos: with a teacher that sees each once, a run then takes a minute or two of one core
 )
@@ -50,16 +54,70 @@ def make_images(data: str, work: Path) -> Path:
 def command_of(experiment: str, options: argparse.Namespace, images: Path) -> list[str]:
     """As a user would type it."""
     scale = "nano48"
+    more: list[str] = []
     if options.epochs != 6:
         longer = options.work / f"epochs_{options.epochs:g}.yaml"
         warmup = options.epochs / 12
         longer.write_text(f"epochs: {options.epochs}\noptim: {{warmup_epochs: {warmup}}}\n")
         scale = f"nano48,{longer}"
+    name = experiment
+    if experiment == "transfer":
+        name = str(Path(__file__).with_name("transfer.yaml"))
+        further = [f"linear={make_digits(options.work)}"]
+        further += [
+            f"{task}={Path(options.data).parent / folder}" for task, folder in DENSE.items()
+        ]
+        more = ["--evaluate", f"[{','.join(further)}]"]
     return [
-        sys.executable, "-m", "cmt_mae", "ablate", experiment, "--recipe", scale, "--data", str(images),
+        sys.executable, "-m", "cmt_mae", "ablate", name, "--recipe", scale, "--data", str(images),
         "--teacher", options.teacher, "--out", str(options.work / experiment), "--seeds", str(options.seeds),
-        "--jobs", str(options.jobs), "--threads", "1",
+        "--jobs", str(options.jobs), "--threads", "1", *more,
     ]  # fmt: skip
+
+
+def make_digits(work: Path) -> Path:
+    """scikit-learn's handwritten digits as a folder: 1797 pictures of 8 x 8 pixels, a fourth for validation."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = work / "digits" / ("val" if number % 4 == 3 else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray((255 - image * (255 / 16)).astype(np.uint8))
+        grey.convert("RGB").resize((96, 96), Image.Resampling.BICUBIC).save(
+            folder / f"{number:04}.png"
+        )
+    return work / "digits"
+
+
+def adopt(work: Path, experiment: str) -> None:
+    """Copy runs of ``experiment`` that others below ``work`` have made with the same settings."""
+    from cmt_mae.ablation.one import read_status
+    from cmt_mae.ablation.plan import read_plan
+
+    known: dict[str, Path] = {}
+    for other in EXPERIMENTS:
+        if other == experiment or not (work / other / "plan.json").exists():
+            continue
+        for run in read_plan(work / other).runs:
+            if read_status(work / other, run.name).get("state") == "done":
+                known[key_of(run.settings, run.train)] = work / other / "runs" / run.name
+    for run in read_plan(work / experiment).runs:
+        source, target = (
+            known.get(key_of(run.settings, run.train)),
+            work / experiment / "runs" / run.name,
+        )
+        if source is not None and not target.exists():
+            print(f"{experiment}: {run.name} is {source}")
+            shutil.copytree(source, target.with_name(target.name + ".part"), dirs_exist_ok=True)
+            target.with_name(target.name + ".part").rename(target)
+
+
+def key_of(settings: dict[str, Any], train: bool) -> str:
+    """Equal for runs that differ in nothing but their place."""
+    kept = {name: value for name, value in settings.items() if name not in ("out", "runtime")}
+    return json.dumps([train, kept], sort_keys=True)
 
 
 def write_page(work: Path) -> None:
@@ -95,7 +153,10 @@ def main() -> None:
     if not options.tables:
         images = make_images(options.data, options.work)
         for experiment in options.only:
-            subprocess.run(command_of(experiment, options, images), check=True)
+            command = command_of(experiment, options, images)
+            subprocess.run([*command, "--table_only", "true"], check=True)  # writes the plan
+            adopt(options.work, experiment)
+            subprocess.run(command, check=True)
     write_page(options.work)
 
 

@@ -15,7 +15,8 @@ LEAST_FREEDOM = 4
 """Degrees of freedom below which the pooled spread is luck (two values may be close by chance): no test then."""
 LEAST_PAIRS = 3
 TESTS = {
-    "rows": "Dunnett's test against the baseline (one spread for all rows; any false mark in a column: 5 %)",
+    "rows": "Dunnett's test against the baseline with seeds as blocks (one noise for all rows; any false mark in "
+    "a column: 5 %)",
     "axes": "paired t-test over all combinations of the other axes and the seed, Holm over the values of an axis",
 }
 
@@ -51,35 +52,96 @@ def pooled_spread(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     return math.sqrt(squares / freedom), freedom
 
 
-def against_baseline(groups: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Effect]:
-    """Every other group against one: Dunnett's test (the spread is taken to be the same in all groups).
+@dataclass
+class Fit:
+    """Variant plus seed, fitted by least squares: what is left is the noise."""
 
-    With three seeds a group's own spread is hardly known (Welch's test would then see little but
-    differences of several spreads); pooled over the groups it is known better.
+    differences: dict[str, float]
+    """Variant -> difference to the baseline, between runs of the same seeds where both have them."""
+    scale: np.ndarray
+    """(variants, variants): covariance of the differences, in units of the noise's variance."""
+    deviation: float
+    """Standard deviation of the noise; NaN without degrees of freedom."""
+    freedom: int
+
+
+def fit_additive(values: Mapping[str, Mapping[int, float]], baseline: str) -> Fit | None:
+    """Value = variant + seed + noise. None where a variant shares no seed with the rest, so nothing can be said.
+
+    Runs of one seed begin with the same weights and see the same pictures in the same order; what that makes them
+    share is taken out of the noise. Without gaps the differences are those of the means.
     """
-    control = groups.get(baseline, ())
-    others = {name: values for name, values in groups.items() if name != baseline and values}
-    if not control or not others:
-        return {}
-    deviation, freedom = pooled_spread([control, *others.values()])
-    centre = statistics.fmean(control)
-    p: Sequence[float | None] = [None] * len(others)
-    if freedom >= LEAST_FREEDOM and deviation > 0:
-        p = [float(one) for one in dunnett(list(others.values()), control)]
-    return {
-        name: Effect(statistics.fmean(values) - centre, one, len(values))
-        for (name, values), one in zip(others.items(), p, strict=True)
-    }
-
-
-def dunnett(samples: list[Sequence[float]], control: Sequence[float]) -> np.ndarray:
-    """p of each sample; scipy integrates by drawing, from a fixed seed here."""
-    outcome = stats.dunnett(
-        *map(np.asarray, samples),
-        control=np.asarray(control),
-        random_state=np.random.default_rng(0),
+    names = [name for name in values if name != baseline and values[name]]
+    rows = [
+        (name, seed, value) for name in (baseline, *names) for seed, value in values[name].items()
+    ]
+    seeds = sorted({seed for _, seed, _ in rows})
+    design = np.zeros((len(rows), len(names) + len(seeds)))
+    for row, (name, seed, _) in zip(design, rows, strict=True):
+        if name != baseline:
+            row[names.index(name)] = 1.0
+        row[len(names) + seeds.index(seed)] = 1.0
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        return None
+    observed = np.array([value for _, _, value in rows])
+    inverse = np.linalg.inv(design.T @ design)
+    solution = inverse @ (design.T @ observed)
+    freedom = len(rows) - design.shape[1]
+    squares = float(np.sum((observed - design @ solution) ** 2))
+    return Fit(
+        {name: float(solution[i]) for i, name in enumerate(names)},
+        inverse[: len(names), : len(names)],
+        math.sqrt(squares / freedom) if freedom else math.nan,
+        freedom,
     )
-    return np.asarray(outcome.pvalue)
+
+
+def against_baseline(
+    values: Mapping[str, Mapping[int, float]], baseline: str
+) -> tuple[dict[str, Effect], Fit | None]:
+    """Every other variant against one: Dunnett's test with seeds as blocks, and the fit behind it.
+
+    values: variant -> seed -> value. The noise is taken to be the same in all variants: with three seeds a
+    variant's own is hardly known (a test of two rows alone would see little but differences of several spreads).
+    """
+    groups = {name: list(seeds.values()) for name, seeds in values.items() if seeds}
+    if baseline not in groups or len(groups) < 2:
+        return {}, None
+    centre = statistics.fmean(groups[baseline])
+    fit = fit_additive(values, baseline)
+    effects = {
+        name: Effect(statistics.fmean(group) - centre, None, len(group))
+        for name, group in groups.items()
+        if name != baseline
+    }
+    if fit is not None:
+        for name, difference in fit.differences.items():
+            effects[name].difference = difference
+        if fit.freedom >= LEAST_FREEDOM and fit.deviation > 1e-9:
+            for name, p in dunnett(fit).items():
+                effects[name].p = p
+    return effects, fit
+
+
+def dunnett(fit: Fit) -> dict[str, float]:
+    """Dunnett's adjusted p: the chance that, were all differences 0, the largest |t| came out at least as large.
+
+    The many-dimensional t distribution is integrated by scipy, drawing from a fixed seed.
+    """
+    errors = np.sqrt(np.diag(fit.scale))
+    joint = stats.multivariate_t(
+        shape=fit.scale / np.outer(errors, errors), df=fit.freedom, allow_singular=True, seed=0
+    )
+    found = {}
+    for (name, difference), error in zip(fit.differences.items(), errors, strict=True):
+        size = abs(difference) / (error * fit.deviation)
+        box = np.full(len(errors), size)
+        if len(errors) == 1:  # Student's t, without drawing
+            found[name] = float(2 * stats.t.sf(size, fit.freedom))
+            continue
+        inside = joint.cdf(box, lower_limit=-box, random_state=np.random.default_rng(0))
+        found[name] = float(min(1.0, max(0.0, 1.0 - inside)))
+    return found
 
 
 def axis_effects(

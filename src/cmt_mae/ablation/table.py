@@ -126,13 +126,14 @@ def title_of(evaluation: Evaluation, metric: str, plan: Plan) -> str:
 
 def judge(column: Column, plan: Plan) -> None:
     """Differences, tests, spread and power of one column."""
-    groups = {name: list(seeds.values()) for name, seeds in column.values.items()}
-    column.effects = against_baseline(groups, plan.baseline)
-    deviation, freedom = pooled_spread(list(groups.values()))
+    groups = [list(seeds.values()) for seeds in column.values.values()]
+    column.effects, fit = against_baseline(column.values, plan.baseline)
+    deviation, freedom = pooled_spread(groups)
     if freedom:
-        typical = round(statistics.fmean(len(group) for group in groups.values()))
         column.spread = deviation
-        column.detectable = detectable(deviation, freedom, typical, len(column.effects))
+    if fit is not None:
+        typical = round(statistics.fmean(len(group) for group in groups))
+        column.detectable = detectable(fit.deviation, fit.freedom, typical, len(column.effects))
     levels = {one["name"]: tuple(one["levels"].values()) for one in plan.variants if one["levels"]}
     values = {levels[name]: seeds for name, seeds in column.values.items() if name in levels}
     for place, (axis, words) in enumerate(plan.axes.items()):

@@ -15,6 +15,7 @@ from cmt_mae.errors import InputError
 ASIDE = re.compile(r"\..+\.(\d+)\.tmp")
 """Name of a file being written, with the number of the process that writes it."""
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -23,11 +24,20 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        mend = "make it writable" if error.errno in READ_ONLY else "free space"
+        mend = mend_of(error)
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; {mend} or choose another --out, then run the "
             "same command again"
         ) from error
+
+
+def mend_of(error: OSError) -> str:
+    """What to do about a place that cannot be written."""
+    if error.errno in READ_ONLY:
+        return "make it writable"
+    if error.errno in FULL:
+        return "free space"
+    return "look whether a folder can be made there"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
