@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from cmt_mae.parsing import parse
 from cmt_mae.recipes import load_recipes
 from cmt_mae.settings import PretrainConfig
 from cmt_mae.stepping import Stepper
+from cmt_mae.training import compiling
 from cmt_mae.training.memory import keep_memory
 
 # name: recipe of the scale, further settings, images a step
@@ -37,10 +39,12 @@ SIZES: dict[str, tuple[str, list[str], int]] = {
     "vitb16": ("", [], 4),
 }
 Step = Callable[[], object]
+COMPILED = "ours, compiled"
 RIVALS = ("transformers", "lightly", "naive, maps in last", "naive, maps in all")
 APART = (
     "Each runs in a process of its own, as its users start it: ours keeps freed memory for the next step "
-    "(training/memory.py); 'memory kept' is the rival in such a process."
+    "(training/memory.py); 'memory kept' is the rival in such a process, 'ours, compiled' has "
+    "--runtime.compile true."
 )
 
 
@@ -97,7 +101,9 @@ def compare_mae(options: Options) -> Iterator[dict[str, Any]]:
             "transformers": partial(transformers_step, config),
             "transformers, memory kept": partial(keeping, partial(transformers_step, config)),
         }
-        missing = why_not()
+        missing, uncompiled = why_not(), compiling.why_not(torch.device("cpu"))
+        if not uncompiled:
+            makers[COMPILED] = partial(our_run, compiled(config), "one")
         if not missing:
             makers["lightly"] = partial(lightly_run, config)
         comparison = Comparison(
@@ -107,7 +113,9 @@ def compare_mae(options: Options) -> Iterator[dict[str, Any]]:
             "default) and lightly's MAE (timm's blocks, raw pixels as target) with fused AdamW from normalised "
             f"images. {APART}",
             config.batch_size, target={name: 1.25 for name in makers if name in RIVALS},
-            absent={"lightly": missing} if missing else {},
+            absent={
+                name: why for name, why in (("lightly", missing), (COMPILED, uncompiled)) if why
+            },
             facts={"dtype": "fp32"},
         )  # fmt: skip
         yield comparison.measured(alternate_processes(makers, options.rounds, comparison.name))
@@ -117,6 +125,11 @@ def our_run(config: PretrainConfig, stage: str) -> Step:
     """As ``our_step``, with everything made here."""
     backbone = frozen_backbone(config) if config.needs_teacher() else None
     return our_step(config, stage, backbone)[1]
+
+
+def compiled(config: PretrainConfig) -> PretrainConfig:
+    """The same with compiled blocks."""
+    return replace(config, runtime=replace(config.runtime, compile=True))
 
 
 def lightly_run(config: PretrainConfig) -> Step:
@@ -172,6 +185,9 @@ def compare_cmt(options: Options) -> Iterator[dict[str, Any]]:
             for how in ("last", "all"):
                 makers[f"naive, maps in {how}"] = partial(naive_run, config, stage, how)
             makers["naive, memory kept"] = partial(keeping, makers["naive, maps in last"])
+            uncompiled = compiling.why_not(torch.device("cpu"))
+            if not uncompiled:
+                makers[COMPILED] = partial(our_run, compiled(config), stage)
             comparison = Comparison(
                 "cmt", f"cmt/{size}/{stage}",
                 f"One optimizer step of CMT-MAE, stage {stage}, on {config.batch_size} images, "
@@ -180,6 +196,7 @@ def compare_cmt(options: Options) -> Iterator[dict[str, Any]]:
                 f"Hugging Face's output_attentions does. {APART}",
                 config.batch_size,
                 target={name: 1.6 for name in makers if name in RIVALS and stage == "two"},
+                absent={COMPILED: uncompiled} if uncompiled else {},
                 facts={"dtype": "fp32"},
             )  # fmt: skip
             yield comparison.measured(alternate_processes(makers, options.rounds, comparison.name))

@@ -100,6 +100,8 @@ def alternate(
 
 REST_S = 0.3
 """Between turns of different processes: OpenMP's threads of the last one go on spinning for a while."""
+TURN_S = 1.0
+"""A turn of a process lasts about as long: of short steps it takes several, and their mean is the round's time."""
 
 
 def alternate_processes(
@@ -112,14 +114,18 @@ def alternate_processes(
     with running(makers) as ends:
         names = list(makers)
         seconds: dict[str, list[float]] = {name: [] for name in names}
+        times, fastest = 1, TURN_S
         for number in range(-warm, rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 time.sleep(REST_S)
-                ends[name].send("go")
+                ends[name].send(times)
                 took = ends[name].recv()
                 if number >= 0:
                     seconds[name].append(took)
+                fastest = min(fastest, took)
+            if number < 0:
+                times = max(1, round(TURN_S / fastest))  # the same for all
             if CONSOLE.is_terminal:
                 CONSOLE.print(f"  {title}: round {number + 1} of {rounds}", end="\r")
     return seconds
@@ -148,15 +154,16 @@ def running(makers: dict[str, Callable[[], Callable[[], object]]]) -> Iterator[d
 
 
 def serve(maker: Callable[[], Callable[[], object]], end: Any, threads: int) -> None:
-    """A contestant's process: make it, then time one run for every word that comes."""
+    """A contestant's process: make it, then for every number that comes time so many runs; the mean goes back."""
     torch.set_num_threads(threads)
     run = maker()
     end.send("ready")
     while True:
-        end.recv()
+        times = end.recv()
         begin = time.perf_counter()
-        run()
-        end.send(time.perf_counter() - begin)
+        for _ in range(times):
+            run()
+        end.send((time.perf_counter() - begin) / times)
 
 
 def say(entry: dict[str, Any]) -> None:
