@@ -22,7 +22,7 @@ from .conftest import Make, as_words
 
 PUBLISHED = [
     "mae", "simmim_mask", "maskfeat", "mvp", "milan", "attmask", "data2vec", "cm_only", "ct_only",
-    "teacher_guided", "cmt", "cmt_vitb16", "cmt_vitl16", "imagenette_vits16", "demo", "micro64",
+    "teacher_guided", "cmt", "cmt_all", "cmt_vitb16", "cmt_vitl16", "imagenette_vits16", "demo", "micro64",
 ]  # fmt: skip
 
 
