@@ -157,6 +157,7 @@ def test_contestants_in_processes_of_their_own_keep_their_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(speed_timing, "REST_S", 0.0)
+    monkeypatch.setattr(speed_timing, "TURN_S", 0.02)
     seconds = alternate_processes({"a": counting, "b": counting}, 2, "test", warm=1)
     for times in seconds.values():
         assert len(times) == 2
