@@ -24,9 +24,10 @@ def cell(text: Any) -> str:
 def introduction(content: dict[str, Any]) -> str:
     """What ran, in two lines."""
     settings = content["settings"]
+    scale = ",".join(last_part(one) for one in str(content["recipe"]).split(","))
     student = f"{settings.get('student.preset')} at {settings.get('student.img_size')} px"
     return (
-        f"Experiment `{cell(content['experiment'])}`, scale `{cell(content['recipe'])}`: student {student}, "
+        f"Experiment `{cell(content['experiment'])}`, scale `{cell(scale)}`: student {student}, "
         f"{settings.get('epochs')} epochs of {cell(last_part(settings.get('data.path')))}, batch "
         f"{settings.get('batch_size')}, teacher "
         f"{cell(last_part(settings.get('teacher.name')))}. "
