@@ -116,7 +116,10 @@ def adopt(work: Path, experiment: str) -> None:
 
 def key_of(settings: dict[str, Any], train: bool) -> str:
     """Equal for runs that differ in nothing but their place."""
-    kept = {name: value for name, value in settings.items() if name not in ("out", "runtime")}
+    from cmt_mae.indifferent import INDIFFERENT
+    from cmt_mae.parsing import flatten
+
+    kept = {n: value for n, value in flatten(settings).items() if not n.startswith(INDIFFERENT)}
     return json.dumps([train, kept], sort_keys=True)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,29 @@ def counting() -> Any:
     """A contestant that takes longer at every run."""
     runs = itertools.count(1)
     return lambda: time.sleep(0.02 * next(runs))
+
+
+def noting(path: Path) -> Any:
+    """A short contestant that leaves a byte a run."""
+
+    def run() -> None:
+        with open(path, "ab") as file:
+            file.write(b".")
+        time.sleep(0.01)
+
+    return run
+
+
+def test_a_turn_of_short_runs_takes_several_the_same_for_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(speed_timing, "REST_S", 0.0)
+    monkeypatch.setattr(speed_timing, "TURN_S", 0.2)
+    makers = {name: partial(noting, tmp_path / name) for name in ("a", "b")}
+    seconds = alternate_processes(makers, 2, "test", warm=1)
+    runs = [(tmp_path / name).stat().st_size for name in makers]
+    assert runs[0] == runs[1] >= 1 + 2 * 2
+    assert all(took >= 0.01 for times in seconds.values() for took in times)
 
 
 def test_contestants_in_processes_of_their_own_keep_their_state(

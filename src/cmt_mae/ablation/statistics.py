@@ -130,15 +130,15 @@ def dunnett(fit: Fit) -> dict[str, float]:
     """
     errors = np.sqrt(np.diag(fit.scale))
     joint = stats.multivariate_t(
-        shape=fit.scale / np.outer(errors, errors), df=fit.freedom, allow_singular=True, seed=0
+        shape=fit.scale / np.outer(errors, errors), df=fit.freedom, allow_singular=True
     )
     found = {}
     for (name, difference), error in zip(fit.differences.items(), errors, strict=True):
         size = abs(difference) / (error * fit.deviation)
-        box = np.full(len(errors), size)
         if len(errors) == 1:  # Student's t, without drawing
             found[name] = float(2 * stats.t.sf(size, fit.freedom))
             continue
+        box = np.full(len(errors), size)
         inside = joint.cdf(box, lower_limit=-box, random_state=np.random.default_rng(0))
         found[name] = float(min(1.0, max(0.0, 1.0 - inside)))
     return found

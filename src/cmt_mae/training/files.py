@@ -16,6 +16,7 @@ ASIDE = re.compile(r"\..+\.(\d+)\.tmp")
 """Name of a file being written, with the number of the process that writes it."""
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
@@ -37,7 +38,9 @@ def mend_of(error: OSError) -> str:
         return "make it writable"
     if error.errno in FULL:
         return "free space"
-    return "look whether a folder can be made there"
+    if error.errno in NO_PLACE:
+        return "see that its folder can be made"
+    return "see to the disk"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,0 +1,32 @@
+"""What is said about a place that cannot be written."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from cmt_mae.errors import InputError
+from cmt_mae.training.files import write_text, writing
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EROFS, "make it writable"),
+        (errno.ENOENT, "see that its folder can be made"),
+        (errno.EIO, "see to the disk"),
+    ],
+)
+def test_each_trouble_has_its_mend(number: int, mend: str) -> None:
+    line = f"cannot write run: .*; {mend} or choose another --out"
+    with pytest.raises(InputError, match=line), writing(Path("run")):
+        raise OSError(number, os.strerror(number))
+
+
+def test_below_a_file_there_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match="see that its folder can be made"):
+        write_text(tmp_path / "file" / "report.html", "x")
+    assert (tmp_path / "file").read_text() == "kept"
