@@ -176,6 +176,10 @@ class PretrainConfig:
         for name, word, choices in self._choices():
             if word not in choices:
                 raise InputError(f"{name} '{word}' is unknown: use {', '.join(choices)}")
+        if self.target.tokens == "all+cls" and self.target.source in FROM_IMAGE:
+            raise InputError(
+                f"target.tokens all+cls needs a network as target, not {self.target.source}: use masked or all"
+            )
         if (
             self.needs_momentum()
             and "momentum" in (self.target.source, self.mask_source())

@@ -165,6 +165,7 @@ def test_bad_words_give_one_line_and_status_2(
         ({"target__norm": "batch"}, "target.norm 'batch' is unknown"),
         ({"target__loss": "l7"}, "target.loss 'l7' is unknown"),
         ({"target__tokens": "some"}, "target.tokens 'some' is unknown"),
+        ({"target__source": "pixel", "target__tokens": "all+cls"}, "use masked or all"),
         ({"mask__heads": "median"}, "mask.heads"),
         ({"mask__normalise": "yes"}, "mask.normalise"),
         ({"momentum__schedule": "wild"}, "momentum.schedule 'wild' is unknown"),
