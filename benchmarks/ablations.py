@@ -93,8 +93,8 @@ def make_digits(work: Path) -> Path:
 
 def adopt(work: Path, experiment: str) -> None:
     """Copy runs of ``experiment`` that others below ``work`` have made with the same settings."""
-    from cmt_mae.ablation.one import read_status
-    from cmt_mae.ablation.plan import read_plan
+    from cmt_mae.tools.ablate.one import read_status
+    from cmt_mae.tools.ablate.plan import read_plan
 
     known: dict[str, Path] = {}
     for other in EXPERIMENTS:
@@ -116,16 +116,16 @@ def adopt(work: Path, experiment: str) -> None:
 
 def key_of(settings: dict[str, Any], train: bool) -> str:
     """Equal for runs that differ in nothing but their place."""
-    from cmt_mae.indifferent import INDIFFERENT
-    from cmt_mae.parsing import flatten
+    from cmt_mae.core.indifferent import RESUME_SAFE_SETTINGS
+    from cmt_mae.core.parsing import flatten
 
-    kept = {n: value for n, value in flatten(settings).items() if not n.startswith(INDIFFERENT)}
+    kept = {n: value for n, value in flatten(settings).items() if not n.startswith(RESUME_SAFE_SETTINGS)}
     return json.dumps([train, kept], sort_keys=True)
 
 
 def write_page(work: Path) -> None:
     """ablations.json, and the tables below the words of ablations.md."""
-    from cmt_mae.ablation.text import markdown
+    from cmt_mae.tools.ablate.text import markdown
 
     contents: list[dict[str, Any]] = []
     for experiment in EXPERIMENTS:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.core.files import write_json
 from cmt_mae.data.davis import VideoSequence, open_davis, read_mask
 from cmt_mae.evaluate.result import hardware, versions
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
@@ -37,7 +38,6 @@ from cmt_mae.evaluate.video.features import make_extractor, patch_of
 from cmt_mae.evaluate.video.propagate import Propagation, decide, first_labels
 from cmt_mae.evaluate.video.protocol import DINO, input_size
 from cmt_mae.evaluate.video.sequence import read_batches
-from cmt_mae.training.files import write_json
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TARGET = RESULTS / "davis_speed.json"

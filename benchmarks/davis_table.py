@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.davis import RESULTS, TARGET
+from cmt_mae.core.files import write_json
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.video.protocol import PRESETS
-from cmt_mae.training.files import write_json
 
 PUBLISHED = {
     "blackswan": (0.8730, 0.9005),

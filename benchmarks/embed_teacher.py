@@ -14,8 +14,8 @@ import yaml
 from benchmarks.ladder import RESULTS
 from benchmarks.ladder_table import measure, training_facts
 from cmt_mae.backbones import load_backbone, save_backbone
-from cmt_mae.training.files import write_json
-from cmt_mae.training.run_dir import environment
+from cmt_mae.core.files import write_json
+from cmt_mae.core.runs import environment
 
 TARGET = Path(__file__).parents[1] / "src" / "cmt_mae" / "teachers" / "embedded.safetensors"
 MOST_BYTES = 3 * 2**20

@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cmt_mae.core.files import write_json
+from cmt_mae.core.parsing import parse
+from cmt_mae.core.runs import environment, read_metrics
 from cmt_mae.data.sources import open_split
-from cmt_mae.health.estimate import estimate
-from cmt_mae.parsing import parse
-from cmt_mae.pretraining import pretrain
+from cmt_mae.pretraining.run import pretrain
+from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.recipes import load_recipes
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.training.files import write_json
-from cmt_mae.training.run_dir import environment, read_metrics
+from cmt_mae.tools.diagnose.estimate import estimate
 
 CASES: dict[str, tuple[str, list[str], float]] = {
     "MAE, micro, steps of 64": ("mae,demo,mae", ["--epochs=2"], 5.0),

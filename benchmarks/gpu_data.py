@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_photos import PHOTO, make_tars
-from cmt_mae import assemble
-from cmt_mae.benchmark import measure
 from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.sources import open_source
 from cmt_mae.method.masking import noise_length
-from cmt_mae.stepping import Stepper
+from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.tools.bench import measure
 
 
 def make_data(folder: Path, count: int, workers: int, photos: str, quick: bool) -> dict[str, Any]:

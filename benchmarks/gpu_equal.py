@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmt_mae.benchmark.measure import replaced
 from cmt_mae.data.loader import Batch
 from cmt_mae.method import cmtmae
-from cmt_mae.stepping import Stepper
+from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.tools.bench.measure import replaced
 
 # Largest relative error (norm of the difference over the norm) against eager fp32, in fp32.
 FP32 = {"loss": 1e-5, "gradients": 1e-3, "targets": 1e-4, "scores": 1e-4}
@@ -27,14 +27,14 @@ def look(stepper: Stepper, batches: list[Batch], step: int, mask: Any = None) ->
     seen: dict[str, Any] = {}
 
     def record_scores(real: Any) -> Any:
-        def hide(
+        def sample_mask(
             rule: str, count: int, noise: Tensor, grid: Any, scores: Any = None, **more: Any
         ) -> Any:
             own = real(rule, count, noise, grid, scores, **more)
             seen["scores"], seen["own_mask"] = scores, own.mask
             return own if mask is None else mask
 
-        return hide
+        return sample_mask
 
     def record_targets(real: Any) -> Any:
         def targets(*arguments: Any) -> Any:
@@ -46,8 +46,8 @@ def look(stepper: Stepper, batches: list[Batch], step: int, mask: Any = None) ->
         return targets
 
     with (
-        replaced(cmtmae, "hide", record_scores),
-        replaced(cmtmae.Guides, "_targets", record_targets),
+        replaced(cmtmae, "sample_mask", record_scores),
+        replaced(cmtmae.FrozenNetworks, "_targets", record_targets),
     ):
         for batch in batches:
             stepper.optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmt_mae.method.cmtmae import Guides
+from cmt_mae.method.cmtmae import FrozenNetworks
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
@@ -58,7 +58,7 @@ class Fp8Linear(nn.Linear):
         return out[:rows].unflatten(0, tokens.shape[:-1])
 
 
-def use_fp8(guides: Guides) -> None:
+def use_fp8(guides: FrozenNetworks) -> None:
     """Exchange the linear layers of all blocks but the last of both frozen networks (its inside is read)."""
     running: list[Any] = [] if guides.teacher is None else [guides.teacher.model]
     if guides.momentum is not None:
@@ -72,7 +72,7 @@ def use_fp8(guides: Guides) -> None:
         follow_momentum(guides)
 
 
-def follow_momentum(guides: Guides) -> None:
+def follow_momentum(guides: FrozenNetworks) -> None:
     """Round the momentum student's fp8 weights again whenever its bf16 ones change."""
     layers = [m for m in guides.momentum_runs().modules() if isinstance(m, Fp8Linear)]
     before = guides.round_momentum

@@ -17,14 +17,14 @@ import torch
 from benchmarks import gpu_data, gpu_equal
 from benchmarks.gpu import TARGETS, read, scratch, workers_of
 from benchmarks.gpu_variants import VARIANTS, Variant, settings, stepper_of
-from cmt_mae import assemble
 from cmt_mae.backbones import Backbone
-from cmt_mae.benchmark import measure
-from cmt_mae.benchmark.build import synthetic_batches
-from cmt_mae.benchmark.flops import OURS, PLAIN, step_macs, step_of
-from cmt_mae.stepping import Stepper
-from cmt_mae.training.files import write_json
-from cmt_mae.training.run_dir import environment
+from cmt_mae.core.files import write_json
+from cmt_mae.core.runs import environment
+from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.tools.bench import measure
+from cmt_mae.tools.bench.build import synthetic_batches
+from cmt_mae.tools.bench.flops import OURS, PLAIN, step_macs, step_of
 
 SECONDS = {"equal": 60, "variants": 60, "sweep": 15, "loader": 60, "shares": 20, "profile": 30}
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from benchmarks.gpu_fp8 import use_fp8
 from cmt_mae.backbones import Backbone
-from cmt_mae.benchmark.build import frozen_backbone, make_stepper
-from cmt_mae.benchmark.measure import replaced
 from cmt_mae.data.loader import Batch
 from cmt_mae.method import cmtmae
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.stepping import Stepper
 from cmt_mae.recipes import load_recipes
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.stepping import Stepper
+from cmt_mae.tools.bench.build import frozen_backbone, make_stepper
+from cmt_mae.tools.bench.measure import replaced
 
 METHODS = {"mae": ("mae", "one"), "one": ("cmt", "one"), "two": ("cmt", "two")}
 SIZES = {"micro": "micro64", "small": "micro64", "base": "", "large": ""}
@@ -234,7 +234,7 @@ def second_stream(device: torch.device) -> Iterator[None]:
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
-        def state(look: cmtmae.Looks, name: str) -> Any:
+        def state(look: cmtmae.CachedForwards, name: str) -> Any:
             guides = look.guides
             if look.states or guides.momentum is None or guides.teacher is None or side is None:
                 return real(look, name)
@@ -250,5 +250,5 @@ def second_stream(device: torch.device) -> Iterator[None]:
 
         return state
 
-    with replaced(cmtmae.Looks, "state", wrap):
+    with replaced(cmtmae.CachedForwards, "state", wrap):
         yield

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from cmt_mae.assemble import IMAGENET
 from cmt_mae.backbones import save_backbone
+from cmt_mae.core.files import write_atomically, write_json
+from cmt_mae.core.runs import environment
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
 from cmt_mae.method.vit import StudentConfig, build_student
-from cmt_mae.training.files import write_atomically, write_json
-from cmt_mae.training.run_dir import environment
+from cmt_mae.pretraining.assemble import IMAGENET
 
 Rungs = dict[str, tuple[str, list[str], str]]
 STUDENT = StudentConfig(preset="micro", img_size=[64], patch_size=8)

@@ -28,15 +28,15 @@ from benchmarks.gpu_data import loader_rate
 from benchmarks.gpu_photos import make_tars
 from benchmarks.gpu_variants import VARIANTS, settings
 from benchmarks.ladder import REPOSITORY, RESULTS
-from cmt_mae.benchmark.build import make_stepper
-from cmt_mae.benchmark.measure import spread
+from cmt_mae.core.checkpoint import load_checkpoint, save_checkpoint
+from cmt_mae.core.files import write_json
+from cmt_mae.core.runs import environment
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.steps import order
 from cmt_mae.data.tar import TarSource
-from cmt_mae.training.checkpoint import load_checkpoint, save_checkpoint
-from cmt_mae.training.files import write_json
-from cmt_mae.training.run_dir import environment
+from cmt_mae.tools.bench.build import make_stepper
+from cmt_mae.tools.bench.measure import spread
 
 DEFAULT_BUCKET = 25.0  # torch's
 BUCKETS = (1.0, DEFAULT_BUCKET, 100.0)  # MB of gradients that travel together

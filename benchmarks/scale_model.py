@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.ladder import REPOSITORY, RESULTS
-from cmt_mae.benchmark.flops import OURS, Guide, Net, Step, step_macs
+from cmt_mae.core.files import write_atomically
 from cmt_mae.method.vit import PRESETS
-from cmt_mae.training.files import write_atomically
+from cmt_mae.tools.bench.flops import OURS, Guide, Net, Step, step_macs
 
 PAGE = REPOSITORY / "docs" / "scale.md"
 PATCHES, HIDDEN, PATCH_PIXELS = 196, 147, 768  # 224 px, patch 16, 75 % hidden

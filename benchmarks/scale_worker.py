@@ -15,10 +15,10 @@ import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs
 
 from benchmarks.gpu_variants import VARIANTS, settings
-from cmt_mae import assemble
-from cmt_mae.benchmark.build import make_stepper, synthetic_batches
-from cmt_mae.benchmark.measure import replaced
-from cmt_mae.stepping import Stepper
+from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
+from cmt_mae.tools.bench.measure import replaced
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 from cmt_mae.backbones import save_backbone
+from cmt_mae.core.files import write_json, write_text
+from cmt_mae.core.parsing import parse
 from cmt_mae.data.pack import PackConfig, pack
-from cmt_mae.health import DoctorConfig, doctor
-from cmt_mae.health.run import read_run
-from cmt_mae.parsing import parse
+from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.recipes import load_recipes
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.training.files import write_json, write_text
+from cmt_mae.tools.diagnose import DoctorConfig, doctor
+from cmt_mae.tools.diagnose.run import read_run
 
 TRAIN, VAL = 200, 50  # images of each class
 KEPT = (

@@ -28,8 +28,8 @@ from benchmarks.speed_profile import compare_profile
 from benchmarks.speed_readout import compare_features, compare_knn, compare_sweep
 from benchmarks.speed_steps import SIZES, compare_cmt, compare_cost, compare_mae
 from benchmarks.speed_timing import SHARED, Options, say
-from cmt_mae.training.files import write_atomically, write_json
-from cmt_mae.training.run_dir import environment
+from cmt_mae.core.files import write_atomically, write_json
+from cmt_mae.core.runs import environment
 
 PARTS: dict[str, Callable[[Options], Iterator[dict[str, Any]]]] = {
     "mae": compare_mae,

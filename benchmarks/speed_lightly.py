@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cmt_mae.settings import PretrainConfig
+from cmt_mae.pretraining.settings import PretrainConfig
 
 
 def why_not() -> str:

@@ -20,9 +20,9 @@ from benchmarks.speed_steps import (
     transformers_step,
 )
 from benchmarks.speed_timing import Options
-from cmt_mae.benchmark.build import frozen_backbone
-from cmt_mae.benchmark.measure import forget_peak, peak_gb
-from cmt_mae.training.run_dir import processor
+from cmt_mae.core.runs import processor
+from cmt_mae.tools.bench.build import frozen_backbone
+from cmt_mae.tools.bench.measure import forget_peak, peak_gb
 
 CONTESTANTS = ("mae", "transformers", "one", "two", "naive one", "naive two")
 STEPS = 2

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from benchmarks.ladder import RESULTS
-from cmt_mae.training.files import write_atomically
+from cmt_mae.core.files import write_atomically
 
 TITLES = {
     "mae": "MAE's step",

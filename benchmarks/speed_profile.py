@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed_steps import describe, naive_step, our_step, settings, transformers_step
 from benchmarks.speed_timing import OURS, Options
-from cmt_mae.benchmark.build import frozen_backbone
-from cmt_mae.training.run_dir import processor
+from cmt_mae.core.runs import processor
+from cmt_mae.tools.bench.build import frozen_backbone
 
 KINDS: dict[str, tuple[str, ...]] = {
     # kind: beginnings of the names of torch's operations

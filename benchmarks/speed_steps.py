@@ -19,18 +19,18 @@ from benchmarks.speed_timing import (
     alternate,
     alternate_processes,
 )
-from cmt_mae import assemble
 from cmt_mae.backbones import Backbone
-from cmt_mae.benchmark.build import frozen_backbone, make_stepper, synthetic_batches
-from cmt_mae.benchmark.flops import OURS as OUR_CUTS
-from cmt_mae.benchmark.flops import PLAIN, step_macs, step_of
+from cmt_mae.core.parsing import parse
+from cmt_mae.engine import compiling
+from cmt_mae.engine.memory import keep_memory
 from cmt_mae.method.vit import sincos_table
-from cmt_mae.parsing import parse
+from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.stepping import Stepper
 from cmt_mae.recipes import load_recipes
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.stepping import Stepper
-from cmt_mae.training import compiling
-from cmt_mae.training.memory import keep_memory
+from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
+from cmt_mae.tools.bench.flops import OURS as OUR_CUTS
+from cmt_mae.tools.bench.flops import PLAIN, step_macs, step_of
 
 # name: recipe of the scale, further settings, images a step
 SIZES: dict[str, tuple[str, list[str], int]] = {

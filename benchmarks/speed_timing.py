@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cmt_mae.benchmark.measure import spread
-from cmt_mae.training.run_dir import processor
+from cmt_mae.core.runs import processor
+from cmt_mae.tools.bench.measure import spread
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 OURS = "ours"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import timm
 
+from cmt_mae.backbones.licences import licence_of
 from cmt_mae.backbones.load import EMBEDDED
 from cmt_mae.backbones.save import HEADER
-from cmt_mae.licences import licence_of
 from cmt_mae.recipes import load_recipes, recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]

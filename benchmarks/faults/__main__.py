@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.campaign import SHARED, Options, Verdict
-from cmt_mae.training.files import write_atomically, write_json
-from cmt_mae.training.run_dir import environment
+from cmt_mae.core.files import write_atomically, write_json
+from cmt_mae.core.runs import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = (

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cmt_mae.method.attention import attention_map, class_rows
 from cmt_mae.method.last_block import finish
 from cmt_mae.method.targets import distance, normalise_target
-from cmt_mae.method.vit import BeforeLast, forward_to_last
+from cmt_mae.method.vit import LastBlockInput, forward_to_last
 
 SHAPE: dict[str, Any] = {
     "img_size": 32,
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 EPS32 = 2.0**-24
 
 
-def exact_rows(model: VisionTransformer, state: BeforeLast) -> tuple[Tensor, Tensor]:
+def exact_rows(model: VisionTransformer, state: LastBlockInput) -> tuple[Tensor, Tensor]:
     """(rows (B, heads, N), largest |logit|) of the class token: SDPA in fp64 with the identity as values.
 
     Queries and keys are timm's, made as the network runs (to be called under the same autocast).

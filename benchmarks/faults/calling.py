@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmt_mae.cli import main
+from cmt_mae.core.cli import main
 
 MEMORY = 6 << 30
 """Bytes of address space that a forked command may add to what it starts with."""

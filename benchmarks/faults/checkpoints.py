@@ -17,8 +17,7 @@ from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.disks import forbidden, full_disk
 from benchmarks.faults.sameness import steps_done
 from benchmarks.faults.tiny import Fault, Launch, Tiny, prepare, remove
-from cmt_mae.errors import InputError
-from cmt_mae.training.checkpoint import (
+from cmt_mae.core.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_last,
@@ -26,6 +25,7 @@ from cmt_mae.training.checkpoint import (
     rotate,
     save_checkpoint,
 )
+from cmt_mae.core.errors import InputError
 
 
 def campaign(options: Options) -> Verdict:

@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.sameness import differences, loads, steps_done
 from benchmarks.faults.tiny import Launch, Tiny, remove
-from cmt_mae.errors import InputError
-from cmt_mae.training.checkpoint import list_checkpoints
+from cmt_mae.core.checkpoint import list_checkpoints
+from cmt_mae.core.errors import InputError
 
 NOBODY = 65534
 REFUSALS = (
@@ -144,7 +144,7 @@ def forbidden(
             os.setuid(NOBODY)
 
     def slow(rank: int) -> None:
-        from cmt_mae.stepping import Stepper
+        from cmt_mae.pretraining.stepping import Stepper
 
         step = Stepper.step
 

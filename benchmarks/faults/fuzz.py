@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from benchmarks.faults.calling import Outcome, call, call_forked, fault_in, in_fork, inside
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.tiny import prepare
-from cmt_mae.cli import COMMANDS, EVALUATIONS
+from cmt_mae.core.cli import COMMANDS, EVALUATIONS
+from cmt_mae.core.parsing import make_parser, types_of
 from cmt_mae.evaluate.result import Result
-from cmt_mae.parsing import make_parser, types_of
 
 PROMISE = "every failure is exit 2 with one line, never a traceback"
 SIZES = {  # cases of each kind: full, quick

@@ -29,7 +29,7 @@ from benchmarks.faults import hostile_names
 from benchmarks.faults.calling import Outcome, call_forked, fault_in, in_fork
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.tiny import Tiny, prepare
-from cmt_mae.training.files import sha256
+from cmt_mae.core.files import sha256
 
 T = TypeVar("T")
 PROMISE = "files run no code, lead nowhere else, and write neither markup nor a terminal's commands"
@@ -151,7 +151,7 @@ def campaign(options: Options) -> Verdict:
 
 def make_runs(stage: Stage) -> None:
     """A finished pre-training, fine-tuning and the other tasks' data, once."""
-    from cmt_mae.cli import main
+    from cmt_mae.core.cli import main
     from cmt_mae.data.scenes import write_coco, write_davis
 
     write_davis(stage.folder / "davis", 1, 4, 48)
@@ -325,7 +325,7 @@ def constructors(stage: Stage) -> None:
     ]
     classes = [
         json.dumps({"class_path": path, "init_args": {"args": touch, "command": touch}})
-        for path in ("subprocess.Popen", "os.system", "cmt_mae.settings.DataConfig")
+        for path in ("subprocess.Popen", "os.system", "cmt_mae.pretraining.settings.DataConfig")
     ]
     for value in stage.some(tags, 1):
         cell = stage.fresh()

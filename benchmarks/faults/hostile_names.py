@@ -224,8 +224,8 @@ def pages(stage: Stage) -> None:
     """Every name in every place of a result: the Markdown page, rendered by markdown-it, has our tags alone."""
     from markdown_it import MarkdownIt
 
+    from cmt_mae.core.text import printable
     from cmt_mae.evaluate.result import Result
-    from cmt_mae.text import printable
 
     render = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render
     for name in stage.some(NASTY, 2):

@@ -25,7 +25,7 @@ from benchmarks.faults.measured import obey_permissions
 from benchmarks.faults.pictures import encode, png, zeros
 from benchmarks.faults.sameness import apart
 from benchmarks.faults.tiny import Tiny
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 
 
 @dataclass(frozen=True)

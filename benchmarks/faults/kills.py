@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.sameness import differences, loads, steps_done
 from benchmarks.faults.tiny import Fault, Launch, Tiny, descendants, kill_one, prepare, remove
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 SWITCH = 10
 """First step of stage two in the tiny pre-training."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmt_mae.errors import InputError
-from cmt_mae.text import printable
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import printable
 
 
 @dataclass

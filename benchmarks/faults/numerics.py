@@ -22,9 +22,9 @@ from benchmarks.faults import tiny
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.poisons import COLLAPSES, METHODS, PLACES, Now
 from benchmarks.faults.sameness import differences
-from cmt_mae.stepping import Stepper
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
-from cmt_mae.training.collapse import limit_of, signs
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.engine.collapse import limit_of, signs
+from cmt_mae.pretraining.stepping import Stepper
 
 PLAIN = ["--student.drop_path=0", "--runtime.log_every=1"]
 AT = 13
@@ -68,7 +68,7 @@ def moment(first: int, last: int, rank: int, hurt: int | None) -> Now:
 
 def learner_hash(out: Path, rank: int) -> None:
     """Every process leaves the sum of its weights behind, exactly, for comparison."""
-    from cmt_mae.pretraining import Training
+    from cmt_mae.pretraining.run import Training
 
     real = Training.run_to_the_end
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmt_mae.method import cmtmae
 from cmt_mae.method.decoder import Decoder
-from cmt_mae.stepping import Stepper
+from cmt_mae.pretraining.stepping import Stepper
 
 Now = Callable[[], bool]
 """Whether this is the moment (and the process) for the fault."""
@@ -36,13 +36,13 @@ def poison_guide(which: str) -> Callable[[Now, float], None]:
     """One number of the target features of teacher or momentum student."""
 
     def place(now: Now, value: float) -> None:
-        real = cmtmae.Looks.features
+        real = cmtmae.CachedForwards.features
 
         def features(self: Any, name: str, *args: Any) -> Tensor:
             made = real(self, name, *args)
             return poison(made, value) if name == which and now() else made
 
-        cmtmae.Looks.features = features  # type: ignore[method-assign]
+        cmtmae.CachedForwards.features = features  # type: ignore[method-assign]
 
     return place
 
@@ -71,7 +71,7 @@ def poison_decoder(now: Now, value: float) -> None:
 
 def poison_head(now: Now, value: float) -> None:
     """One number that the momentum student's head predicts."""
-    real = cmtmae.Learner.__init__
+    real = cmtmae.StudentWithDecoder.__init__
 
     def init(self: Any, *args: Any) -> None:
         real(self, *args)
@@ -79,7 +79,7 @@ def poison_head(now: Now, value: float) -> None:
             lambda _, __, made: poison(made, value) if now() else made
         )
 
-    cmtmae.Learner.__init__ = init  # type: ignore[method-assign]
+    cmtmae.StudentWithDecoder.__init__ = init  # type: ignore[method-assign]
 
 
 POISONED_GRADIENT = "student.blocks.1.mlp.fc1.weight"
@@ -87,14 +87,14 @@ POISONED_GRADIENT = "student.blocks.1.mlp.fc1.weight"
 
 def poison_gradient(now: Now, value: float) -> None:
     """One number of one parameter's gradient, in the backward pass."""
-    real = cmtmae.Learner.__init__
+    real = cmtmae.StudentWithDecoder.__init__
 
     def init(self: Any, *args: Any) -> None:
         real(self, *args)
         parameter = self.get_parameter(POISONED_GRADIENT)
         parameter.register_hook(lambda grad: poison(grad, value) if now() else grad)
 
-    cmtmae.Learner.__init__ = init  # type: ignore[method-assign]
+    cmtmae.StudentWithDecoder.__init__ = init  # type: ignore[method-assign]
 
 
 PLACES: dict[str, tuple[Callable[[Now, float], None], str]] = {
@@ -111,29 +111,29 @@ PLACES: dict[str, tuple[Callable[[Now, float], None], str]] = {
 
 def constant_teacher(_: int) -> None:
     """A teacher whose features are the same for all images and places."""
-    real = cmtmae.Looks.features
+    real = cmtmae.CachedForwards.features
 
     def features(self: Any, name: str, *args: Any) -> Tensor:
         made = real(self, name, *args)
         return torch.ones_like(made) if name == "teacher" else made
 
-    cmtmae.Looks.features = features  # type: ignore[method-assign]
+    cmtmae.CachedForwards.features = features  # type: ignore[method-assign]
 
 
 def one_line_teacher(_: int) -> None:
     """Features that differ, but all along one direction."""
-    real = cmtmae.Looks.features
+    real = cmtmae.CachedForwards.features
 
     def features(self: Any, name: str, *args: Any) -> Tensor:
         made = real(self, name, *args)
         return made[..., :1] * torch.ones_like(made) if name == "teacher" else made
 
-    cmtmae.Looks.features = features  # type: ignore[method-assign]
+    cmtmae.CachedForwards.features = features  # type: ignore[method-assign]
 
 
 def one_patch_attention(_: int) -> None:
     """A teacher that looks at one patch alone."""
-    real = cmtmae.Looks.attention
+    real = cmtmae.CachedForwards.attention
 
     def attention(self: Any, name: str, heads: str) -> tuple[Tensor, Tensor]:
         raw, mass = real(self, name, heads)
@@ -141,7 +141,7 @@ def one_patch_attention(_: int) -> None:
         sharp[:, 3] = 1.0
         return (sharp, mass) if name == "teacher" else (raw, mass)
 
-    cmtmae.Looks.attention = attention  # type: ignore[method-assign]
+    cmtmae.CachedForwards.attention = attention  # type: ignore[method-assign]
 
 
 def nothing(_: int) -> None:
@@ -150,13 +150,13 @@ def nothing(_: int) -> None:
 
 def class_token_alone(_: int) -> None:
     """A teacher whose class token looks at nothing but itself: no patch has any attention."""
-    real = cmtmae.Looks.attention
+    real = cmtmae.CachedForwards.attention
 
     def attention(self: Any, name: str, heads: str) -> tuple[Tensor, Tensor]:
         raw, mass = real(self, name, heads)
         return (0 * raw, mass) if name == "teacher" else (raw, mass)
 
-    cmtmae.Looks.attention = attention  # type: ignore[method-assign]
+    cmtmae.CachedForwards.attention = attention  # type: ignore[method-assign]
 
 
 METHODS = {

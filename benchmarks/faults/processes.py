@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from benchmarks.faults import tiny
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.sameness import differences, steps_done
-from cmt_mae.stepping import Stepper
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.pretraining.stepping import Stepper
 
 PLAIN = ["--student.drop_path=0", "--runtime.log_every=1"]
 """Drop path draws its random numbers by process, not by image: the one thing that may differ."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
 CLOCKED = ("run.lock", "run.json")  # hold dates, process numbers and the list of starts

@@ -16,13 +16,13 @@ from benchmarks.faults.calling import in_fork
 from benchmarks.faults.campaign import Verdict
 from benchmarks.faults.measured import Trial
 from benchmarks.faults.pictures import MUTATIONS, encode, mutate
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.ade20k import check_pairs, open_ade20k, read_image, read_mask
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis, read_frame
 from cmt_mae.data.davis import read_mask as read_objects
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.scenes import write_ade20k, write_coco, write_davis
-from cmt_mae.errors import InputError
 
 Record = Callable[[str, list[Trial], Verdict, float, int], None]
 MIB = 700.0

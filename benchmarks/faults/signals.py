@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.sameness import differences, loads, steps_done
 from benchmarks.faults.tiny import Launch, Tiny, descendants, prepare, remove
-from cmt_mae.training.signals import ONE_REQUEST_S
+from cmt_mae.engine.signals import ONE_REQUEST_S
 
 STOPPED = 75
 EVERY_LINE = "--log_every=1"
@@ -156,8 +156,8 @@ def _impatient(
     words = tiny.pretrain(tiny.packed, run, "--runtime.log_every=1")
 
     def slow(_: int) -> None:
-        from cmt_mae.stepping import Stepper
-        from cmt_mae.training import checkpoint
+        from cmt_mae.core import checkpoint
+        from cmt_mae.pretraining.stepping import Stepper
 
         write, step = checkpoint._Hashed.write, Stepper.step
 

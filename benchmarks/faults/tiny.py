@@ -1,7 +1,7 @@
 """Tiny trainings for the campaigns: data, commands, processes that are forked, hurt and compared.
 
 A trial costs a second because its process is forked from one that has imported everything and run no training;
-from there on it is what ``python -m cmt_mae`` is: the command's words go through ``cmt_mae.cli.main``. With
+from there on it is what ``python -m cmt_mae`` is: the command's words go through ``cmt_mae.core.cli.main``. With
 ``Launch(real=True)`` it is that command, and torchrun for two processes.
 """
 
@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 
 from benchmarks.faults.calling import wait
-from cmt_mae.cli import main
+from cmt_mae.core.cli import main
 
 # imported here, so that a forked process need not
 for _module in (
-    "cmt_mae.pretraining", "cmt_mae.evaluate.finetune", "cmt_mae.evaluate.segmentation",
+    "cmt_mae.pretraining.run", "cmt_mae.evaluate.finetune", "cmt_mae.evaluate.segmentation",
     "cmt_mae.evaluate.linear", "cmt_mae.evaluate.knn", "torch.utils.tensorboard", "matplotlib.pyplot",
     "jsonargparse", "torch.distributed", "torch.nn.parallel",
 ):  # fmt: skip
@@ -229,7 +229,7 @@ class Launch:
         fault = self.fault if self.fault is not None and self.fault.rank == rank else None
         if rank == 0 or fault is not None:
             watch(self.counters, fault, out_of(self.words))
-        from cmt_mae import picturing
+        from cmt_mae.pretraining import picturing
 
         picturing.PICTURED = 1  # else most of a tiny run is spent, and killed, drawing pictures
         if self.prepare is not None:
@@ -270,9 +270,9 @@ class Launch:
 
 def watch(counters: Counters, fault: Fault | None, run: Path) -> None:
     """Count in this process (and its workers) what faults are placed by, and place one."""
+    from cmt_mae.core import checkpoint
     from cmt_mae.data import loader
-    from cmt_mae.stepping import Stepper
-    from cmt_mae.training import checkpoint
+    from cmt_mae.pretraining.stepping import Stepper
 
     process, text = os.getpid(), str(run)
 

@@ -29,10 +29,10 @@ from benchmarks.faults.image_runs import last_state
 from benchmarks.faults.measured import Progress, measure
 from benchmarks.faults.sameness import apart
 from benchmarks.faults.tiny import Launch, Tiny, descendants, prepare
-from cmt_mae.cli import COMMANDS, EVALUATIONS
+from cmt_mae.core.cli import COMMANDS, EVALUATIONS
+from cmt_mae.core.errors import InputError
 from cmt_mae.data import loader, tasks, workers
 from cmt_mae.data.pack import _squares
-from cmt_mae.errors import InputError
 
 PROMISE = (
     "a loader worker that dies or hangs is noticed in time, named and started again; every batch is that of the "

@@ -7,11 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmt_mae.ablation import AblateConfig, ablate
     from cmt_mae.backbones import Backbone, ExportConfig, export, load_backbone
-    from cmt_mae.benchmark import BenchConfig, bench
+    from cmt_mae.core.errors import InputError, Stopped
     from cmt_mae.data.pack import PackConfig, pack
-    from cmt_mae.errors import InputError, Stopped
     from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
     from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
     from cmt_mae.evaluate.finetune import FinetuneConfig, evaluate_finetune
@@ -19,43 +17,45 @@ if TYPE_CHECKING:
     from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
     from cmt_mae.evaluate.segmentation import Ade20kConfig, evaluate_ade20k
     from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
-    from cmt_mae.explanation.command import explain
-    from cmt_mae.explanation.settings import ExplainConfig
-    from cmt_mae.explorer import AppConfig, app
-    from cmt_mae.health import DoctorConfig, doctor
-    from cmt_mae.pretraining import pretrain
-    from cmt_mae.report.compare import CompareConfig, compare
-    from cmt_mae.report.page.command import ReportConfig, make_report
-    from cmt_mae.report.page.serve import WatchConfig, watch
-    from cmt_mae.settings import PretrainConfig
+    from cmt_mae.pretraining.run import pretrain
+    from cmt_mae.pretraining.settings import PretrainConfig
+    from cmt_mae.tools.ablate import AblateConfig, ablate
+    from cmt_mae.tools.app import AppConfig, app
+    from cmt_mae.tools.bench import BenchConfig, bench
+    from cmt_mae.tools.diagnose import DoctorConfig, doctor
+    from cmt_mae.tools.inspect.command import explain
+    from cmt_mae.tools.inspect.settings import ExplainConfig
+    from cmt_mae.tools.report.compare import CompareConfig, compare
+    from cmt_mae.tools.report.page.command import ReportConfig, make_report
+    from cmt_mae.tools.report.page.serve import WatchConfig, watch
 
 _HOMES = {
-    "AblateConfig": "ablation",
+    "AblateConfig": "tools.ablate",
     "Ade20kConfig": "evaluate.segmentation",
-    "AppConfig": "explorer",
+    "AppConfig": "tools.app",
     "Backbone": "backbones",
-    "BenchConfig": "benchmark",
+    "BenchConfig": "tools.bench",
     "CocoConfig": "evaluate.detection",
-    "CompareConfig": "report.compare",
+    "CompareConfig": "tools.report.compare",
     "DavisConfig": "evaluate.video.evaluate",
-    "DoctorConfig": "health",
+    "DoctorConfig": "tools.diagnose",
     "EvaluateAllConfig": "evaluate.everything",
-    "ExplainConfig": "explanation.settings",
+    "ExplainConfig": "tools.inspect.settings",
     "ExportConfig": "backbones",
     "FinetuneConfig": "evaluate.finetune",
-    "InputError": "errors",
+    "InputError": "core.errors",
     "KnnConfig": "evaluate.knn",
     "LinearConfig": "evaluate.linear",
     "PackConfig": "data.pack",
-    "PretrainConfig": "settings",
-    "ReportConfig": "report.page.command",
-    "Stopped": "errors",
-    "WatchConfig": "report.page.serve",
-    "ablate": "ablation",
-    "app": "explorer",
-    "bench": "benchmark",
-    "compare": "report.compare",
-    "doctor": "health",
+    "PretrainConfig": "pretraining.settings",
+    "ReportConfig": "tools.report.page.command",
+    "Stopped": "core.errors",
+    "WatchConfig": "tools.report.page.serve",
+    "ablate": "tools.ablate",
+    "app": "tools.app",
+    "bench": "tools.bench",
+    "compare": "tools.report.compare",
+    "doctor": "tools.diagnose",
     "evaluate_ade20k": "evaluate.segmentation",
     "evaluate_all": "evaluate.everything",
     "evaluate_coco": "evaluate.detection",
@@ -63,13 +63,13 @@ _HOMES = {
     "evaluate_finetune": "evaluate.finetune",
     "evaluate_knn": "evaluate.knn",
     "evaluate_linear": "evaluate.linear",
-    "explain": "explanation.command",
+    "explain": "tools.inspect.command",
     "export": "backbones",
     "load_backbone": "backbones",
-    "make_report": "report.page.command",
+    "make_report": "tools.report.page.command",
     "pack": "data.pack",
-    "pretrain": "pretraining",
-    "watch": "report.page.serve",
+    "pretrain": "pretraining.run",
+    "watch": "tools.report.page.serve",
 }
 __all__ = [
     "AblateConfig",

@@ -2,6 +2,6 @@
 
 import sys
 
-from cmt_mae.cli import main
+from cmt_mae.core.cli import main
 
 sys.exit(main())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cmt_mae.backbones import Backbone, load_backbone, save_backbone
 from cmt_mae.backbones.backbone import CLIP_MEAN, CLIP_STD
 from cmt_mae.backbones.clip import check_tower, quickgelu_name
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 EMBED = 24
 

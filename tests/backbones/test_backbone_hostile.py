@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from cmt_mae.backbones import load_backbone, save_backbone
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 
 def refused(path: Path | str, says: str = "") -> str:

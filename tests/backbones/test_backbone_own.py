@@ -21,7 +21,7 @@ from cmt_mae.backbones import ExportConfig, export, load_backbone, save_backbone
 from cmt_mae.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from cmt_mae.backbones.build import resize_positions
 from cmt_mae.backbones.save import same_bytes
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 ARCH = "vit_base_patch16_224"
 

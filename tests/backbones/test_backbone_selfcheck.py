@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.layers import QuickGELU
 
 from cmt_mae.backbones import build, load_backbone, save_backbone
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from benchmarks.ablations import adopt, key_of, make_digits
 
-from cmt_mae.ablation.grid import Grid, Variant
-from cmt_mae.ablation.one import write_status
-from cmt_mae.ablation.plan import Evaluation, make_plan, settle
+from cmt_mae.tools.ablate.grid import Grid, Variant
+from cmt_mae.tools.ablate.one import write_status
+from cmt_mae.tools.ablate.plan import Evaluation, make_plan, settle
 
 
 def planned(work: Path, experiment: str, variants: list[Variant]) -> None:

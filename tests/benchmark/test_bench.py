@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_mae.benchmark import BenchConfig, bench, measure
-from cmt_mae.benchmark.build import frozen_backbone, make_stepper, synthetic_batches
-from cmt_mae.cli import main
+from cmt_mae.core.cli import main
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.parsing import parse
 from cmt_mae.data.loader import CropSettings
-from cmt_mae.errors import InputError
-from cmt_mae.parsing import parse
+from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.recipes import load_recipes
-from cmt_mae.settings import PretrainConfig
+from cmt_mae.tools.bench import BenchConfig, bench, measure
+from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
 
 SMALL = [
     "--student.img_size=[32]", "--student.depth=2", "--decoder.depth=1", "--teacher.name=embedded",
@@ -139,7 +139,7 @@ def test_watching_a_step_changes_neither_its_result_nor_its_modules() -> None:
         after = dict(vars(stepper)), dict(vars(stepper.guides)), dict(vars(measure.cmtmae))
         assert [set(d) for d in after] == [set(d) for d in untouched]
         assert after[0]["model"] is untouched[0]["model"]
-        assert after[2]["hide"] is untouched[2]["hide"]
+        assert after[2]["sample_mask"] is untouched[2]["hide"]
         weights.append(stepper.learner.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -11,16 +11,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmt_mae.benchmark.flops import OURS, PLAIN, Cuts, Step, net_of, step_macs, step_of
 from cmt_mae.method import targets as targets_module
-from cmt_mae.method.cmtmae import Guides, Learner, MaskConfig, TargetConfig, Weights
+from cmt_mae.method.cmtmae import (
+    Alphas,
+    FrozenNetworks,
+    MaskConfig,
+    StudentWithDecoder,
+    TargetConfig,
+)
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.masking import noise_length
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import StudentConfig, build_student
+from cmt_mae.tools.bench.flops import OURS, PLAIN, Cuts, Step, net_of, step_macs, step_of
 
 HALF = (0.5, 0.5, 0.5)
-STAGE_ONE, STAGE_TWO = Weights(0.0, 0.0), Weights(0.3, 0.3)
+STAGE_ONE, STAGE_TWO = Alphas(0.0, 0.0), Alphas(0.3, 0.3)
 
 
 def parts(
@@ -32,8 +38,8 @@ def parts(
     target: TargetConfig | None = None,
     decoder: DecoderConfig | None = None,
     teacher_config: TeacherConfig | None = None,
-) -> tuple[Learner, Guides]:
-    """Learner and guides as a run has them, momentum student included."""
+) -> tuple[StudentWithDecoder, FrozenNetworks]:
+    """StudentWithDecoder and guides as a run has them, momentum student included."""
     mask, target = mask or MaskConfig(), target or TargetConfig()
     vit = build_student(student)
     wrapped = None
@@ -46,10 +52,10 @@ def parts(
     widths = {"pixel": 3 * student.patch_size**2, "momentum": vit.embed_dim}
     widths["teacher"] = wrapped.width if wrapped else 0
     names = ("teacher", "momentum") if target.source == "collab" else (target.source,)
-    learner = Learner(
+    learner = StudentWithDecoder(
         vit, decoder or DecoderConfig(), target, {name: widths[name] for name in names}
     )
-    guides = Guides(
+    guides = FrozenNetworks(
         mask, target, teacher=wrapped, grid=student.grid(), patch_size=student.patch_size, mean=HALF, std=HALF
     )  # fmt: skip
     guides.start_momentum(vit)
@@ -59,7 +65,7 @@ def parts(
 # --- spec 11, ViT-B and ViT-L ---------------------------------------------------------------------
 
 
-def full_size(preset: str, source: str = "collab") -> tuple[Learner, Guides]:
+def full_size(preset: str, source: str = "collab") -> tuple[StudentWithDecoder, FrozenNetworks]:
     """ViT-B or ViT-L with CLIP-B/16 on the meta device: sizes without numbers."""
     pixel = source == "pixel"
     with torch.device("meta"):
@@ -164,7 +170,7 @@ def test_mask_only_use_needs_keys_and_one_query() -> None:
 
 
 def counted(
-    learner: Learner, guides: Guides, weights: Weights, n_mask: int, size: Any
+    learner: StudentWithDecoder, guides: FrozenNetworks, weights: Alphas, n_mask: int, size: Any
 ) -> list[int]:
     """MAC of guides, learner and backward of one image by FlopCounterMode; attention multiplied out, since
     torch counts neither the CPU's fused kernel nor plainly its backward. Monitors are left out."""
@@ -189,7 +195,7 @@ def counted(
 
 
 def check_against_torch(
-    learner: Learner, guides: Guides, weights: Weights, n_mask: int, size: Any
+    learner: StudentWithDecoder, guides: FrozenNetworks, weights: Alphas, n_mask: int, size: Any
 ) -> dict[str, int]:
     """Equal to the last multiplication."""
     macs = step_macs(step_of(learner, guides, weights, n_mask), OURS)
@@ -238,10 +244,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "weights", [STAGE_ONE, STAGE_TWO, Weights(1.0, 1.0)], ids=["one", "two", "a1"]
+    "weights", [STAGE_ONE, STAGE_TWO, Alphas(1.0, 1.0)], ids=["one", "two", "a1"]
 )
 @pytest.mark.parametrize("name", SETTINGS)
-def test_equals_torchs_counter(name: str, weights: Weights) -> None:
+def test_equals_torchs_counter(name: str, weights: Alphas) -> None:
     if weights is STAGE_ONE and "momentum" in name:
         weights = STAGE_TWO
     settings = {"decoder": DecoderConfig(width=16, depth=2, heads=2), **SETTINGS[name]}

@@ -15,9 +15,9 @@ from benchmarks.gpu_variants import VARIANTS, settings, stepper_of
 from PIL import Image
 from torch import nn
 
-from cmt_mae import assemble
-from cmt_mae.benchmark.build import synthetic_batches
-from cmt_mae.training import compiling
+from cmt_mae.engine import compiling
+from cmt_mae.pretraining import assemble
+from cmt_mae.tools.bench.build import synthetic_batches
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     real = compiling.compile_blocks
     monkeypatch.setattr(compiling, "compile_blocks", lambda networks: real(networks, "eager"))
     monkeypatch.setattr(compiling, "why_not", lambda _: "")
-    monkeypatch.setattr("cmt_mae.benchmark.measure.peak_flops", lambda *_: {"flops": 1e12})
+    monkeypatch.setattr("cmt_mae.tools.bench.measure.peak_flops", lambda *_: {"flops": 1e12})
 
 
 def dry(out: Path, *words: str) -> tuple[int, dict[str, Any]]:

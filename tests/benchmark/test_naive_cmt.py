@@ -11,7 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from cmt_mae.method.attention import attention_map, normalise_map
-from cmt_mae.method.cmtmae import Guides, Learner, MaskConfig, TargetConfig, Weights
+from cmt_mae.method.cmtmae import (
+    Alphas,
+    FrozenNetworks,
+    MaskConfig,
+    StudentWithDecoder,
+    TargetConfig,
+)
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.masking import noise_length
 from cmt_mae.method.teacher import Teacher, TeacherConfig
@@ -20,12 +26,12 @@ from cmt_mae.method.vit import StudentConfig, build_student, forward_to_last
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.481, 0.458, 0.408), (0.269, 0.261, 0.276))
 GRID, N_MASK = (4, 6), 18
-STAGES = {"one": Weights(0.0, 0.0), "two": Weights(0.3, 0.3)}
+STAGES = {"one": Alphas(0.0, 0.0), "two": Alphas(0.3, 0.3)}
 
 
 def nets(
     stage: str, dtype: torch.dtype, materialise: Materialise
-) -> tuple[Learner, Guides, NaiveCMT]:
+) -> tuple[StudentWithDecoder, FrozenNetworks, NaiveCMT]:
     """Both methods with the same random weights; the momentum student differs from the student."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)  # from the start: folding a normalisation rounds
@@ -44,14 +50,14 @@ def nets(
     projection = torch.randn(20, 48)
     for part in (student, teacher):
         shaken(part)
-    learner = Learner(
+    learner = StudentWithDecoder(
         student,
         DecoderConfig(width=16, depth=2, heads=2),
         TargetConfig(),
         {"teacher": 20, "momentum": 32},
     )
     shaken(learner.decoder)
-    guides = Guides(
+    guides = FrozenNetworks(
         MaskConfig(), learner.target, grid=GRID, patch_size=8, mean=IMAGENET[0], std=IMAGENET[1],
         teacher=Teacher(
             copy.deepcopy(teacher), TeacherConfig(), mean=CLIP[0], std=CLIP[1], student_mean=IMAGENET[0],

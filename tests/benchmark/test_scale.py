@@ -16,8 +16,8 @@ from benchmarks.scale import Group
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmt_mae.assemble import build_learner
-from cmt_mae.benchmark.flops import PLAIN, step_macs
+from cmt_mae.pretraining.assemble import build_learner
+from cmt_mae.tools.bench.flops import PLAIN, step_macs
 
 REPOSITORY = Path(__file__).parents[2]
 RESULT = REPOSITORY / "docs" / "results" / "scale.json"

@@ -17,9 +17,9 @@ from benchmarks.speed_steps import naive_model, our_step, settings, transformers
 from benchmarks.speed_timing import OURS, Comparison, Options, alternate, alternate_processes
 from PIL import Image
 
-from cmt_mae.benchmark.build import frozen_backbone
 from cmt_mae.evaluate.features import Features
 from cmt_mae.evaluate.sweep import Head, Training, cached_steps, train_heads
+from cmt_mae.tools.bench.build import frozen_backbone
 
 
 def learned(module: Any) -> int:

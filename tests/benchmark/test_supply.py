@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from cmt_mae.backbones import ExportConfig, export
 from cmt_mae.backbones.export import licence_lines
-from cmt_mae.licences import NOT_STATED, licence_of, needed_libraries
+from cmt_mae.backbones.licences import NOT_STATED, licence_of, needed_libraries
 
 
 def test_every_pin_has_a_checksum_and_nothing_else_has() -> None:

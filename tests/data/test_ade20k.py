@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.ade20k import (
     IGNORED,
     check_pair,
@@ -36,7 +37,6 @@ from cmt_mae.data.segmentation_crops import (
     saturated,
     turned,
 )
-from cmt_mae.errors import InputError
 
 REAL_HEAD = "Idx \tRatio \tTrain \tVal \tStuff\tName\n"
 

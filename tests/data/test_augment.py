@@ -12,9 +12,9 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.augment import Augment, seeded
 from cmt_mae.data.crops import crop_box, cut, resize, sample_rng
-from cmt_mae.errors import InputError
 
 MEAN = (0.485, 0.456, 0.406)
 PHOTO = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)

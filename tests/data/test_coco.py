@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tv
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.coco import CocoSplit, open_coco, same_classes
 from cmt_mae.data.coco_masks import mask_of, run_lengths
 from cmt_mae.data.detection_crops import (
@@ -34,7 +35,6 @@ from cmt_mae.data.detection_crops import (
     scaled_size,
 )
 from cmt_mae.data.scenes import write_coco
-from cmt_mae.errors import InputError
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.davis import open_davis, read_frame, read_mask, write_mask
 from cmt_mae.data.scenes.video import palette, write_davis
-from cmt_mae.errors import InputError
 
 SIZE = (12, 20)
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import (
     CropSettings,
@@ -26,7 +27,6 @@ from cmt_mae.data.loader import (
     pretrain_batches,
 )
 from cmt_mae.data.workers import iterate
-from cmt_mae.errors import InputError
 
 CROPS = CropSettings((8, 8))
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from torchvision.transforms import v2
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.sources import open_source, open_split
-from cmt_mae.errors import InputError
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.scenes import (
     CLASSES,
     COCO_IDS,
@@ -27,7 +28,6 @@ from cmt_mae.data.scenes import (
 )
 from cmt_mae.data.scenes.outlines import polygons, run_lengths
 from cmt_mae.data.scenes.shapes import Kind, Solid, hull, intersect, normals
-from cmt_mae.errors import InputError
 
 
 def digest(folder: Path) -> dict[str, str]:

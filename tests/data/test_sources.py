@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import BadImage, decode_image
 from cmt_mae.data.sources import expand_braces, has_splits, open_source, open_split
-from cmt_mae.errors import InputError
 
 
 def put(path: Path, value: int = 0) -> Path:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.sources import has_splits, open_source, open_split
-from cmt_mae.errors import InputError
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")

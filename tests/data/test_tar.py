@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import BadImage, decode_image
 from cmt_mae.data.sources import open_source, open_split
-from cmt_mae.errors import InputError
 
 wds = pytest.importorskip("webdataset")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from cmt_mae.engine.processes import leave_processes
 from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco, task
 from cmt_mae.evaluate.result import Result
-from cmt_mae.training.processes import leave_processes
 
 torch.set_num_threads(1)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from cmt_mae.core.runs import RunDir
+from cmt_mae.engine.processes import leave_processes
 from cmt_mae.evaluate import finetune
 from cmt_mae.evaluate.finetune import FinetuneConfig, evaluate_finetune
 from cmt_mae.evaluate.result import Result
-from cmt_mae.training.processes import leave_processes
-from cmt_mae.training.run_dir import RunDir
 
 torch.set_num_threads(1)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from cmt_mae.engine.processes import leave_processes
 from cmt_mae.evaluate import segmentation
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation import Ade20kConfig, evaluate_ade20k
-from cmt_mae.training.processes import leave_processes
 
 torch.set_num_threads(1)
 

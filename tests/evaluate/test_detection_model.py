@@ -16,7 +16,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
 from cmt_mae.backbones import Backbone, load_backbone, save_backbone
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
+from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.evaluate.detection.detector import (
     Anchors,
     Batch,
@@ -34,7 +35,6 @@ from cmt_mae.evaluate.detection.protocols import (
     describe,
     resolve,
 )
-from cmt_mae.training.optim import layer_decay_groups
 
 TINY = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 QUICK = replace(PRESETS["quick"], channels=32, hidden=64)

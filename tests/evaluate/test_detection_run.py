@@ -22,16 +22,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cmt_mae.backbones import save_backbone
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.scenes import write_coco
-from cmt_mae.errors import InputError, Stopped
+from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
 from cmt_mae.evaluate.detection.detector import build_detector
 from cmt_mae.evaluate.detection.protocols import resolve
 from cmt_mae.evaluate.detection.task import Evaluator, make_job, open_backbone, to_device
 from cmt_mae.evaluate.result import Result
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
-from cmt_mae.training.processes import make_accelerator
 
 PROGRAM = Path(__file__).with_name("detection_program.py")
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
@@ -286,7 +286,7 @@ def test_a_run_is_continued_only_with_its_own_settings_and_data(
 
 def test_resolve_is_what_the_command_line_hands_over() -> None:
     """Types of the settings as jsonargparse reads them."""
-    from cmt_mae.parsing import parse
+    from cmt_mae.core.parsing import parse
 
     words = (
         "--backbone x --data y --drops=[5,7] --taps=[0,1,2,3] --lr 1e-3 --norm ln --crop_shorts=[]"

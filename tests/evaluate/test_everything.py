@@ -12,13 +12,13 @@ import timm
 import torch
 
 from cmt_mae.backbones import save_backbone
+from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.data.scenes import write_ade20k, write_coco, write_davis
-from cmt_mae.errors import InputError, Stopped
 from cmt_mae.evaluate import everything, knn, linear
 from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
 from cmt_mae.evaluate.layouts import find_data, folder_fingerprint, layout_of
 from cmt_mae.evaluate.result import Result
-from cmt_mae.report.compare import METRICS, CompareConfig, compare
+from cmt_mae.tools.report.compare import METRICS, CompareConfig, compare
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from torchvision import transforms
 
 import cmt_mae.evaluate.features as features_module
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.sources import open_source
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate.features import (
     default_pools,
     describe_data,

@@ -20,8 +20,8 @@ from timm.data.mixup import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from cmt_mae.backbones import Backbone, load_backbone, save_backbone
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.augment import Erased
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate.features import forward_parts, normalise
 from cmt_mae.evaluate.finetune import FinetuneConfig, collate, to_device
 from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes

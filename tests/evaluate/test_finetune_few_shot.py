@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.few_shot import Subset, few_shot_indexes
 
 LABELS = [0] * 200 + [1] * 50 + [2] * 3

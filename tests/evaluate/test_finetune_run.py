@@ -25,16 +25,16 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 
 from cmt_mae.backbones import load_backbone
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.core.runs import RunDir
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.scenes import write_imagefolder
-from cmt_mae.errors import InputError, Stopped
+from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import open_labelled
 from cmt_mae.evaluate.finetune import FinetuneConfig, make_job
 from cmt_mae.evaluate.finetune_protocols import resolve
 from cmt_mae.evaluate.result import Result
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
-from cmt_mae.training.processes import make_accelerator
-from cmt_mae.training.run_dir import RunDir
 
 PROGRAM = Path(__file__).with_name("finetune_program.py")
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 import cmt_mae.evaluate.knn as knn
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate import KnnConfig, Result, evaluate_knn
 from cmt_mae.evaluate.features import Features
 from cmt_mae.evaluate.knn import knn_accuracy, knn_predict, nearest

@@ -10,9 +10,9 @@ from torchvision import transforms
 
 import cmt_mae.evaluate.linear as linear_module
 from cmt_mae.backbones import load_backbone
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.sources import open_source
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate import LinearConfig, Result, evaluate_linear
 from cmt_mae.evaluate.features import extract, start_processes
 from cmt_mae.evaluate.linear import augmented_steps, plan, summary

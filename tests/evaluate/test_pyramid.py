@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from cmt_mae.backbones import Backbone, load_backbone
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
+from cmt_mae.engine.optim import layer_decay_groups, layer_id, layer_scales
 from cmt_mae.evaluate.pyramid import (
     DeconvPyramid,
     RelativeBias,
@@ -14,7 +15,6 @@ from cmt_mae.evaluate.pyramid import (
     pad_to_multiple,
     trainable_copy,
 )
-from cmt_mae.training.optim import layer_decay_groups, layer_id, layer_scales
 
 NAMES = {
     "vit_tiny_patch16_224": 64,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.result import Result, hardware, save_where, versions
 
 

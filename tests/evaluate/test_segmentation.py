@@ -21,18 +21,18 @@ from segmentation_program import run
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.core.runs import RunDir
 from cmt_mae.data.ade20k import read_image, read_mask
 from cmt_mae.data.scenes import write_ade20k
 from cmt_mae.data.segmentation_crops import resize_image
-from cmt_mae.errors import InputError, Stopped
+from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_job, open_ade20k
 from cmt_mae.evaluate.segmentation_protocols import Recipe, published, resolve
 from cmt_mae.evaluate.upernet import Segmenter
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from cmt_mae.training.processes import make_accelerator
-from cmt_mae.training.run_dir import RunDir
 
 PROGRAM = Path(__file__).with_name("segmentation_program.py")
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
@@ -447,7 +447,7 @@ def test_help_has_a_text_for_every_setting() -> None:
 def test_the_command_line(
     small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cmt_mae.cli import main
+    from cmt_mae.core.cli import main
 
     words = [f"--{k}={v}" for k, v in (small | {"iterations": 2, "pictures": 0}).items()]
     more = [f"--out={tmp_path / 'r'}", "--device=cpu", "--workers=0", "--progress=false", "--json"]

@@ -12,7 +12,8 @@ from transformers.models.upernet import modeling_upernet
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.backbones.backbone import HALF
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
+from cmt_mae.engine.optim import layer_decay_groups, layer_scales
 from cmt_mae.evaluate.upernet import (
     FCNHead,
     PyramidPooling,
@@ -20,7 +21,6 @@ from cmt_mae.evaluate.upernet import (
     UPerHead,
     pixel_loss,
 )
-from cmt_mae.training.optim import layer_decay_groups, layer_scales
 
 
 def count(module: nn.Module) -> int:

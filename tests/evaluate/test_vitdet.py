@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone, save_backbone
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.detection.vitdet import (
     SimplePyramid,
     WindowedViT,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cmt_mae.data.scenes import write_imagefolder
-from cmt_mae.pretraining import pretrain
-from cmt_mae.settings import PretrainConfig
+from cmt_mae.pretraining.run import pretrain
+from cmt_mae.pretraining.settings import PretrainConfig
 from random_teacher import write_teacher
 
 

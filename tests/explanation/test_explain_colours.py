@@ -6,8 +6,8 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import r2_score
 
-from cmt_mae.explanation.colours import explained, fit_basis, similar_to
-from cmt_mae.explanation.neighbours import Gallery, chunks, nearest
+from cmt_mae.tools.inspect.colours import explained, fit_basis, similar_to
+from cmt_mae.tools.inspect.neighbours import Gallery, chunks, nearest
 
 
 def test_axes_are_scikit_learns() -> None:

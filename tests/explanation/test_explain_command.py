@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cmt_mae.cli import main
-from cmt_mae.errors import InputError
-from cmt_mae.explanation.command import MAKERS, explain
-from cmt_mae.explanation.images import Album
-from cmt_mae.explanation.settings import KINDS, ExplainConfig
-from cmt_mae.report import canvas
+from cmt_mae.core.cli import main
+from cmt_mae.core.errors import InputError
+from cmt_mae.tools.inspect.command import MAKERS, explain
+from cmt_mae.tools.inspect.images import Album
+from cmt_mae.tools.inspect.settings import KINDS, ExplainConfig
+from cmt_mae.tools.report import canvas
 
 
 def names(folder: Path) -> set[str]:

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmt_mae.errors import InputError
-from cmt_mae.explanation.images import Album, cut
-from cmt_mae.explanation.look import Look, draw_noise, every_rule, hidden, up_to
-from cmt_mae.explanation.networks import Networks, Run, open_backbone
-from cmt_mae.method.cmtmae import Guides
+from cmt_mae.core.checkpoint import checkpoint_path, load_checkpoint
+from cmt_mae.core.errors import InputError
+from cmt_mae.method.cmtmae import FrozenNetworks
 from cmt_mae.method.masking import RULES
-from cmt_mae.training.checkpoint import checkpoint_path, load_checkpoint
+from cmt_mae.tools.inspect.images import Album, cut
+from cmt_mae.tools.inspect.look import Inspector, draw_noise, every_rule, hidden, up_to
+from cmt_mae.tools.inspect.networks import Networks, Run, open_backbone
 
 
-def look_at(networks: Networks, photos: Path, count: int = 3) -> Look:
+def look_at(networks: Networks, photos: Path, count: int = 3) -> Inspector:
     """At some of the scenes."""
     channels = len(networks.stats[0])
-    return Look(networks, cut(list(Album([str(photos)]).read(channels, count)), networks))
+    return Inspector(networks, cut(list(Album([str(photos)]).read(channels, count)), networks))
 
 
 def test_each_step_has_the_weights_of_its_checkpoint(cmt_run: Path) -> None:
@@ -49,7 +49,7 @@ def test_step_0_is_the_start_of_the_run(
     cmt_run: Path, photos: Path, teacher_file: Path, tmp_path: Path
 ) -> None:
     """A run that learns nothing still has at its end the weights that step 0 shows."""
-    from cmt_mae.pretraining import pretrain
+    from cmt_mae.pretraining.run import pretrain
 
     from .conftest import settings
 
@@ -111,7 +111,7 @@ def test_predictions_give_the_loss_of_the_run(cmt_run: Path, photos: Path) -> No
     look = look_at(networks, photos)
     config, learner = networks.config, networks.learner
     assert learner is not None
-    guides = Guides(
+    guides = FrozenNetworks(
         config.mask, config.target, teacher=networks.teacher, grid=networks.grid, patch_size=8,
         mean=networks.stats[0], std=networks.stats[1],
     )  # fmt: skip

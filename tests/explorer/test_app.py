@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from cmt_mae.backbones import save_backbone
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.scenes import render_scene
-from cmt_mae.errors import InputError
-from cmt_mae.explorer.command import AppConfig, app, find_runs, start
-from cmt_mae.explorer.explorer import OWN_TEACHER, TILES, Choice, Controls, Explorer
+from cmt_mae.tools.app.command import AppConfig, app, find_runs, start
+from cmt_mae.tools.app.explorer import OWN_TEACHER, TILES, Choice, Controls, Explorer
 
 PLAIN = Controls(alpha=0.3, ratio=0.75, rule="sampled_high")
 

@@ -31,7 +31,7 @@ from benchmarks.faults.campaign import SHARED, Options, Verdict  # noqa: E402
 from cmt_mae import stepping  # noqa: E402
 from cmt_mae.data import decode, tar  # noqa: E402
 from cmt_mae.data.steps import Steps  # noqa: E402
-from cmt_mae.pretraining import Training  # noqa: E402
+from cmt_mae.pretraining.run import Training  # noqa: E402
 
 
 def broken_images(_: Path) -> Verdict:

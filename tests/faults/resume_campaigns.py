@@ -19,8 +19,8 @@ from benchmarks.faults import checkpoints, kills, signals  # noqa: E402
 from benchmarks.faults.campaign import Options, Verdict  # noqa: E402
 from benchmarks.faults.tiny import prepare  # noqa: E402
 
-from cmt_mae.training import checkpoint  # noqa: E402
-from cmt_mae.training.signals import StopRequest  # noqa: E402
+from cmt_mae.engine import checkpoint  # noqa: E402
+from cmt_mae.engine.signals import StopRequest  # noqa: E402
 
 
 def broken_kills(folder: Path) -> Verdict:

@@ -7,7 +7,7 @@ from benchmarks.faults import fuzz
 from benchmarks.faults.calling import MEMORY, call, call_forked, fault_in
 from benchmarks.faults.campaign import Options
 
-from cmt_mae import cli, parsing
+from cmt_mae.core import cli, parsing
 
 
 def test_quick_campaign_finds_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from benchmarks.faults.campaign import Options
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmt_mae.text import one_line, printable
+from cmt_mae.core.text import one_line, printable
 
 
 def test_quick_campaign_finds_nothing(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_code_that_runs_is_noticed(stage: hostile.Stage, monkeypatch: pytest.Mon
 def test_markup_that_comes_through_is_noticed(
     stage: hostile.Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cmt_mae.report import comparison_text
+    from cmt_mae.tools.report import comparison_text
 
     monkeypatch.setattr(hostile_names, "NASTY", ("<script>alert(1)</script>",))
     hostile_names.pages(stage)

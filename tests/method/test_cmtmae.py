@@ -10,13 +10,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.cmtmae import (
-    Guides,
-    Learner,
+    Alphas,
+    FrozenNetworks,
     MaskConfig,
+    StudentWithDecoder,
     TargetConfig,
-    Weights,
     select_tokens,
     shares,
 )
@@ -41,10 +41,10 @@ def student(**more: Any) -> Any:
 
 def learner(
     target: TargetConfig | None = None, kind: str = "mae", heads: dict[str, int] | None = None
-) -> Learner:
+) -> StudentWithDecoder:
     made = student()
     torch.manual_seed(1)
-    return Learner(
+    return StudentWithDecoder(
         made,
         DecoderConfig(kind=kind, width=16, depth=2, heads=2),
         target or TargetConfig(),
@@ -57,13 +57,13 @@ def guides(
     target: TargetConfig | None = None,
     family: str = "vit",
     **more: Any,
-) -> Guides:
+) -> FrozenNetworks:
     """A teacher of the family and, as after the switch of stages, a momentum student of its own."""
     teacher = Teacher(
         network(family), TeacherConfig(**more), mean=MEAN, std=STD, student_mean=MEAN, student_std=STD,
         grid=GRID,
     )  # fmt: skip
-    made = Guides(
+    made = FrozenNetworks(
         mask or MaskConfig(), target or TargetConfig(), teacher=teacher, grid=GRID, patch_size=8,
         mean=MEAN, std=STD,
     )  # fmt: skip
@@ -76,8 +76,8 @@ def numbers(rule: str = "sampled_high", batch: int = 2, seed: int = 0) -> Tensor
     return torch.rand(batch, noise_length(rule, 12), generator=generator)
 
 
-def look(made: Guides, alpha: float = 0.3, **more: Any) -> tuple[Mask, dict[str, Tensor], Any]:
-    return made(pictures(), numbers(made.mask.rule), N_MASK, Weights(alpha, alpha), **more)
+def look(made: FrozenNetworks, alpha: float = 0.3, **more: Any) -> tuple[Mask, dict[str, Tensor], Any]:
+    return made(pictures(), numbers(made.mask.rule), N_MASK, Alphas(alpha, alpha), **more)
 
 
 def close(ours: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
@@ -87,7 +87,7 @@ def close(ours: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
 class Count:
     """How often a network starts a forward pass, and how often its last MLP runs."""
 
-    def __init__(self, made: Guides) -> None:
+    def __init__(self, made: FrozenNetworks) -> None:
         assert made.teacher is not None
         assert made.momentum is not None
         self.starts = {"teacher": 0, "momentum": 0}
@@ -135,7 +135,7 @@ def test_each_network_is_run_once_or_not_at_all(
 ) -> None:  # fmt: skip
     made = guides(mask, target)
     count = Count(made)
-    made(pictures(), numbers(mask.rule), N_MASK, Weights(*alphas))
+    made(pictures(), numbers(mask.rule), N_MASK, Alphas(*alphas))
     assert tuple(count.starts.values()) == starts
     assert tuple(count.finishes.values()) == finishes
 
@@ -339,7 +339,7 @@ def test_attention_may_be_set_aside_for_a_step() -> None:
 
 def test_no_gradient_reaches_teacher_or_momentum() -> None:
     made, learns, x = guides(), learner(), pictures().requires_grad_()
-    mask, targets, logs = made(x, numbers(), N_MASK, Weights(0.3, 0.3))
+    mask, targets, logs = made(x, numbers(), N_MASK, Alphas(0.3, 0.3))
     assert not any(t.requires_grad for t in (*targets.values(), *logs.values()))
     before = copy.deepcopy(made.state_dict())
     optimizer = torch.optim.SGD([*learns.parameters(), *made.parameters()], lr=1.0)
@@ -421,7 +421,7 @@ def filled(value: float) -> VisionTransformer:
     return made
 
 
-def average(made: Guides) -> list[Tensor]:
+def average(made: FrozenNetworks) -> list[Tensor]:
     assert made.momentum is not None
     return list(made.momentum.parameters())
 
@@ -478,12 +478,12 @@ def test_momentum_student_starts_as_a_copy_that_stands_still() -> None:
 
 def test_maps_for_pictures_are_those_of_the_step() -> None:
     made = guides(MaskConfig(rule="high"))
-    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Weights(0.3, 0.3), pictures())
+    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Alphas(0.3, 0.3), pictures())
     assert set(maps) == {"teacher", "momentum", "collab"}
     for found in maps.values():
         close(found.sum(1), torch.ones(2))
     assert torch.equal(mask.mask, from_priority(maps["collab"], N_MASK).mask)
     made.momentum = None
-    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Weights(0.0, 0.0), pictures())
+    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Alphas(0.0, 0.0), pictures())
     assert set(maps) == {"teacher"}
     assert torch.equal(mask.mask, from_priority(maps["teacher"], N_MASK).mask)

@@ -7,7 +7,7 @@ import torch
 from method_nets import randomise
 from torch import Tensor, nn
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.decoder import Decoder, DecoderConfig, PromptingBlock
 from cmt_mae.method.masking import Mask, from_priority
 from cmt_mae.method.vit import sincos_table

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from cmt_mae.benchmark.build import make_stepper, synthetic_batches
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings
-from cmt_mae.errors import InputError
 from cmt_mae.method import cmtmae
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.stepping import Stepper
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
 
 
 def stage_two(frozen: str, precision: str = "fp32") -> Stepper:
@@ -48,12 +48,12 @@ def test_targets_are_near_those_of_fp32_and_the_stream_is_bf16(precision: str) -
         network.blocks[1].norm2.register_forward_hook(
             lambda _, args, out: seen.extend([args[0].dtype, out.dtype])
         )  # type: ignore[index,union-attr]
-    real = cmtmae.hide
+    real = cmtmae.sample_mask
     try:  # the same hidden patches, so that the targets can be compared
-        cmtmae.hide = lambda *_, **__: mask
+        cmtmae.sample_mask = lambda *_, **__: mask
         _, found = guided(low)
     finally:
-        cmtmae.hide = real
+        cmtmae.sample_mask = real
     assert seen == [torch.bfloat16] * 4
     for name, target in wanted.items():
         assert found[name].dtype == torch.float32  # the loss stays in fp32

@@ -9,7 +9,7 @@ from skimage import data
 from skimage.feature import hog as skimage_hog
 from torch import Tensor
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.hog import hog_cell, hog_dim, hog_targets
 
 

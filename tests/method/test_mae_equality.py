@@ -11,9 +11,15 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from cmt_mae.method.cmtmae import Guides, Learner, MaskConfig, TargetConfig, Weights
+from cmt_mae.method.cmtmae import (
+    Alphas,
+    FrozenNetworks,
+    MaskConfig,
+    StudentWithDecoder,
+    TargetConfig,
+)
 from cmt_mae.method.decoder import DecoderConfig
-from cmt_mae.method.masking import count_masked, hide
+from cmt_mae.method.masking import count_masked, sample_mask
 from cmt_mae.method.targets import normalise_target, patchify
 from cmt_mae.method.vit import StudentConfig, build_student, encode_visible, sincos_table
 
@@ -25,13 +31,13 @@ def golden(*values: float) -> Any:
     return pytest.approx(values[0] if len(values) == 1 else list(values), abs=1e-10, rel=0)
 
 
-def golden_learner() -> Learner:
+def golden_learner() -> StudentWithDecoder:
     """Image 32, patch 8, width 16, depth 2, 4 heads; decoder 8, depth 1, 2 heads; MLP ratio 2."""
     student = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=4, mlp_ratio=2, num_classes=0
     )
     student.pos_embed = nn.Parameter(sincos_table(16, (4, 4))[None], requires_grad=False)
-    learner = Learner(
+    learner = StudentWithDecoder(
         student,
         DecoderConfig(width=8, depth=1, heads=2),
         TargetConfig("pixel", "mae"),
@@ -42,7 +48,7 @@ def golden_learner() -> Learner:
     return learner.double()
 
 
-def official_order(learner: Learner) -> list[tuple[str, nn.Parameter]]:
+def official_order(learner: StudentWithDecoder) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters as MaskedAutoencoderViT.named_parameters() lists them, less positions."""
     block = [
         f"{part}.{kind}"
@@ -63,7 +69,7 @@ def official_order(learner: Learner) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def fill(learner: Learner) -> None:
+def fill(learner: StudentWithDecoder) -> None:
     total = 0
     for i, (name, parameter) in enumerate(official_order(learner), start=1):
         index = torch.arange(parameter.numel(), dtype=torch.float64)
@@ -86,7 +92,7 @@ def golden_input() -> tuple[Tensor, Tensor]:
 def test_golden_numbers_of_the_official_mae() -> None:
     learner, (images, noise) = golden_learner(), golden_input()
     fill(learner)
-    mask = hide("random", count_masked(16, 0.75), noise, (4, 4))
+    mask = sample_mask("random", count_masked(16, 0.75), noise, (4, 4))
     assert mask.mask.int().tolist() == [
         [1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1],
         [1, 0, 1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1],
@@ -159,7 +165,7 @@ def new_name(theirs: str) -> str:
     return theirs
 
 
-def transformers_mae(learner: Learner, **more: Any) -> ViTMAEForPreTraining:
+def transformers_mae(learner: StudentWithDecoder, **more: Any) -> ViTMAEForPreTraining:
     config = ViTMAEConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
         image_size=32, patch_size=8, decoder_hidden_size=16, decoder_num_hidden_layers=2,
@@ -173,10 +179,10 @@ def transformers_mae(learner: Learner, **more: Any) -> ViTMAEForPreTraining:
     return model
 
 
-def random_learner(norm: str) -> Learner:
+def random_learner(norm: str) -> StudentWithDecoder:
     torch.manual_seed(0)
     student = build_student(StudentConfig(img_size=[32], patch_size=8, width=32, depth=2, heads=4))
-    learner = Learner(
+    learner = StudentWithDecoder(
         student,
         DecoderConfig(width=16, depth=2, heads=2),
         TargetConfig("pixel", norm),
@@ -200,11 +206,11 @@ def test_equals_transformers_vit_mae(norm: str) -> None:
     expected = theirs(images, noise=noise[:, :16])
     expected.loss.backward()
 
-    guides = Guides(
+    guides = FrozenNetworks(
         MaskConfig(rule="random"), learner.target, teacher=None, grid=(4, 4), patch_size=8,
         mean=(0.0,) * 3, std=(1.0,) * 3,
     )  # fmt: skip
-    mask, targets, _ = guides(images, noise, 12, Weights(0.0, 0.0))
+    mask, targets, _ = guides(images, noise, 12, Alphas(0.0, 0.0))
     assert torch.equal(mask.mask, expected.mask.bool())
     loss, _ = learner(images, mask, targets)
     loss.backward()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.masking import (
     BLOCKS,
     GUIDED,
@@ -22,8 +22,8 @@ from cmt_mae.method.masking import (
     count_masked,
     from_priority,
     gumbel,
-    hide,
     noise_length,
+    sample_mask,
 )
 
 SHARE = (0.4, 0.3, 0.2, 0.1)
@@ -87,7 +87,7 @@ def share_of_sets(mask: Tensor, sets: Sequence[frozenset[int]]) -> Tensor:
 def drawn(rule: str, n_mask: int, share: Sequence[float] = SHARE, **more: float) -> Mask:
     patches = len(share)
     scores = torch.tensor([share]).expand(DRAWS, -1)
-    return hide(rule, n_mask, noise(DRAWS, patches, rule), (1, patches), scores, **more)  # type: ignore[arg-type]
+    return sample_mask(rule, n_mask, noise(DRAWS, patches, rule), (1, patches), scores, **more)  # type: ignore[arg-type]
 
 
 # --- counts ----------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def drawn(rule: str, n_mask: int, share: Sequence[float] = SHARE, **more: float)
 def test_147_of_196_in_every_image(rule: str) -> None:
     n_mask = count_masked(196, 0.75)
     assert n_mask == 147
-    mask = hide(rule, n_mask, noise(64, 196, rule), FULL, attention(64, 196), guided_share=0.5)
+    mask = sample_mask(rule, n_mask, noise(64, 196, rule), FULL, attention(64, 196), guided_share=0.5)
     check_counts(mask, 196, 147)
 
 
@@ -130,7 +130,7 @@ def test_counts_are_exact_on_any_grid(
     scores = attention(3, patches, seed)
     if spiky:  # most patches get exactly nothing
         scores = torch.where(scores >= scores.amax(1, keepdim=True), 1.0, 0.0)
-    mask = hide(
+    mask = sample_mask(
         rule, n_mask, noise(3, patches, rule, seed), (rows, columns), scores,
         square_side=side, guided_share=share, hint_share=share,
     )  # fmt: skip
@@ -170,10 +170,10 @@ def test_impossible_ratios_are_refused(ratio: float) -> None:
 
 def test_unknown_rule_and_missing_attention_are_refused() -> None:
     with pytest.raises(InputError, match=r"mask\.rule 'checkerboard' is unknown"):
-        hide("checkerboard", 3, noise(1, 4), (2, 2), attention(1, 4))
+        sample_mask("checkerboard", 3, noise(1, 4), (2, 2), attention(1, 4))
     for rule in GUIDED:
         with pytest.raises(InputError, match="follows attention"):
-            hide(rule, 3, noise(1, 4, rule), (2, 2))
+            sample_mask(rule, 3, noise(1, 4, rule), (2, 2))
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_unknown_rule_and_missing_attention_are_refused() -> None:
 def test_impossible_numbers_are_refused(number: dict[str, float]) -> None:
     (name,) = number
     with pytest.raises(InputError, match=rf"mask\.{name} .* is impossible: give"):
-        hide("sampled_high", 3, noise(1, 4), (2, 2), attention(1, 4), **number)  # type: ignore[arg-type]
+        sample_mask("sampled_high", 3, noise(1, 4), (2, 2), attention(1, 4), **number)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_sample_draws_its_own_mask_whatever_batch_it_is_in(rule: str) -> None:
     numbers, scores = noise(6, 20, rule), attention(6, 20)
-    whole = hide(rule, 13, numbers, (4, 5), scores, guided_share=0.5)
-    alone = hide(rule, 13, numbers[4:5], (4, 5), scores[4:5], guided_share=0.5)
+    whole = sample_mask(rule, 13, numbers, (4, 5), scores, guided_share=0.5)
+    alone = sample_mask(rule, 13, numbers[4:5], (4, 5), scores[4:5], guided_share=0.5)
     assert torch.equal(whole.mask[4:5], alone.mask)
 
 
@@ -198,7 +198,7 @@ def test_a_sample_draws_its_own_mask_whatever_batch_it_is_in(rule: str) -> None:
 
 def test_random_keeps_the_smallest_noise_as_mae() -> None:
     numbers = noise(5, 16, "random")
-    mask = hide("random", 12, numbers, (4, 4))
+    mask = sample_mask("random", 12, numbers, (4, 4))
     order = numbers[:, :16].argsort(dim=1)  # MAE keeps the first of this
     assert torch.equal(mask.ids_keep, order[:, :4].sort(dim=1).values)
     assert torch.equal(mask.ids_mask, order[:, 4:].sort(dim=1).values)
@@ -244,7 +244,7 @@ def test_temperature_is_the_exponent_of_attention() -> None:
 def test_even_attention_is_random_masking_in_law(rule: str) -> None:
     """Every set of 3 of 6 patches is as likely as any other (chi-square, 20 sets)."""
     count = 100_000
-    mask = hide(
+    mask = sample_mask(
         rule, 3, noise(count, 6, rule), (2, 3), torch.full((count, 6), 1 / 6), guided_share=0.7
     )
     sets = [frozenset(c) for c in combinations(range(6), 3)]
@@ -263,9 +263,9 @@ def test_mixture_with_random_by_hand() -> None:
 @pytest.mark.parametrize("guided", [0.0, 1.0])
 def test_ends_of_the_ramp_are_random_and_sampled(guided: float) -> None:
     numbers, scores = noise(32, 30, "mix_random"), attention(32, 30)
-    mixed = hide("mix_random", 20, numbers, (5, 6), scores, guided_share=guided)
+    mixed = sample_mask("mix_random", 20, numbers, (5, 6), scores, guided_share=guided)
     if guided:
-        other = hide("sampled_high", 20, numbers, (5, 6), scores)
+        other = sample_mask("sampled_high", 20, numbers, (5, 6), scores)
     else:
         other = from_priority(numbers[:, 30:60], 20)
     assert torch.equal(mixed.mask, other.mask)
@@ -276,7 +276,7 @@ def test_guided_count_of_the_ramp_is_hpms() -> None:
     count = 2000
     scores = torch.full((count, 196), 1e-8)
     scores[:, :74] = 0.01  # 74 patches hold all the attention, one more than are guided
-    mask = hide("mix_random", 147, noise(count, 196), FULL, scores, guided_share=0.5)
+    mask = sample_mask("mix_random", 147, noise(count, 196), FULL, scores, guided_share=0.5)
     inside = mask.mask[:, :74].sum(1)
     assert inside.min() == 73
     # the last of them is among the other 74 hidden patches, drawn evenly from 123
@@ -295,9 +295,9 @@ def test_gumbel_numbers_have_the_standard_law() -> None:
 def test_high_and_low_follow_the_order_of_attention() -> None:
     scores = attention(8, 196)
     order = scores.argsort(dim=1, descending=True)
-    high = hide("high", 147, noise(8, 196), FULL, scores)
+    high = sample_mask("high", 147, noise(8, 196), FULL, scores)
     assert torch.equal(high.ids_mask, order[:, :147].sort(dim=1).values)
-    low = hide("low", 147, noise(8, 196), FULL, scores)
+    low = sample_mask("low", 147, noise(8, 196), FULL, scores)
     assert torch.equal(low.ids_mask, order[:, 49:].sort(dim=1).values)
 
 
@@ -305,7 +305,7 @@ def test_high_and_low_follow_the_order_of_attention() -> None:
 def test_ties_go_to_the_lower_index(rule: str) -> None:
     even = torch.full((2, 196), 1 / 196)
     assert torch.equal(
-        hide(rule, 147, noise(2, 196), FULL, even).ids_mask, torch.arange(147).expand(2, -1)
+        sample_mask(rule, 147, noise(2, 196), FULL, even).ids_mask, torch.arange(147).expand(2, -1)
     )
 
 
@@ -315,8 +315,8 @@ def test_zeros_in_attention_never_stop_a_draw(rule: str) -> None:
     scores = torch.zeros(200, 16)
     scores[:, [3, 8]] = torch.tensor([0.9, 0.1])
     for some in (scores, torch.zeros(200, 16)):
-        check_counts(hide(rule, 12, noise(200, 16), (4, 4), some, guided_share=0.5), 16, 12)
-    hidden = hide(rule, 12, noise(200, 16), (4, 4), scores, hint_share=0.0).mask[:, [3, 8]]
+        check_counts(sample_mask(rule, 12, noise(200, 16), (4, 4), some, guided_share=0.5), 16, 12)
+    hidden = sample_mask(rule, 12, noise(200, 16), (4, 4), scores, hint_share=0.0).mask[:, [3, 8]]
     if rule in ("low", "sampled_visible"):
         assert not hidden.any()
     else:
@@ -328,7 +328,7 @@ def test_hint_shows_14_of_the_top_19() -> None:
     count = 4000
     scores = attention(count, 196)
     ranked = scores.argsort(dim=1, descending=True)
-    mask = hide("hint", 147, noise(count, 196), FULL, scores)
+    mask = sample_mask("hint", 147, noise(count, 196), FULL, scores)
     by_rank = mask.mask.gather(1, ranked)
     assert (by_rank[:, :19].sum(1) == 5).all()
     assert by_rank[:, 19:161].all()
@@ -341,7 +341,7 @@ def test_hint_shows_14_of_the_top_19() -> None:
 
 def test_squares_are_hidden_whole() -> None:
     """SimMIM: 36 of 49 squares of 2 x 2 are hidden whole, one more is cut to reach 147."""
-    mask = hide("square", 147, noise(500, 196), FULL).mask
+    mask = sample_mask("square", 147, noise(500, 196), FULL).mask
     cells = mask.view(500, 7, 2, 7, 2).transpose(2, 3).sum((3, 4)).flatten(1)
     assert ((cells == 4).sum(1) == 36).all()
     assert ((cells == 3).sum(1) == 1).all()
@@ -354,7 +354,7 @@ def test_squares_are_hidden_whole() -> None:
 
 
 def test_squares_at_the_edge_of_an_odd_grid() -> None:
-    mask = hide("square", 9, noise(300, 25), (5, 5), square_side=3).mask.view(300, 5, 5)
+    mask = sample_mask("square", 9, noise(300, 25), (5, 5), square_side=3).mask.view(300, 5, 5)
     parts = [mask[:, :3, :3], mask[:, :3, 3:], mask[:, 3:, :3], mask[:, 3:, 3:]]
     shares = torch.stack([part.float().mean((1, 2)) for part in parts])
     assert (((shares > 0) & (shares < 1)).sum(0) <= 1).all()
@@ -384,7 +384,7 @@ def test_first_block_is_one_rectangle_of_beits_size() -> None:
 
 def test_blocks_are_contiguous_unlike_random_patches() -> None:
     def neighbours(rule: str) -> float:
-        mask = hide(rule, 78, noise(500, 196), FULL).mask.view(-1, 14, 14)
+        mask = sample_mask(rule, 78, noise(500, 196), FULL).mask.view(-1, 14, 14)
         return (mask[:, 1:] == mask[:, :-1]).float().mean().item()
 
     assert neighbours("random") == pytest.approx(0.52, abs=0.02)
@@ -394,7 +394,7 @@ def test_blocks_are_contiguous_unlike_random_patches() -> None:
 def test_later_blocks_only_add_to_earlier_ones() -> None:
     """The hidden sets of growing counts are nested, and every level is a rectangle less the former."""
     numbers = noise(50, 196)
-    masks = [hide("block", m, numbers, FULL).mask for m in (20, 80, 147)]
+    masks = [sample_mask("block", m, numbers, FULL).mask for m in (20, 80, 147)]
     for small, large in pairwise(masks):
         assert (large | ~small).all()
     bare = block_priority(numbers[:, 392:], FULL, numbers[:, :196]) < 1 - BLOCKS
@@ -405,4 +405,4 @@ def test_noise_is_as_long_as_the_rule_needs() -> None:
     for rule in RULES:
         numbers = noise(2, 196, rule)
         assert numbers.shape[1] == (392 + 5 * BLOCKS if rule == "block" else 392)
-        check_counts(hide(rule, 147, numbers, FULL, attention(2, 196)), 196, 147)
+        check_counts(sample_mask(rule, 147, numbers, FULL, attention(2, 196)), 196, 147)

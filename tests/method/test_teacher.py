@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.last_block import finish
 from cmt_mae.method.teacher import (
     Teacher,

@@ -17,8 +17,8 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
-from cmt_mae.errors import InputError
-from cmt_mae.method.cmtmae import Learner, TargetConfig
+from cmt_mae.core.errors import InputError
+from cmt_mae.method.cmtmae import StudentWithDecoder, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.vit import (
@@ -89,7 +89,7 @@ def test_whole_models_have_the_published_parameter_counts(
     preset: str, heads: dict[str, int], total: int
 ) -> None:
     with torch.device("meta"):
-        model = Learner(
+        model = StudentWithDecoder(
             build_student(StudentConfig(preset=preset)), DecoderConfig(), TargetConfig(), heads
         )
     assert count_parameters([model]) == total

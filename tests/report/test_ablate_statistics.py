@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cmt_mae.ablation.statistics import (
+from cmt_mae.tools.ablate.statistics import (
     Fit,
     against_baseline,
     axis_effects,

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.result import Result
-from cmt_mae.report.compare import CompareConfig, compare, letters, tabulate
-from cmt_mae.report.comparison_text import as_plain_table, footnote_lines, print_table
-from cmt_mae.report.paper import paper_numbers
+from cmt_mae.tools.report.compare import CompareConfig, compare, letters, tabulate
+from cmt_mae.tools.report.comparison_text import as_plain_table, footnote_lines, print_table
+from cmt_mae.tools.report.paper import paper_numbers
 
 HEADLINES = {"knn": "cls/k20/top1", "linear": "top1", "coco": "box/AP", "davis": "J&F"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.report.paper import DOUBTS, PROTOCOLS, B, L, paper_numbers
+from cmt_mae.tools.report.paper import DOUBTS, PROTOCOLS, B, L, paper_numbers
 
 LP, FT, BOX, MASK, IOU = (
     "linear top1",

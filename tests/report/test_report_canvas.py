@@ -9,12 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_mae.errors import InputError
-from cmt_mae.parsing import with_lists
-from cmt_mae.report import canvas, curves
-from cmt_mae.report.attention import attention_sheet, in_units
-from cmt_mae.report.canvas import COVER, Scale, Sheet, at_pixels, common_scale, over, save, without
-from cmt_mae.report.ladder import ladder_figure, read_ladder
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.parsing import with_lists
+from cmt_mae.tools.report import canvas, curves
+from cmt_mae.tools.report.attention import attention_sheet, in_units
+from cmt_mae.tools.report.canvas import (
+    COVER,
+    Scale,
+    Sheet,
+    at_pixels,
+    common_scale,
+    over,
+    save,
+    without,
+)
+from cmt_mae.tools.report.ladder import ladder_figure, read_ladder
 
 ROOT = Path(__file__).resolve().parents[2]
 

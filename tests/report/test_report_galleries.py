@@ -9,14 +9,14 @@ import pytest
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.ade20k import open_ade20k
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.coco_masks import mask_of
 from cmt_mae.data.davis import open_davis
 from cmt_mae.data.scenes.video import write_davis
 from cmt_mae.data.scenes.write import write_ade20k, write_coco
-from cmt_mae.errors import InputError
-from cmt_mae.report.galleries import (
+from cmt_mae.tools.report.galleries import (
     detections_sheet,
     labels_of,
     outputs,

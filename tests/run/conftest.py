@@ -12,7 +12,7 @@ import torch
 
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.scenes import write_imagefolder
-from cmt_mae.settings import PretrainConfig
+from cmt_mae.pretraining.settings import PretrainConfig
 from random_teacher import write_teacher
 
 Make = Callable[..., PretrainConfig]
@@ -62,8 +62,8 @@ def make(images: Path, teacher_file: Path, tmp_path: Path) -> Make:
 
 def as_words(config: PretrainConfig) -> list[str]:
     """The command line that gives these settings."""
-    from cmt_mae.parsing import as_word, flatten
-    from cmt_mae.training.run_dir import plain
+    from cmt_mae.core.parsing import as_word, flatten
+    from cmt_mae.core.runs import plain
 
     return [f"--{k}={as_word(v)}" for k, v in flatten(plain(config)).items() if v is not None]
 

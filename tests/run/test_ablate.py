@@ -11,15 +11,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmt_mae.ablation import AblateConfig, ablate
-from cmt_mae.ablation.command import in_order
-from cmt_mae.ablation.grid import grid_names, load_grid
-from cmt_mae.ablation.one import ELSEWHERE
-from cmt_mae.ablation.one import main as work_off
-from cmt_mae.ablation.plan import Plan, PlannedRun, read_plan
-from cmt_mae.ablation.table import write_table
-from cmt_mae.errors import InputError
-from cmt_mae.training.lock import Lock
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.lock import Lock
+from cmt_mae.tools.ablate import AblateConfig, ablate
+from cmt_mae.tools.ablate.command import in_order
+from cmt_mae.tools.ablate.grid import grid_names, load_grid
+from cmt_mae.tools.ablate.one import ELSEWHERE
+from cmt_mae.tools.ablate.one import main as work_off
+from cmt_mae.tools.ablate.plan import Plan, PlannedRun, read_plan
+from cmt_mae.tools.ablate.table import write_table
 
 from .conftest import Make, assert_same_state
 
@@ -27,7 +27,7 @@ from .conftest import Make, assert_same_state
 @pytest.fixture
 def scale(make: Make, tmp_path: Path) -> Path:
     """A recipe with the scale of the tests."""
-    from cmt_mae.training.run_dir import plain
+    from cmt_mae.core.runs import plain
 
     content = plain(make())
     for method in ("mask", "target", "out", "seed", "alpha", "init_from"):

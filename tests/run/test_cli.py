@@ -10,13 +10,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from cmt_mae.cli import main
+from cmt_mae.core.cli import main
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.parsing import expand, parse, take, with_positional
 from cmt_mae.data.loader import order
-from cmt_mae.errors import InputError
-from cmt_mae.parsing import expand, parse, take, with_positional
+from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.recipes import head_comment, load_recipes, recipe_names
-from cmt_mae.report.compare import CompareConfig
-from cmt_mae.settings import PretrainConfig
+from cmt_mae.tools.report.compare import CompareConfig
 
 from .conftest import Make, as_words
 
@@ -298,7 +298,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_config_of_a_run_is_a_recipe(make: Make) -> None:
     """config.yaml is complete: it parses back to the same settings."""
     config = make(alpha=0.7)
-    from cmt_mae.training.run_dir import plain
+    from cmt_mae.core.runs import plain
 
     again = parse("test", PretrainConfig, [], yaml.safe_load(yaml.safe_dump(plain(config))))
     assert again == config

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmt_mae.cli import main
+from cmt_mae.core.cli import main
 from cmt_mae.data.scenes import write_imagefolder
 
 

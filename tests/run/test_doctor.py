@@ -14,22 +14,22 @@ from benchmarks.sick_runs import HEALTHY, SICK, settings_of
 from PIL import Image
 from timm.layers import QuickGELU
 
-from cmt_mae import assemble
 from cmt_mae.backbones import save_backbone
-from cmt_mae.benchmark.build import make_stepper, synthetic_batches
-from cmt_mae.cli import main
-from cmt_mae.errors import InputError
-from cmt_mae.health import DoctorConfig, doctor, machine
-from cmt_mae.health.estimate import Size, at, estimate, kept_gb
-from cmt_mae.health.finding import Finding
-from cmt_mae.health.images import check_images
-from cmt_mae.health.run import Run, diagnose
-from cmt_mae.health.settings import check_pixels, check_settings
-from cmt_mae.health.teacher import check_teacher
-from cmt_mae.pretraining import pretrain
+from cmt_mae.core.cli import main
+from cmt_mae.core.errors import InputError
+from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining.run import pretrain
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.stepping import Plan, make_plan
 from cmt_mae.recipes import load_recipes
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.stepping import Plan, make_plan
+from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
+from cmt_mae.tools.diagnose import DoctorConfig, doctor, machine
+from cmt_mae.tools.diagnose.estimate import Size, at, estimate, kept_gb
+from cmt_mae.tools.diagnose.finding import Finding
+from cmt_mae.tools.diagnose.images import check_images
+from cmt_mae.tools.diagnose.run import Run, diagnose
+from cmt_mae.tools.diagnose.settings import check_pixels, check_settings
+from cmt_mae.tools.diagnose.teacher import check_teacher
 
 from .conftest import Make
 
@@ -177,7 +177,7 @@ def plan_for(config: PretrainConfig, images: int) -> Plan:
     "name", ["cmt_vitb16", "cmt_vitl16", "demo", "mae", "data2vec", "attmask", "milan"]
 )
 def test_published_recipes_are_not_scolded(name: str) -> None:
-    from cmt_mae.parsing import parse
+    from cmt_mae.core.parsing import parse
 
     config = parse("test", PretrainConfig, [], load_recipes(name))
     images = 2000 if name == "demo" else 1_281_167

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cmt_mae.errors import InputError, Stopped
-from cmt_mae.pretraining import Training, pretrain
-from cmt_mae.stepping import Stepper
+from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.pretraining.run import Training, pretrain
+from cmt_mae.pretraining.stepping import Stepper
 
 from .conftest import Make, as_words, assert_same_state, final_state, rows, start
 
@@ -259,7 +259,7 @@ def test_init_from_a_run_takes_student_decoder_and_heads(make: Make) -> None:
 
 
 def started(config: object) -> dict[str, torch.Tensor]:
-    from cmt_mae import assemble
+    from cmt_mae.pretraining import assemble
 
     stats = assemble.IMAGENET
     teacher, _ = assemble.build_teacher(config, stats)  # type: ignore[arg-type]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from cmt_mae import cli
-from cmt_mae.errors import InputError
+from cmt_mae.core import cli
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.ranges import LENGTHS, RANGES, Range, check_ranges
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
-from cmt_mae.ranges import LENGTHS, RANGES, Range, check_ranges
-from cmt_mae.settings import PretrainConfig
+from cmt_mae.pretraining.settings import PretrainConfig
 
 
 def all_settings() -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import pytest
 
-from cmt_mae.cli import main, show_result
-from cmt_mae.errors import InputError
+from cmt_mae.core.cli import main, show_result
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.parsing import parse, read_settings
 from cmt_mae.evaluate.result import Result
-from cmt_mae.parsing import parse, read_settings
 from cmt_mae.recipes import load_recipes
 
 
@@ -130,7 +130,7 @@ def test_a_fault_of_ours_is_one_line_and_status_1(
     def fault(_: object) -> None:
         raise KeyError("a\nb\x1b")
 
-    monkeypatch.setattr("cmt_mae.cli.dispatch", fault)
+    monkeypatch.setattr("cmt_mae.core.cli.dispatch", fault)
     assert main(["pack"]) == 1
     line = capsys.readouterr().err
     assert line.startswith("cmt-mae: a fault of cmt-mae, KeyError")
@@ -145,12 +145,12 @@ def test_a_fault_of_ours_is_one_line_and_status_1(
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
     ):
         monkeypatch.setattr(
-            "cmt_mae.cli.dispatch", lambda _, error=error: (_ for _ in ()).throw(error)
+            "cmt_mae.core.cli.dispatch", lambda _, error=error: (_ for _ in ()).throw(error)
         )
         assert main(["pack"]) == 2
         assert "out of memory" in capsys.readouterr().err
     missing = PermissionError(13, "Permission denied", "/a/b")
-    monkeypatch.setattr("cmt_mae.cli.dispatch", lambda _: (_ for _ in ()).throw(missing))
+    monkeypatch.setattr("cmt_mae.core.cli.dispatch", lambda _: (_ for _ in ()).throw(missing))
     assert main(["pack"]) == 2
     assert (
         capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_under_torchrun_one_line_for_all_ranks(tmp_path: Path) -> None:
     """torchrun ends the others as soon as rank 0 has failed, before they speak."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys\nfrom cmt_mae.cli import main\nsys.exit(main(['recipes', 'nowhere']))\n"
+        "import sys\nfrom cmt_mae.core.cli import main\nsys.exit(main(['recipes', 'nowhere']))\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_mae.method.cmtmae import Guides
+from cmt_mae.core.parsing import parse
+from cmt_mae.method.cmtmae import FrozenNetworks
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.parsing import parse
-from cmt_mae.pretraining import pretrain
+from cmt_mae.pretraining.run import pretrain
+from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.recipes import load_recipes
-from cmt_mae.settings import PretrainConfig
 
 from .conftest import Make, as_words, rows
 
@@ -69,15 +69,15 @@ def test_networks_that_have_no_weight_do_not_run(
     alpha: float, teacher_runs: int, momentum_runs: int, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks, stepping = {"teacher": 0, "momentum": 0}, [0]
-    real_look, real_step = Teacher.look, Guides.forward
-    monkeypatch.setattr(Guides, "maps", lambda *_, **__: pytest.skip("pictures are not asked for"))
-    monkeypatch.setattr("cmt_mae.pretraining.Training.picture", lambda _: None)
+    real_look, real_step = Teacher.look, FrozenNetworks.forward
+    monkeypatch.setattr(FrozenNetworks, "maps", lambda *_, **__: pytest.skip("pictures are not asked for"))
+    monkeypatch.setattr("cmt_mae.pretraining.run.Training.picture", lambda _: None)
 
     def look(self: Teacher, images: torch.Tensor) -> object:
         looks["teacher"] += 1
         return real_look(self, images)
 
-    def forward(self: Guides, *words: object, **named: object) -> object:
+    def forward(self: FrozenNetworks, *words: object, **named: object) -> object:
         if self.momentum is not None and not hasattr(self.momentum, "counted"):
             self.momentum.counted = True  # type: ignore[assignment]
             self.momentum.blocks[0].register_forward_hook(
@@ -89,7 +89,7 @@ def test_networks_that_have_no_weight_do_not_run(
         return outcome
 
     monkeypatch.setattr(Teacher, "look", look)
-    monkeypatch.setattr(Guides, "forward", forward)
+    monkeypatch.setattr(FrozenNetworks, "forward", forward)
     pretrain(make(alpha=alpha))
     assert looks == {"teacher": teacher_runs, "momentum": momentum_runs}
 

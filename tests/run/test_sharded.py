@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmt_mae.pretraining import pretrain
-from cmt_mae.training.checkpoint import load_last
+from cmt_mae.core.checkpoint import load_last
+from cmt_mae.pretraining.run import pretrain
 
 from .conftest import Make, as_words, rows, start
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmt_mae.errors import InputError, Stopped
+from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.pretraining import pretrain
-from cmt_mae.stepping import Stepper
+from cmt_mae.pretraining.run import pretrain
+from cmt_mae.pretraining.stepping import Stepper
 
 from .conftest import Make, as_words, assert_same_state, rows, start
 
@@ -111,7 +111,7 @@ def test_random_crops_are_refused(make: Make) -> None:
 def test_a_disk_that_is_too_small_is_told_first(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cmt_mae import teacher_cache
+    from cmt_mae.pretraining import teacher_cache
 
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: usage)

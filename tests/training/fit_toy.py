@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.tasks import train_batches
-from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
-from cmt_mae.training.processes import leave_processes, make_accelerator
-from cmt_mae.training.run_dir import RunDir, plain
-from cmt_mae.training.settings import INDIFFERENT, TaskSettings
+from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.processes import leave_processes, make_accelerator
+from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
 
 N, BATCH, STEPS_PER_EPOCH = 40, 8, 5
 
@@ -66,7 +66,7 @@ def toy(
     )  # fmt: skip
     accelerator = make_accelerator("cpu", "fp32")
     world, rank = accelerator.num_processes, accelerator.process_index
-    run = RunDir(str(out), plain(config), INDIFFERENT, writes=accelerator.is_main_process)
+    run = RunDir(str(out), plain(config), RESUME_SAFE_SETTINGS, writes=accelerator.is_main_process)
     torch.manual_seed(0)
     model = Net(dropout)
     if not norm:

@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import nn
 
-from cmt_mae.training.processes import leave_processes, make_accelerator
+from cmt_mae.engine.processes import leave_processes, make_accelerator
 
 
 class Backwards(nn.Module):

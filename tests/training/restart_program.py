@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from cmt_mae.training.processes import leave_processes, make_accelerator
+from cmt_mae.engine.processes import leave_processes, make_accelerator
 
 accelerator = make_accelerator("cpu", "fp32")
 accelerator.reduce(torch.ones(1))

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmt_mae.errors import InputError
-from cmt_mae.training import files
-from cmt_mae.training.checkpoint import (
+from cmt_mae.core import files
+from cmt_mae.core.checkpoint import (
     forget_after,
     list_checkpoints,
     load_checkpoint,
@@ -22,7 +21,8 @@ from cmt_mae.training.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from cmt_mae.training.files import sha256, sweep, write_atomically, write_json
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import sha256, sweep, write_atomically, write_json
 
 
 def state(step: int) -> dict[str, Any]:

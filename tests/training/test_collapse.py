@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.training.collapse import limit_of, signs
+from cmt_mae.engine.collapse import limit_of, signs
 
 RECORDED = Path(__file__).resolve().parents[2] / "benchmarks" / "faults" / "healthy_runs.json"
 

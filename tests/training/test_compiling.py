@@ -7,11 +7,11 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from cmt_mae.assemble import build_learner
-from cmt_mae.benchmark.build import make_stepper, synthetic_batches
 from cmt_mae.data.loader import CropSettings
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.training import compiling
+from cmt_mae.engine import compiling
+from cmt_mae.pretraining.assemble import build_learner
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
 
 CPU = torch.device("cpu")
 

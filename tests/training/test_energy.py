@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cmt_mae.training.energy import GpuEnergy
+from cmt_mae.engine.energy import GpuEnergy
 
 pynvml = pytest.importorskip("pynvml", reason="needs the package nvidia-ml-py")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.errors import InputError
-from cmt_mae.training.files import write_text, writing
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_text, writing
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from cmt_mae.training.finiteness import bad_weights, first_part
-from cmt_mae.training.meters import Bad
+from cmt_mae.engine.finiteness import bad_weights, first_part
+from cmt_mae.engine.meters import Bad
 
 
 def test_the_earliest_step_and_in_it_the_first_part_is_named() -> None:

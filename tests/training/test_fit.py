@@ -12,9 +12,9 @@ import pytest
 import torch
 from fit_toy import BATCH, STEPS_PER_EPOCH, Net, toy
 
-from cmt_mae.errors import InputError, Stopped
-from cmt_mae.training.checkpoint import list_checkpoints, load_checkpoint
-from cmt_mae.training.fit import follow, micro_batches
+from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.engine.fit import follow, micro_batches
 
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.errors import InputError
-from cmt_mae.training.lock import OWNER, Lock, may_run, name_of, started
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.lock import OWNER, Lock, may_run, name_of, started
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from cmt_mae.training.lock import Lock
+from cmt_mae.core.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 lock.take()
 child = os.fork()

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmt_mae.training.meters import Bad, Meters
+from cmt_mae.engine.meters import Bad, Meters
 
 CPU = torch.device("cpu")
 

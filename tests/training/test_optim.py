@@ -8,19 +8,19 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from cmt_mae.method.cmtmae import Learner, TargetConfig
+from cmt_mae.engine.optim import adamw, decay_groups
+from cmt_mae.method.cmtmae import StudentWithDecoder, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.vit import StudentConfig, build_student
-from cmt_mae.training.optim import adamw, decay_groups
 
 
-def learner(pos_embed: str = "sincos") -> Learner:
+def learner(pos_embed: str = "sincos") -> StudentWithDecoder:
     torch.manual_seed(0)
     student = build_student(
         StudentConfig(img_size=[16], patch_size=8, width=16, depth=1, heads=2, pos_embed=pos_embed)
     )
     config = DecoderConfig(width=8, depth=1, heads=2)
-    return Learner(student, config, TargetConfig(), {"teacher": 8, "momentum": 16})
+    return StudentWithDecoder(student, config, TargetConfig(), {"teacher": 8, "momentum": 16})
 
 
 def names(module: nn.Module, groups: list[dict[str, Any]], decay: float) -> set[str]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from cmt_mae.errors import LostProcess
-from cmt_mae.training.processes import make_accelerator, stopping_with_the_others
+from cmt_mae.core.errors import LostProcess
+from cmt_mae.engine.processes import make_accelerator, stopping_with_the_others
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_process_that_nobody_meets_ends_in_one_line() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = (
-        "from cmt_mae.training import processes\n"
+        "from cmt_mae.engine import processes\n"
         "processes.MEETING_S = 1.0\n"
         "processes.make_accelerator('cpu', 'fp32')\n"
     )

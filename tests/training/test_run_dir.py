@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cmt_mae.errors import InputError
-from cmt_mae.training.checkpoint import save_checkpoint
-from cmt_mae.training.run_dir import RunDir, read_metrics
-from cmt_mae.training.trackers import Trackers
+from cmt_mae.core.checkpoint import save_checkpoint
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.runs import RunDir, read_metrics
+from cmt_mae.engine.trackers import Trackers
 
 
 def open_run(path: Path, **settings: Any) -> RunDir:

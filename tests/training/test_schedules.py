@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmt_mae.errors import InputError
-from cmt_mae.training.schedules import learning_rate, momentum
+from cmt_mae.core.errors import InputError
+from cmt_mae.engine.schedules import learning_rate, momentum
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.errors import InputError
-from cmt_mae.training.settings import TaskSettings
+from cmt_mae.core.errors import InputError
+from cmt_mae.engine.task_settings import TaskSettings
 
 
 def test_it_lives_where_asked_else_inside_the_backbones_run(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from cmt_mae.backbones.backbone import Backbone, backbone_digest, learned_state
 from cmt_mae.backbones.infer import pair
 from cmt_mae.backbones.selfcheck import check_features
-from cmt_mae.errors import InputError
-from cmt_mae.text import one_line as shorten
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line as shorten
 
 MAX_PIXELS = 8192
 """Largest accepted side of an input image: a bound on what a hostile file can make us allocate."""

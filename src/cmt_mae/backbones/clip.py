@@ -20,7 +20,7 @@ from cmt_mae.backbones.build import Weights
 from cmt_mae.backbones.container import Container
 from cmt_mae.backbones.infer import infer_vit, pair
 from cmt_mae.backbones.names import fuse_qkv, rename, select
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
 
@@ -218,7 +218,7 @@ def quickgelu_name(name: str) -> str | None:
 def check_tower(model: nn.Module, architecture: str, where: str) -> None:
     """Self-check of a CLIP tower after building; InputError when timm built something else.
 
-    Looks at the modules themselves: activation of every block, LayerNorm eps 1e-5, norm before the
+    CachedForwards at the modules themselves: activation of every block, LayerNorm eps 1e-5, norm before the
     blocks, no bias in the patch embedding.
     """
     if not isinstance(model, VisionTransformer) or "_clip_" not in architecture:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cmt_mae.backbones.build import one_line, some
 from cmt_mae.backbones.torchscript import is_torchscript, read_torchscript
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 MAX_JSON = 1 << 20

@@ -15,11 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import Backbone
+from cmt_mae.backbones.licences import NOT_STATED, libraries_line
 from cmt_mae.backbones.load import load_backbone
 from cmt_mae.backbones.save import plain_state, save_backbone, write_atomically
-from cmt_mae.errors import InputError
-from cmt_mae.licences import NOT_STATED, libraries_line
-from cmt_mae.text import printable
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import printable
 
 
 @dataclass

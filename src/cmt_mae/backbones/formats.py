@@ -28,7 +28,7 @@ from cmt_mae.backbones.clip import (
 from cmt_mae.backbones.container import Container, choose
 from cmt_mae.backbones.infer import infer_beit, infer_vit, native_size, pair
 from cmt_mae.backbones.names import drop, fuse_qkv, rename, select
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 # Which entry of a nested file is the backbone. I-JEPA: target_encoder; DINO, iBOT, AttMask:
 # teacher; MAE, BEiT, data2vec, DeiT: model (deepspeed: module); MoCo v3, open_clip: state_dict.

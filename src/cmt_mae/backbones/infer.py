@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 # Widths whose heads are not 64 wide: So400m, ViT-H, ViT-g and ViT-G all have 16 heads.
 HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}

@@ -29,7 +29,7 @@ from cmt_mae.backbones.container import read_container
 from cmt_mae.backbones.formats import read_foreign
 from cmt_mae.backbones.infer import pair
 from cmt_mae.backbones.save import HEADER, read_ours
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 EMBEDDED = Path(__file__).parent.parent / "teachers" / "embedded.safetensors"
 RUN_FILES = {None: "backbone.safetensors", "momentum": "backbone_momentum.safetensors"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmt_mae.backbones.build import some
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 
 def rename(state: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from cmt_mae.backbones.build import Weights, one_line, plain_kwargs
 from cmt_mae.backbones.container import Container, tensors_of
 from cmt_mae.backbones.infer import pair
 from cmt_mae.backbones.selfcheck import features_of_fixed_picture
-from cmt_mae.errors import InputError
-from cmt_mae.training import files
+from cmt_mae.core import files
+from cmt_mae.core.errors import InputError
 
 HEADER = "cmt_mae"
 """Name of our entry in the safetensors header; its value is JSON."""

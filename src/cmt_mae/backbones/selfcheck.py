@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 NUMBERS = 16
 TOLERANCE = (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cmt_mae.backbones.build import one_line
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 MAX_PICKLE = 64 << 20
 """Bytes of a data.pkl beyond which it is no list of weights; CLIP's has about 0.1 MB."""

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
 from cmt_mae.data.folder import open_file, read_file
-from cmt_mae.errors import InputError
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""

@@ -17,8 +17,8 @@ from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.crops import crop_box, cut, resize
-from cmt_mae.errors import InputError
 
 
 @contextmanager

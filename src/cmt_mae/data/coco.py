@@ -19,12 +19,12 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line
 from cmt_mae.data.coco_masks import checked_segmentation, coordinates, mask_of, rle_of
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.detection_crops import Example
 from cmt_mae.data.folder import open_file, read_file
-from cmt_mae.errors import InputError
-from cmt_mae.text import one_line
 
 LARGEST_ID = 2**53
 """Ids from here on are not the same number in every JSON reader, and overflow in the evaluation."""

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 LARGEST_COORDINATE = 100_000.0
 LONGEST_OUTLINE = 1e6

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
 from cmt_mae.data.folder import open_file, read_file
 from cmt_mae.data.scenes.video import palette
-from cmt_mae.errors import InputError
 
 RESOLUTION = "480p"
 LIST_BYTES = 2**24

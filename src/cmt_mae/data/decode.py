@@ -12,9 +12,9 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data import jpeg
 from cmt_mae.data.jpeg import orientation_of, read_header
-from cmt_mae.errors import InputError
 
 # What Pillow refuses by itself (twice its MAX_IMAGE_PIXELS): one limit, and no global is changed.
 MAX_PIXELS = 178_956_970

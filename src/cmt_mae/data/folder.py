@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import printable
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
-from cmt_mae.errors import InputError
-from cmt_mae.text import printable
 
 # An image file above this is not an image: memory stays bounded whatever lies in the folder.
 MAX_BYTES = 2**30

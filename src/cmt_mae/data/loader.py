@@ -11,13 +11,13 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data import jpeg
 from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize_into, sample_rng
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.sources import Source
 from cmt_mae.data.steps import Steps, order
 from cmt_mae.data.workers import TIMEOUT_S, few, iterate
-from cmt_mae.errors import InputError
 
 __all__ = [
     "Batch",

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.packed import FORMAT, read_meta
 from cmt_mae.data.sources import Source, has_splits, open_source, open_split
 from cmt_mae.data.workers import TIMEOUT_S, few, iterate
-from cmt_mae.errors import InputError
 
 _CHUNK = 32
 

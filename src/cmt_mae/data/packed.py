@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.folder import Names, open_file, read_file
-from cmt_mae.errors import InputError
-from cmt_mae.text import one_line
 
 FORMAT = "cmt-mae pack 1"
 

@@ -7,9 +7,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.folder import FolderSource, class_folders
 from cmt_mae.data.packed import PackedSource
-from cmt_mae.errors import InputError
 
 _ALIASES = {
     "train": ("train", "training"),

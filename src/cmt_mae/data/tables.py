@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.folder import Names, fingerprint_of, read_file, shown
-from cmt_mae.errors import InputError
 
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")

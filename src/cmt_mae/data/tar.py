@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line, printable
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
 from cmt_mae.data.folder import MAX_BYTES, Names, fingerprint_of
-from cmt_mae.errors import InputError
-from cmt_mae.text import one_line, printable
 
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _LABEL_BYTES = 2**20  # a label file above this is not a label

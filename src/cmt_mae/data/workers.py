@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from cmt_mae.errors import InputError
-from cmt_mae.text import printable
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import printable
 
 TIMEOUT_S = 300.0
 """Default time limit of a worker's answer: below the 10 minutes after which NCCL gives a process up."""

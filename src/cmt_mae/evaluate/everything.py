@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.core.files import write_json
+from cmt_mae.core.text import printable
 from cmt_mae.data.workers import TIMEOUT_S
-from cmt_mae.errors import InputError, Stopped
 from cmt_mae.evaluate.features import start_processes
 from cmt_mae.evaluate.layouts import Found, Layout, find_data, folder_fingerprint
 from cmt_mae.evaluate.result import Result
-from cmt_mae.text import printable
-from cmt_mae.training.files import write_json
 
 Preset = Literal["quick", "paper"]
 
@@ -286,7 +286,7 @@ def make_job(
 
 
 # settings of the tasks that change no number
-INDIFFERENT = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
+RESUME_SAFE_SETTINGS = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
 
 
 def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
@@ -295,7 +295,7 @@ def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
     Like ``Result.identity`` it leaves out places, machine and versions; unlike it, it is known
     before the work.
     """
-    kept = {k: v for k, v in asdict(settings).items() if k not in INDIFFERENT}
+    kept = {k: v for k, v in asdict(settings).items() if k not in RESUME_SAFE_SETTINGS}
     network = [backbone.digest, backbone.architecture, backbone.kwargs]
     entry = [backbone.mean, backbone.std, backbone.img_size]
     what = [task, kept, network, entry, folder_fingerprint(data)]

@@ -17,12 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object, pad_across_processes
 from torch import Tensor, nn
 
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import sweep, write_atomically
 from cmt_mae.data.loader import eval_batches
 from cmt_mae.data.sources import Source, open_split
 from cmt_mae.data.workers import TIMEOUT_S
-from cmt_mae.errors import InputError
-from cmt_mae.training.files import sweep, write_atomically
-from cmt_mae.training.processes import meeting
+from cmt_mae.engine.processes import meeting
 
 if TYPE_CHECKING:
     from rich.progress import Progress

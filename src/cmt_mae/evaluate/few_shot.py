@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.sources import Source
-from cmt_mae.errors import InputError
 
 
 def few_shot_indexes(labels: Sequence[int], few_shot: str, seed: int) -> list[int]:

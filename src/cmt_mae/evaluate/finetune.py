@@ -18,12 +18,18 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.augment import Augment, seeded
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.sources import Source
 from cmt_mae.data.tasks import train_batches
-from cmt_mae.errors import InputError
+from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.optim import layer_decay_groups
+from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.engine.schedules import learning_rate
+from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
 from cmt_mae.evaluate.features import (
     count_classes,
     describe_data,
@@ -43,13 +49,7 @@ from cmt_mae.evaluate.finetune_protocols import (
     resolve,
 )
 from cmt_mae.evaluate.result import Result, make_result, save_where
-from cmt_mae.report.confusion import confusion_picture
-from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
-from cmt_mae.training.optim import layer_decay_groups
-from cmt_mae.training.processes import make_accelerator
-from cmt_mae.training.run_dir import RunDir, plain
-from cmt_mae.training.schedules import learning_rate
-from cmt_mae.training.settings import INDIFFERENT, TaskSettings
+from cmt_mae.tools.report.confusion import confusion_picture
 
 MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
 
@@ -191,7 +191,10 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     for source in (train, val):  # a pack made with other channels is told before the training
         load_first(source, len(backbone.mean))
     run = RunDir(
-        str(out), plain(config) | asdict(recipe), INDIFFERENT, writes=accelerator.is_main_process
+        str(out),
+        plain(config) | asdict(recipe),
+        RESUME_SAFE_SETTINGS,
+        writes=accelerator.is_main_process,
     )
     said = differences(config, recipe, width, len(train))
     job = make_job(config, recipe, backbone, train, val, accelerator, run)

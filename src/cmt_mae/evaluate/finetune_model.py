@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from cmt_mae.backbones import Backbone, save_backbone
 from cmt_mae.backbones.save import same_bytes
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_atomically
 from cmt_mae.evaluate.finetune_protocols import Pool
 from cmt_mae.evaluate.pyramid import trainable_copy
-from cmt_mae.training.files import write_atomically
 
 HEAD_STD = 2e-5  # MAE: the first outputs are all but equal
 

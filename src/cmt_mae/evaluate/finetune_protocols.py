@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 if TYPE_CHECKING:
     from cmt_mae.evaluate.finetune import FinetuneConfig

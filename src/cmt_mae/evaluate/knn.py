@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmt_mae.backbones import load_backbone
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.ranges import check_ranges
 from cmt_mae.data.workers import TIMEOUT_S
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate.features import (
     Features,
     Precision,
@@ -26,7 +27,6 @@ from cmt_mae.evaluate.features import (
     start_processes,
 )
 from cmt_mae.evaluate.result import Result, make_result, save_where
-from cmt_mae.ranges import check_ranges
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.ranges import check_ranges
 from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.sources import Source
 from cmt_mae.data.workers import TIMEOUT_S
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate.features import (
     Features,
     Precision,
@@ -41,7 +42,6 @@ from cmt_mae.evaluate.protocols import (
 )
 from cmt_mae.evaluate.result import Result, make_result, save_where
 from cmt_mae.evaluate.sweep import Step, Training, cached_steps, head_accuracy, train_heads
-from cmt_mae.ranges import check_ranges
 
 if TYPE_CHECKING:
     from rich.progress import Progress

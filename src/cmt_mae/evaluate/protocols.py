@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.sweep import Head, Training
 
 ProtocolName = Literal["mae", "milan", "dino", "ibot", "sweep"]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.backbones.build import resize_positions
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 Grid = tuple[int, int]
 

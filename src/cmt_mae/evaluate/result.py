@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmt_mae.errors import InputError
-from cmt_mae.training.files import write_text
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_text
 
 if TYPE_CHECKING:
     import torch

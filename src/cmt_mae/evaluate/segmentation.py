@@ -17,10 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_atomically
+from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.ade20k import Ade20k, Pairs, check_pairs, open_ade20k, read_image, read_mask
 from cmt_mae.data.segmentation_crops import SegmentationCrop, resize_image, resized_size
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.errors import InputError
+from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.optim import layer_decay_groups
+from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.engine.schedules import poly, warmed_up
+from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
 from cmt_mae.evaluate.pyramid import default_taps, sync_norms
@@ -35,14 +42,7 @@ from cmt_mae.evaluate.segmentation_protocols import (
 )
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits
 from cmt_mae.evaluate.upernet import Segmenter
-from cmt_mae.report.segmentations import segmentation_picture
-from cmt_mae.training.files import write_atomically
-from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
-from cmt_mae.training.optim import layer_decay_groups
-from cmt_mae.training.processes import make_accelerator
-from cmt_mae.training.run_dir import RunDir, plain
-from cmt_mae.training.schedules import poly, warmed_up
-from cmt_mae.training.settings import INDIFFERENT, TaskSettings
+from cmt_mae.tools.report.segmentations import segmentation_picture
 
 TOLD_EVERY = 500  # images between two lines about how far an evaluation is
 
@@ -146,7 +146,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     given = load_backbone(config.backbone, key=config.key)
     backbone, padded = at_window(config, given, recipe.crop_size)
     settings = plain(config) | asdict(recipe)
-    indifferent = (*INDIFFERENT, "save_memory")
+    indifferent = (*RESUME_SAFE_SETTINGS, "save_memory")
     run = RunDir(str(out), settings, indifferent, writes=accelerator.is_main_process)
     job = make_job(config, recipe, backbone, data, accelerator, run)
     check_data(data, accelerator)

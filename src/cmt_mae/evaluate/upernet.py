@@ -12,8 +12,8 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from cmt_mae.backbones import Backbone
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.ade20k import IGNORED
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate.pyramid import DeconvPyramid, Taps, default_taps
 
 POOL_SIDES = (1, 2, 3, 6)

@@ -7,9 +7,9 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.last_block import asks_alone, finish, first_norm, last_keys, project
-from cmt_mae.method.vit import BeforeLast, Vit, has_class_token, num_prefix
+from cmt_mae.method.vit import LastBlockInput, Vit, has_class_token, num_prefix
 
 Heads = Literal["mean", "max", "minmax_mean"]
 Normalise = Literal["sum", "none", "minmax", "rank", "zscore_softmax"]
@@ -18,14 +18,16 @@ ROWS_AT_ONCE = (
 )
 
 
-def attention_map(model: Vit, state: BeforeLast, heads: Heads = "mean") -> tuple[Tensor, Tensor]:
+def attention_map(
+    model: Vit, state: LastBlockInput, heads: Heads = "mean"
+) -> tuple[Tensor, Tensor]:
     """Raw attention to each patch (B, L) fp32 and the mass on prefix tokens (B,), averaged over heads."""
     rows, prefix = attention_rows(model, state), num_prefix(model)
     mass = rows[:, :, :prefix].sum(-1).mean(1)
     return reduce_heads(rows[:, :, prefix:], heads), mass
 
 
-def attention_rows(model: Vit, state: BeforeLast) -> Tensor:
+def attention_rows(model: Vit, state: LastBlockInput) -> Tensor:
     """Attention of every head to each token, prefix tokens first: (B, heads, P + L) fp32, rows sum to 1.
 
     With a class token: its softmaxed row of the last block. Without: the row of the attention-pooling probe
@@ -39,7 +41,7 @@ def attention_rows(model: Vit, state: BeforeLast) -> Tensor:
     return column_means(model, state)
 
 
-def class_rows(model: Vit, state: BeforeLast) -> Tensor:
+def class_rows(model: Vit, state: LastBlockInput) -> Tensor:
     """softmax(q_cls K^T / sqrt d) of the last block, every head: (B, heads, P + L) fp32."""
     query, key, scale, bias = _query_key(model, state, only_class=True)
     with _no_autocast(query):
@@ -49,7 +51,7 @@ def class_rows(model: Vit, state: BeforeLast) -> Tensor:
         return logits.softmax(-1).squeeze(2)
 
 
-def column_means(model: Vit, state: BeforeLast) -> Tensor:
+def column_means(model: Vit, state: LastBlockInput) -> Tensor:
     """mean_i attention[i, j], every head: (B, heads, P + L) fp32, a few rows of the map at a time."""
     query, key, scale, bias = _query_key(model, state, only_class=False)
     total = torch.zeros_like(key[..., 0])
@@ -107,7 +109,7 @@ def mix_attention(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 
 
 def _query_key(
-    model: Vit, state: BeforeLast, only_class: bool
+    model: Vit, state: LastBlockInput, only_class: bool
 ) -> tuple[Tensor, Tensor, float, Tensor | None]:
     """Queries (class token or all) and keys of the last block, its scale and additive bias; all in fp32.
 
@@ -126,7 +128,7 @@ def _query_key(
 
 
 def _other_query_key(
-    model: Vit, state: BeforeLast, only_class: bool
+    model: Vit, state: LastBlockInput, only_class: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same with rotary embedding (Eva) or relative position bias (Beit), computed in fp32."""
     block = model.blocks[-1]
@@ -150,7 +152,7 @@ def _other_query_key(
     return query, key, bias
 
 
-def _finished(model: Vit, state: BeforeLast) -> Tensor:
+def _finished(model: Vit, state: LastBlockInput) -> Tensor:
     """The whole last block, for the pooling probe; the features are then taken out of it."""
     if state.finished is None:
         state.finished = finish(model, state)

@@ -15,15 +15,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method import targets as T
 from cmt_mae.method.attention import attention_map, mix_attention, normalise_map
 from cmt_mae.method.decoder import Decoder, DecoderConfig
 from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
-from cmt_mae.method.masking import GUIDED, Mask, hide
+from cmt_mae.method.masking import GUIDED, Mask, sample_mask
 from cmt_mae.method.teacher import Teacher, TeacherOutput
-from cmt_mae.method.vit import BeforeLast, encode_visible, forward_to_last, gather_tokens
+from cmt_mae.method.vit import LastBlockInput, encode_visible, forward_to_last, gather_tokens
 
 SOURCES = ("teacher", "momentum", "collab")
 FROM_IMAGE = ("pixel", "hog")  # targets that are computed from the image, without a network
@@ -79,14 +79,14 @@ class TargetConfig:
 
 
 @dataclass
-class Weights:
+class Alphas:
     """Weights of the two networks at one step: alpha of Eq. 3 and of Eq. 4."""
 
     mask: float
     loss: float
 
 
-class Learner(nn.Module):
+class StudentWithDecoder(nn.Module):
     """Everything that receives gradient: student, decoder, one linear head for each predicted network."""
 
     def __init__(
@@ -151,7 +151,7 @@ def select_tokens(tokens: Tensor, which: str) -> Tensor:
     return tokens if which == "all+cls" else tokens[:, 1:]
 
 
-class Guides(nn.Module):
+class FrozenNetworks(nn.Module):
     """The two frozen networks: from full images to the mask and the targets of a step, without gradient."""
 
     def __init__(
@@ -235,7 +235,7 @@ class Guides(nn.Module):
         images: Tensor,
         noise: Tensor,
         n_mask: int,
-        weights: Weights,
+        weights: Alphas,
         *,
         teacher_images: Tensor | None = None,
         teacher_output: Callable[[], TeacherOutput] | None = None,
@@ -249,11 +249,11 @@ class Guides(nn.Module):
         it is wanted (``TeacherCache``). random_mask: ignore attention at this step.
         """
         seen = images if teacher_images is None else teacher_images
-        look = Looks(self, images, seen, teacher_output)
+        look = CachedForwards(self, images, seen, teacher_output)
         logs: dict[str, Tensor] = {}
         rule = "random" if random_mask and self.mask.rule in GUIDED else self.mask.rule
         scores = self._scores(look, weights.mask, logs) if rule in GUIDED else None
-        mask = hide(
+        mask = sample_mask(
             rule, n_mask, noise, self.grid, scores, temperature=self.mask.temperature,
             guided_share=guided_share, hint_share=self.mask.hint_share, square_side=self.mask.square_side,
         )  # fmt: skip
@@ -261,10 +261,10 @@ class Guides(nn.Module):
 
     @torch.no_grad()
     def maps(
-        self, images: Tensor, noise: Tensor, n_mask: int, weights: Weights, teacher_images: Tensor
+        self, images: Tensor, noise: Tensor, n_mask: int, weights: Alphas, teacher_images: Tensor
     ) -> tuple[dict[str, Tensor], Mask]:
         """For pictures: the normalised map of each network there is (and their mixture), and the mask."""
-        look = Looks(self, images, teacher_images)
+        look = CachedForwards(self, images, teacher_images)
         maps: dict[str, Tensor] = {}
         for name, network in (("teacher", self.teacher), ("momentum", self.momentum)):
             if network is not None:
@@ -275,7 +275,7 @@ class Guides(nn.Module):
         mask, _, _ = self(images, noise, n_mask, weights, teacher_images=teacher_images)
         return maps, mask
 
-    def _scores(self, look: "Looks", alpha: float, logs: dict[str, Tensor]) -> Tensor:
+    def _scores(self, look: "CachedForwards", alpha: float, logs: dict[str, Tensor]) -> Tensor:
         """Normalised attention that guides the mask (Eq. 3), on the student's grid."""
         maps: dict[str, Tensor] = {}
         for name, weight in shares(self.mask.source, alpha).items():
@@ -293,7 +293,7 @@ class Guides(nn.Module):
         return mixed
 
     def _targets(
-        self, look: "Looks", mask: Mask, alpha: float, logs: dict[str, Tensor]
+        self, look: "CachedForwards", mask: Mask, alpha: float, logs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         ids = mask.ids_mask if self.target.tokens == "masked" else None
         with_class = self.target.tokens == "all+cls"
@@ -354,19 +354,19 @@ def shares(source: str, alpha: float) -> dict[str, float]:
     return {source: 1.0}
 
 
-class Looks:
+class CachedForwards:
     """Forward passes of the guides on one batch, each run at most once and only when something asks."""
 
     def __init__(
         self,
-        guides: Guides,
+        guides: FrozenNetworks,
         images: Tensor,
         teacher_images: Tensor,
         teacher_output: Callable[[], TeacherOutput] | None = None,
     ) -> None:
         self.guides, self.images, self.teacher_images = guides, images, teacher_images
         self.teacher_output = teacher_output
-        self.states: dict[str, BeforeLast] = {}
+        self.states: dict[str, LastBlockInput] = {}
         self.known: TeacherOutput | None = None
 
     def teacher_said(self) -> TeacherOutput | None:
@@ -376,14 +376,14 @@ class Looks:
                 self.known = self.teacher_output()
         return self.known
 
-    def state(self, name: str) -> BeforeLast:
+    def state(self, name: str) -> LastBlockInput:
         """All but the last block of the named network."""
         if name not in self.states:
             with self.guides.whole_precision():
                 self.states[name] = self._to_last(name)
         return self.states[name]
 
-    def _to_last(self, name: str) -> BeforeLast:
+    def _to_last(self, name: str) -> LastBlockInput:
         if name == "teacher":
             assert self.guides.teacher is not None
             return self.guides.teacher.look(self.teacher_images)

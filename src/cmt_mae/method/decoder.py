@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.last_block import run_at
 from cmt_mae.method.masking import Mask
 from cmt_mae.method.vit import gather_tokens, initialise, sincos_table

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 
 def hog_cell(patch_size: int, cell: int = 8) -> int:

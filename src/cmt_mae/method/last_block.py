@@ -10,11 +10,11 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmt_mae.method.vit import BeforeLast, Vit, gather_tokens, num_prefix
+from cmt_mae.method.vit import LastBlockInput, Vit, gather_tokens, num_prefix
 
 
 def finish(
-    model: Vit, state: BeforeLast, ids: Tensor | None = None, with_prefix: bool = True
+    model: Vit, state: LastBlockInput, ids: Tensor | None = None, with_prefix: bool = True
 ) -> Tensor:
     """The last block and the final norm.
 
@@ -45,7 +45,7 @@ def finish(
 
 
 def mean_of_last(
-    model: Vit, state: BeforeLast, ids: Tensor | None = None, with_prefix: bool = True
+    model: Vit, state: LastBlockInput, ids: Tensor | None = None, with_prefix: bool = True
 ) -> Tensor:
     """Mean of the raw outputs of the kept blocks and the last one (data2vec). Shapes as ``finish``."""
     last = model.blocks[-1](state.tokens, **state.context)
@@ -88,14 +88,14 @@ def project(attn: Any, tokens: Tensor, part: int) -> Tensor:
     return vectors if part == 2 else (attn.q_norm, attn.k_norm)[part](vectors)
 
 
-def first_norm(block: Any, state: BeforeLast) -> Tensor:
+def first_norm(block: Any, state: LastBlockInput) -> Tensor:
     """All tokens after the first norm of the last block, made once."""
     if state.normed is None:
         state.normed = block.norm1(state.tokens)
     return state.normed
 
 
-def last_keys(model: Vit, state: BeforeLast) -> Tensor:
+def last_keys(model: Vit, state: LastBlockInput) -> Tensor:
     """Keys of the last block (plain attention), made once: the map and the features share them."""
     if state.keys is None:
         block = model.blocks[-1]
@@ -117,7 +117,7 @@ def _second_half(block: Any, tokens: Tensor, attended: Tensor) -> Tensor:
     return tokens + _scaled(block, 2, block.mlp(block.norm2(tokens)))
 
 
-def _attn_context(state: BeforeLast) -> dict[str, Any]:
+def _attn_context(state: LastBlockInput) -> dict[str, Any]:
     return {name: value for name, value in state.context.items() if value is not None}
 
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 Rule = Literal[
     "random",
@@ -66,7 +66,7 @@ def noise_length(rule: str, n_patches: int) -> int:
     return 2 * n_patches + (5 * BLOCKS if rule == "block" else 0)
 
 
-def hide(
+def sample_mask(
     rule: str,
     n_mask: int,
     noise: Tensor,

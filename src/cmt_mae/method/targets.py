@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 Norm = Literal["layer_norm", "l2", "none", "mae"]
 Loss = Literal["mse", "smooth_l1", "cosine"]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.method.attention import attention_map
 from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.vit import (
-    BeforeLast,
+    LastBlockInput,
     Vit,
     forward_to_last,
     grid_of,
@@ -111,7 +111,7 @@ class Teacher(nn.Module):
             self.projection.shape[0] if self.projection is not None else self.model.embed_dim
         )
 
-    def look(self, images: Tensor) -> BeforeLast:
+    def look(self, images: Tensor) -> LastBlockInput:
         """images (B, C, H, W), normalised for the STUDENT, of any size; resized here where needed."""
         return forward_to_last(
             self.model, self.prepared(images), self.last_k - 1 if self.feature == "last_k" else 0
@@ -128,14 +128,16 @@ class Teacher(nn.Module):
         weight: Tensor = self.model.patch_embed.proj.weight
         return images.to(weight.dtype)
 
-    def attention(self, state: BeforeLast, heads: str = "mean") -> tuple[Tensor, Tensor]:
+    def attention(self, state: LastBlockInput, heads: str = "mean") -> tuple[Tensor, Tensor]:
         """Raw map (B, L) on the student's grid, fp32, and the mass on prefix tokens (B,)."""
         raw, mass = attention_map(self.model, state, heads)  # type: ignore[arg-type]
         if self.own_grid != self.grid:
             raw = resample(raw[:, :, None], self.own_grid, self.grid, "area").squeeze(-1)
         return raw, mass
 
-    def features(self, state: BeforeLast, ids: Tensor | None, class_token: bool = False) -> Tensor:
+    def features(
+        self, state: LastBlockInput, ids: Tensor | None, class_token: bool = False
+    ) -> Tensor:
         """Targets before normalisation: (B, K, E) at patches ids, or (B, L, E) for None; fp32 or autocast.
 
         class_token: put the class token's feature in front. Raises InputError where there is none.

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 # A timm VisionTransformer, Eva or Beit: their attributes are not declared in a common class.
 Vit = Any
@@ -184,7 +184,7 @@ def embed_patches(vit: Vit, images: Tensor, ids: Tensor) -> Tensor:
 
 
 @dataclass
-class BeforeLast:
+class LastBlockInput:
     """What a network knows just before its last block, and what of that block is there already."""
 
     tokens: Tensor
@@ -201,7 +201,7 @@ class BeforeLast:
     """(B, P + L, D) after last block and final norm, where the attention map needed all of it."""
 
 
-def forward_to_last(model: Vit, images: Tensor, keep_outputs: int = 0) -> BeforeLast:
+def forward_to_last(model: Vit, images: Tensor, keep_outputs: int = 0) -> LastBlockInput:
     """Run all blocks but the last on full images (B, C, H, W).
 
     keep_outputs: how many outputs of the preceding blocks to keep (for the mean of the last K blocks).
@@ -216,7 +216,7 @@ def forward_to_last(model: Vit, images: Tensor, keep_outputs: int = 0) -> Before
         tokens = block(tokens, **context)
         if number >= len(blocks) - 1 - keep_outputs:
             earlier.append(tokens)
-    return BeforeLast(tokens, context, earlier)
+    return LastBlockInput(tokens, context, earlier)
 
 
 def _check_last_block(model: Vit) -> None:

@@ -4,9 +4,9 @@ import os
 from importlib import resources
 from typing import Any
 
-from cmt_mae.errors import InputError
-from cmt_mae.parsing import hint, read_settings
-from cmt_mae.text import one_line
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.parsing import hint, read_settings
+from cmt_mae.core.text import one_line
 
 MAX_BYTES = 1 << 20
 """A recipe of more bytes than this is none."""

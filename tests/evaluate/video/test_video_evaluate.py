@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import cmt_mae.evaluate.video.sequence as sequence_module
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.davis import read_mask, write_mask
 from cmt_mae.data.scenes.video import write_davis
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
 
@@ -285,9 +285,9 @@ CHILD = """
 import json, os, pathlib, sys
 import torch
 torch.set_num_threads(1)
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
-from cmt_mae.training.processes import leave_processes
+from cmt_mae.engine.processes import leave_processes
 said = []
 for settings in json.loads(sys.argv[1]):
     try:

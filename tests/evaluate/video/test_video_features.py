@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmt_mae.backbones import load_backbone
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.video.features import TYPO_STD, make_extractor, patch_of, resize_linear
 from cmt_mae.evaluate.video.protocol import CROPMAE, DINO, PRESETS, VIDEOWALK, choose, input_size
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cmt_mae.report.page.command import ReportConfig, make_report
-from cmt_mae.report.page.serve import WatchConfig, make_server
+from cmt_mae.tools.report.page.command import ReportConfig, make_report
+from cmt_mae.tools.report.page.serve import WatchConfig, make_server
 
 from .conftest import Write, row
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmt_mae.report.page.curves import alphas, charts, thinned
-from cmt_mae.report.page.record import Record, read_record
-from cmt_mae.settings import PretrainConfig
-from cmt_mae.stepping import Stepper
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.tools.report.page.curves import alphas, charts, thinned
+from cmt_mae.tools.report.page.record import Record, read_record
 
 from .conftest import Write
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cmt_mae.cli import main
-from cmt_mae.errors import InputError
-from cmt_mae.report.page import render
-from cmt_mae.report.page.command import ReportConfig, make_report
-from cmt_mae.report.page.pictures import chosen
-from cmt_mae.report.page.record import read_record
-from cmt_mae.report.page.render import MAX_BYTES, page
+from cmt_mae.core.cli import main
+from cmt_mae.core.errors import InputError
+from cmt_mae.tools.report.page import render
+from cmt_mae.tools.report.page.command import ReportConfig, make_report
+from cmt_mae.tools.report.page.pictures import chosen
+from cmt_mae.tools.report.page.record import read_record
+from cmt_mae.tools.report.page.render import MAX_BYTES, page
 
 from .conftest import Write
 
@@ -144,7 +144,8 @@ def test_a_file_that_is_no_report_is_not_written_over(write: Write, tmp_path: Pa
 
 def test_reports_start_without_torch() -> None:
     """The page of one run needs none of it: seconds on a laptop."""
-    code = "import sys, cmt_mae.report.page.command, cmt_mae.report.page.serve; print('torch' in sys.modules)"
+    modules = "cmt_mae.tools.report.page.command, cmt_mae.tools.report.page.serve"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.errors import InputError
-from cmt_mae.report.page import facts
-from cmt_mae.report.page.cost import cost
-from cmt_mae.report.page.record import labels_of, read_record
+from cmt_mae.core.errors import InputError
+from cmt_mae.tools.report.page import facts
+from cmt_mae.tools.report.page.cost import cost
+from cmt_mae.tools.report.page.record import labels_of, read_record
 
 from .conftest import Write
 

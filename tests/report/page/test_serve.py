@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.cli import main
-from cmt_mae.errors import InputError
-from cmt_mae.report.page.serve import (
+from cmt_mae.core.cli import main
+from cmt_mae.core.errors import InputError
+from cmt_mae.tools.report.page.serve import (
     Server,
     WatchConfig,
     asks_for,

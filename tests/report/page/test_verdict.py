@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmt_mae.report.page.record import Record, read_record
-from cmt_mae.report.page.verdict import duration, judge, needed
-from cmt_mae.training.lock import name_of
+from cmt_mae.core.lock import name_of
+from cmt_mae.tools.report.page.record import Record, read_record
+from cmt_mae.tools.report.page.verdict import duration, judge, needed
 
 from .conftest import Write
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.scenes.render import GROUND, SKY, WALL, render
 from cmt_mae.data.scenes.things import CLASSES, CLUTTER
 from cmt_mae.data.scenes.world import World, make_world
-from cmt_mae.errors import InputError
 
 SEMANTIC_CLASSES = (*CLASSES, "ground", "wall", "sky")
 """Names of the semantic labels 1..13; 0 is unlabelled (clutter)."""

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.scenes.render import render, seen_things
 from cmt_mae.data.scenes.shapes import Floats
 from cmt_mae.data.scenes.things import CLASSES, make_thing, rotation
 from cmt_mae.data.scenes.world import Camera, World, look_at, make_world
 from cmt_mae.data.scenes.write import claim, finish, progress, save_jpeg
-from cmt_mae.errors import InputError
 
 _TRIES = 60
 

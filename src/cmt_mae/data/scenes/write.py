@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.data.scenes.outlines import polygons, run_lengths
 from cmt_mae.data.scenes.scene import SEMANTIC_CLASSES, Scene, render_scene
 from cmt_mae.data.scenes.things import CLASSES
-from cmt_mae.errors import InputError
 
 VERSION = 1
 """Raised whenever the same seed gives other pictures; kept in the marker of each data set."""

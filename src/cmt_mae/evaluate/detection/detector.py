@@ -32,7 +32,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
 from cmt_mae.backbones import Backbone
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.detection.protocols import Protocol
 from cmt_mae.evaluate.detection.vitdet import SimplePyramid, WindowedViT, default_global_blocks
 from cmt_mae.evaluate.pyramid import STRIDES, DeconvPyramid, Taps, default_taps

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
+from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.detection.vitdet import default_global_blocks
 from cmt_mae.evaluate.pyramid import default_taps
-from cmt_mae.training.settings import TaskSettings
 
 Preset = Literal["1x", "1x-ibot", "1x-cae", "vitdet", "quick"]
 

@@ -17,6 +17,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_atomically
+from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.coco import CocoSplit, open_coco, same_classes
 from cmt_mae.data.detection_crops import (
     Example,
@@ -26,7 +29,11 @@ from cmt_mae.data.detection_crops import (
     scaled_size,
 )
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.errors import InputError
+from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.optim import layer_decay_groups
+from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.engine.schedules import step_decay, warmed_up
+from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS
 from cmt_mae.evaluate.detection.detector import Batch, Detector, build_detector, depth_of
 from cmt_mae.evaluate.detection.metrics import coco_metrics
 from cmt_mae.evaluate.detection.predict import to_coco
@@ -34,14 +41,7 @@ from cmt_mae.evaluate.detection.protocols import CocoConfig, Protocol, describe,
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.pyramid import sync_norms
 from cmt_mae.evaluate.result import Result, make_result, save_where
-from cmt_mae.report.detections import detection_picture
-from cmt_mae.training.files import write_atomically
-from cmt_mae.training.fit import Evaluation, Job, fit, micro_batches
-from cmt_mae.training.optim import layer_decay_groups
-from cmt_mae.training.processes import make_accelerator
-from cmt_mae.training.run_dir import RunDir, plain
-from cmt_mae.training.schedules import step_decay, warmed_up
-from cmt_mae.training.settings import INDIFFERENT
+from cmt_mae.tools.report.detections import detection_picture
 
 SAY_EVERY = 60.0
 """Seconds between two lines that tell how far an evaluation is."""
@@ -62,7 +62,10 @@ def evaluate_coco(config: CocoConfig) -> Result:
     backbone, protocol, changed = open_backbone(config)
     chosen = trainable_images(train, protocol, config.data)
     run = RunDir(
-        str(out), plain(config), (*INDIFFERENT, "save_memory"), writes=accelerator.is_main_process
+        str(out),
+        plain(config),
+        (*RESUME_SAFE_SETTINGS, "save_memory"),
+        writes=accelerator.is_main_process,
     )
     torch.manual_seed(config.seed)  # new weights
     detector = build_detector(backbone, len(train.classes), protocol, config.save_memory)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.ranges import check_ranges
 from cmt_mae.data.davis import VideoSequence, open_davis
-from cmt_mae.errors import InputError
+from cmt_mae.engine.progress import training_bar
 from cmt_mae.evaluate.features import Where, start_processes
 from cmt_mae.evaluate.result import Result, make_result, save_where
 from cmt_mae.evaluate.video.features import Extractor, make_extractor, patch_of
@@ -32,8 +34,6 @@ from cmt_mae.evaluate.video.protocol import (
     input_size,
 )
 from cmt_mae.evaluate.video.sequence import Followed, Shelf, follow
-from cmt_mae.ranges import check_ranges
-from cmt_mae.training.progress import training_bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress

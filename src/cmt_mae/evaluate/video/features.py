@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.video.protocol import VideoProtocol
 
 TYPO_STD = (0.228, 0.224, 0.225)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 Ids = NDArray[np.uint8]
 Maps = NDArray[np.bool_]

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
+from cmt_mae.core.files import write_atomically
+from cmt_mae.core.text import printable
 from cmt_mae.data.davis import VideoSequence, read_frame, read_mask
 from cmt_mae.data.scenes.video import palette
 from cmt_mae.evaluate.video.metrics import outlines
 from cmt_mae.evaluate.video.sequence import Followed, Shelf
-from cmt_mae.text import printable
-from cmt_mae.training.files import write_atomically
 
 Row = tuple[str, list[NDArray[np.uint8] | None]]
 """Its name, and a mask uint8 (H, W) for each frame; None shows the frame alone."""

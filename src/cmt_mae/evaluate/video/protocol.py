@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cmt_mae.errors import InputError
+from cmt_mae.core.errors import InputError
 
 SideRule = Literal["floor64", "patch"]
 Positions = Literal["size", "scale_factor"]

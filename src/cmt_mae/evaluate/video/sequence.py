@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_json
 from cmt_mae.data.davis import VideoSequence, read_frame, read_mask, write_mask
-from cmt_mae.errors import InputError
 from cmt_mae.evaluate.video.features import Extractor, resize_linear
 from cmt_mae.evaluate.video.metrics import score_frame
 from cmt_mae.evaluate.video.propagate import Propagation, decide, first_labels
-from cmt_mae.training.files import write_json
 
 
 @dataclass

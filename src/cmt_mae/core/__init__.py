@@ -1,0 +1,1 @@
+"""Settings, errors, command line, run directories, files: what every room uses."""

@@ -1,0 +1,295 @@
+"""The command line: wiring only. Options, types and help come from the settings dataclasses."""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from importlib import import_module
+from typing import Any
+
+from cmt_mae.core.errors import InputError, LostProcess, Stopped
+from cmt_mae.core.parsing import expand, hint, parse, take, take_flag, with_lists, with_positional
+from cmt_mae.core.text import one_line, printable
+
+# read by torch at its import: its own warnings, such as DDP's of a flag that we set on purpose, are not for users
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# command -> module and names of its settings and of its function; imported only when asked for
+COMMANDS = {
+    "pretrain": ("cmt_mae.pretraining.run", "PretrainConfig", "pretrain"),
+    "pack": ("cmt_mae.data.pack", "PackConfig", "pack"),
+    "export": ("cmt_mae.backbones", "ExportConfig", "export"),
+    "demo": ("cmt_mae.tools.demo", "DemoConfig", "demo"),
+    "compare": ("cmt_mae.tools.report.compare", "CompareConfig", "compare"),
+    "report": ("cmt_mae.tools.report.page.command", "ReportConfig", "make_report"),
+    "watch": ("cmt_mae.tools.report.page.serve", "WatchConfig", "watch"),
+    "bench": ("cmt_mae.tools.bench", "BenchConfig", "bench"),
+    "explain": ("cmt_mae.tools.inspect.command", "ExplainConfig", "explain"),
+    "ablate": ("cmt_mae.tools.ablate", "AblateConfig", "ablate"),
+    "doctor": ("cmt_mae.tools.diagnose", "DoctorConfig", "doctor"),
+    "app": ("cmt_mae.tools.app", "AppConfig", "app"),
+}
+EVALUATIONS = {
+    "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
+    "linear": ("cmt_mae.evaluate.linear", "LinearConfig", "evaluate_linear"),
+    "finetune": ("cmt_mae.evaluate.finetune", "FinetuneConfig", "evaluate_finetune"),
+    "coco": ("cmt_mae.evaluate.detection", "CocoConfig", "evaluate_coco"),
+    "ade20k": ("cmt_mae.evaluate.segmentation", "Ade20kConfig", "evaluate_ade20k"),
+    "davis": ("cmt_mae.evaluate.video.evaluate", "DavisConfig", "evaluate_davis"),
+    "all": ("cmt_mae.evaluate.everything", "EvaluateAllConfig", "evaluate_all"),
+}
+# short names of the most used settings of `pretrain`
+SHORT = {
+    "data": "data.path",
+    "teacher": "teacher.name",
+    "device": "runtime.device",
+    "workers": "data.workers",
+    "probe_data": "runtime.probe_data",
+    "deterministic": "runtime.deterministic",
+}
+USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows them)
+
+  pretrain         pre-train a backbone: --recipe R --data D --out O; the same command again continues
+  evaluate TASK    knn | linear | finetune | coco | ade20k | davis: --backbone B --data D [--out O] [--json]
+  evaluate all     every task that the data below a folder allow: --backbone B --data-root ROOT
+  compare RUN ...  one table of the results of runs [--paper] [--format markdown | json]
+  explain          pictures of attention, masks, features, predictions, curves: --run R --images DIR
+  report RUN ...   one HTML page of a run, or of several side by side [--out FILE]
+  watch RUN        the same page live, on this machine only [--port N] [--open]
+  export           write a backbone as timm, hf or torch
+  pack             pack images into a memory-mapped array for fast epochs
+  bench            images/s, MFU and the share of each part of a step: --recipe R
+  ablate WHAT      a grid of runs x seeds and its table: components | alpha | masks | FILE.yaml ...
+  doctor [RUN]     machine, images, teacher, what a run will take; why a run does not learn [--json]
+  app [RUN ...]    look at attention, masks and features by hand, in the browser (extra `app`)
+  recipes [NAME]   list recipes, or show one
+  demo             a small two-stage run on generated scenes (or --data D), compared with MAE
+
+--debug (or CMT_MAE_DEBUG=1) shows the traceback of an error. Exit status: 0 done, 2 bad input, 75 stopped with a
+checkpoint, 130 interrupted, 1 a fault of cmt-mae itself."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status 0, 2 (bad input), 75 (stopped, checkpoint written), 130 or 1.
+
+    However a command ends, it says so in one line on stderr. 1 is a fault of ours: an error that no
+    part of the package foresaw.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("CMT_MAE_DEBUG", "0") not in ("", "0")
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        dispatch(arguments)
+    except InputError as error:
+        return fail(str(error), 2, debug)
+    except LostProcess:  # it has said so itself
+        return 75
+    except Stopped as stopped:
+        return fail(str(stopped), 75, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
+        return 0
+    except KeyboardInterrupt:
+        return fail("interrupted", 130, debug)
+    except OSError as error:  # a file or folder that no part of the package expected to fail
+        name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return fail(
+            f"{name}{error.strerror or error}; check the path and its permissions", 2, debug
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            mend = "take a smaller batch (--runtime.micro_batch in pretrain) or network"
+            return fail(f"out of memory ({one_line(error, 120)}): {mend}", 2, debug)
+        kind = type(error).__name__
+        return fail(
+            f"a fault of cmt-mae, {kind}: {one_line(error)}; --debug shows where: please report it",
+            1,
+            debug,
+        )
+    finally:
+        if "cmt_mae.engine.processes" in sys.modules:
+            sys.modules["cmt_mae.engine.processes"].leave_processes()
+    return 0
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python's, torch's or the GPU's memory is used up."""
+    names = (type(error).__name__, str(error))
+    return isinstance(error, MemoryError) or any(
+        sign in name
+        for name in names
+        for sign in ("OutOfMemoryError", "not enough memory", "out of memory", "allocate memory")
+    )
+
+
+def fail(message: str, status: int, debug: bool) -> int:
+    """One line on stderr."""
+    wait_for_rank_zero()
+    if debug:
+        traceback.print_exc()
+    print("cmt-mae: " + printable(" ".join(message.split())), file=sys.stderr)
+    return status
+
+
+def wait_for_rank_zero(seconds: float = 4.0) -> None:
+    """Under torchrun: time for rank 0 to say what every rank would say.
+
+    When rank 0 has failed too, torchrun ends this process meanwhile, and the line is printed once.
+    A rank that fails alone is still here afterwards and speaks for itself.
+    """
+    if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(seconds)
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Find the command and hand the rest of the words to it."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(version("cmt-mae"))
+    elif command == "recipes":
+        show_recipes(rest)
+    elif command == "evaluate":
+        run_evaluation(rest)
+    elif command in COMMANDS:
+        run_command(command, rest)
+    else:
+        raise InputError(
+            f"command '{one_line(command, 60)}' is unknown{hint(command, [*COMMANDS, 'evaluate', 'recipes'])}"
+        )
+
+
+def run_command(command: str, words: list[str]) -> None:
+    """pretrain, pack, export, demo, ...: parse settings, call the function."""
+    settings, function = load(COMMANDS[command])
+    defaults: dict[str, Any] = {}
+    if command in ("compare", "report", "app"):
+        words = with_positional(words, "runs")
+    if command == "explain":
+        words = with_lists(words, ("images", "results"), ("what", "formats", "checkpoints", "size"))
+    if command == "app":
+        words = with_lists(words, ("backbones", "teachers"), ())
+    if command in ("watch", "doctor"):
+        words = with_positional(words, "run", many=False)
+    if command == "ablate":
+        words = with_positional(words, "experiment", many=False)
+    if command in ("pretrain", "bench", "doctor"):
+        recipe, words = take(words, "--recipe")
+        words = [expand(word, SHORT) for word in words]
+        if recipe is not None:
+            from cmt_mae.recipes import load_recipes
+
+            defaults = load_recipes(recipe) | ({"recipe": recipe} if command == "doctor" else {})
+    as_json, words = take_flag(words, "--json")
+    config = parse(f"cmt-mae {command}", settings, words, defaults)
+    if config is None:
+        return
+    outcome = function(config)
+    if as_json:
+        print(json.dumps(outcome, default=str))
+
+
+def run_evaluation(words: list[str]) -> None:
+    """evaluate TASK: print the table, and with --json one JSON object as the last line of stdout."""
+    if not words or words[0] not in EVALUATIONS:
+        if words and words[0] in ("-h", "--help"):
+            print(USAGE)
+            return
+        task = words[0] if words else ""
+        near = hint(task, list(EVALUATIONS))
+        raise InputError(
+            f"evaluate '{one_line(task, 60)}' is unknown{near}: use {', '.join(EVALUATIONS)}"
+        )
+    settings, function = load(EVALUATIONS[words[0]])
+    as_json, rest = take_flag(words[1:], "--json")
+    config = parse(f"cmt-mae evaluate {words[0]}", settings, rest, {})
+    if config is None:
+        return
+    result = function(config)
+    if isinstance(result, list):  # of `all`
+        for one in result:
+            show_result(one)
+        if as_json:
+            print("[" + ", ".join(one.to_json() for one in result) + "]")
+        return
+    show_result(result)
+    if as_json:
+        print(result.to_json())
+
+
+def show_result(result: Any) -> None:
+    """The numbers and the protocol behind them, on stderr, so that stdout stays for --json.
+
+    Text objects: nothing in a name is taken for markup or for a terminal's commands.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def shown(text: str) -> Text:
+        return Text(printable(text))
+
+    protocol = result.protocol
+    title = f"{result.task}, protocol {protocol['name']}, {result.backbone['name']}"
+    table = Table(title=shown(title))
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for metric, value in result.metrics.items():
+        mark = " *" if metric == protocol["headline"] else ""
+        table.add_row(shown(metric + mark), f"{value:.2f}")
+    console = Console(stderr=True)
+    console.print(table)
+    sequences = result.details.get("sequences")
+    if result.task == "davis" and sequences:
+        console.print(sequence_table(sequences))
+    settings = ", ".join(f"{k} {v}" for k, v in protocol.items() if k not in ("name", "headline"))
+    console.print(shown(f"* the number to quote. protocol: {settings}"), style="dim")
+    console.print(f"{result.seconds:.1f} s, seed {result.seed}", style="dim")
+
+
+def sequence_table(rows: list[dict[str, Any]]) -> Any:
+    """J and F of each video of a DAVIS result."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("sequence")
+    for name in ("objects", "J&F", "J_mean", "F_mean"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        values = [f"{row[name]:.2f}" for name in ("J&F", "J_mean", "F_mean")]
+        table.add_row(Text(printable(row["name"])), str(len(row["objects"])), *values)
+    return table
+
+
+def show_recipes(words: list[str]) -> None:
+    """All recipes with the first line of their head comment, or the text of one."""
+    from cmt_mae.recipes import head_comment, recipe_names, recipe_text
+
+    if words and words[0] not in ("-h", "--help"):
+        print(recipe_text(words[0]), end="")
+        return
+    names = recipe_names()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:{width}}  {head_comment(name).splitlines()[0]}")
+
+
+def load(entry: tuple[str, str, str]) -> tuple[type, Callable[[Any], Any]]:
+    """Settings class and function of a command."""
+    module = import_module(entry[0])
+    settings: type = getattr(module, entry[1])
+    assert is_dataclass(settings)
+    return settings, getattr(module, entry[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

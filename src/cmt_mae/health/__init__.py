@@ -1,5 +1,0 @@
-"""`cmt-mae doctor`: the machine, the images, the teacher, what a run will cost, and why one does not learn."""
-
-from cmt_mae.health.command import DoctorConfig, doctor
-
-__all__ = ["DoctorConfig", "doctor"]

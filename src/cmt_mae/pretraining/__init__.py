@@ -1,0 +1,1 @@
+"""Pre-training: settings of a run, the parts it is built of, its step."""

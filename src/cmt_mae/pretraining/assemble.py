@@ -1,0 +1,203 @@
+"""From settings to the parts of a pre-training run: images, student, teacher."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.checkpoint import load_last
+from cmt_mae.core.errors import InputError
+from cmt_mae.data.loader import CropSettings, channel_stats
+from cmt_mae.data.sources import Source
+from cmt_mae.method.cmtmae import FrozenNetworks, StudentWithDecoder
+from cmt_mae.method.hog import hog_dim
+from cmt_mae.method.teacher import Teacher, TeacherConfig
+from cmt_mae.method.vit import Vit, build_student
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.teacher_cache import TeacherCache
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def statistics(config: PretrainConfig, source: Source) -> Statistics:
+    """Mean and standard deviation of each channel, in 0..1, with which the student's images are normalised."""
+    channels = config.student.in_chans
+    if config.data.mean or config.data.std:
+        if len(config.data.mean) != channels or len(config.data.std) != channels:
+            raise InputError(f"data.mean and data.std need {channels} numbers each, one a channel")
+        return tuple(config.data.mean), tuple(config.data.std)
+    if channels == 3:
+        return IMAGENET
+    mean, std = channel_stats(source, channels)
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def build_teacher(
+    config: PretrainConfig, stats: Statistics
+) -> tuple[Teacher | None, Backbone | None]:
+    """The frozen teacher at the input size that gives the student's grid, or (None, None)."""
+    if not config.needs_teacher():
+        return None, None
+    return make_teacher(config.teacher, config.student.grid(), stats)
+
+
+def make_teacher(
+    config: TeacherConfig, grid: tuple[int, int], stats: Statistics
+) -> tuple[Teacher, Backbone]:
+    """A frozen teacher for a student with this grid (rows, columns) and normalisation."""
+    backbone = load_backbone(config.name)
+    vit: Vit = backbone.model
+    if config.grid_align == "input":
+        rows, columns = vit.patch_embed.patch_size
+        size = (grid[0] * int(rows), grid[1] * int(columns))
+        if size != tuple(backbone.img_size):
+            backbone = load_backbone(config.name, img_size=size)
+    elif config.grid_align != "resample":
+        raise InputError(f"teacher.grid_align '{config.grid_align}': use input or resample")
+    teacher = Teacher(
+        backbone.model, config, mean=backbone.mean, std=backbone.std, student_mean=stats[0],
+        student_std=stats[1], grid=grid, projection=backbone.proj,
+    )  # fmt: skip
+    return teacher, backbone
+
+
+def build_learner(config: PretrainConfig, teacher: Teacher | None) -> StudentWithDecoder:
+    """Student, decoder and heads, started at random from the run's seed or from ``init_from``."""
+    torch.manual_seed(config.seed)
+    student = build_student(config.student)
+    pixels = config.student.patch_size**2 * config.student.in_chans
+    widths = {
+        "pixel": pixels,
+        "hog": hog_dim(config.student.patch_size, config.student.in_chans),
+        "teacher": teacher.width if teacher is not None else 0,
+        "momentum": int(student.embed_dim),
+    }
+    names = ("teacher", "momentum") if config.target.source == "collab" else (config.target.source,)
+    heads = {name: widths[name] for name in names if widths[name]}
+    learner = StudentWithDecoder(student, config.decoder, config.target, heads)
+    if config.init_from:
+        start_from(learner, config)
+    return learner
+
+
+def start_from(learner: StudentWithDecoder, config: PretrainConfig) -> None:
+    """Load ``init_from``: everything of a run with the same shapes, else the student alone."""
+    state = load_last(Path(config.init_from) / "checkpoints")
+    if state is not None and shapes(state["learner"]) == shapes(learner.state_dict()):
+        learner.load_state_dict(state["learner"])
+        return
+    backbone = load_backbone(config.init_from, img_size=config.student.size())
+    given = backbone.model.state_dict()
+    own = learner.student.state_dict()
+    if shapes(given) != shapes(own):
+        names = sorted(
+            k
+            for k in {*given, *own}
+            if k not in given or k not in own or given[k].shape != own[k].shape
+        )
+        raise InputError(
+            f"init_from {config.init_from} does not fit the student ({len(names)} tensors differ, first "
+            f"{', '.join(names[:3])}): choose student.preset, patch_size and pos_embed of that network"
+        )
+    learner.student.load_state_dict(given)
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def build_guides(
+    config: PretrainConfig, teacher: Teacher | None, stats: Statistics
+) -> FrozenNetworks:
+    """Teacher and (later) momentum student behind one call."""
+    return FrozenNetworks(
+        config.mask, config.target, teacher=teacher, grid=config.student.grid(),
+        patch_size=config.student.patch_size, mean=stats[0], std=stats[1],
+        dtype=torch.bfloat16 if config.frozen_precision == "bf16" else None,
+    )  # fmt: skip
+
+
+def teacher_cache(
+    config: PretrainConfig,
+    teacher: Teacher | None,
+    source: Source,
+    accelerator: Accelerator,
+    backbone: Backbone | None,
+) -> TeacherCache | None:
+    """Where the teacher's outputs of this run are kept, or None. Raises InputError over several machines."""
+    if not config.teacher.cache or teacher is None or backbone is None:
+        return None
+    if int(os.environ.get("WORLD_SIZE", 1)) != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise InputError(
+            "teacher.cache works on one machine: set it to false, or start one machine"
+        )
+    folder = Path(config.out) / "teacher_cache"
+    if config.teacher.cache_folder:
+        folder = Path(config.teacher.cache_folder) / cache_key(
+            config, source, accelerator, backbone.digest
+        )
+    return TeacherCache(
+        folder, teacher, images=len(source), heads=config.mask.heads,
+        class_token=config.target.tokens == "all+cls", rank=accelerator.process_index,
+    )  # fmt: skip
+
+
+def cache_key(config: PretrainConfig, source: Source, accelerator: Accelerator, digest: str) -> str:
+    """16 hex digits of everything that the teacher's outputs follow from, to the last bit.
+
+    Order and batch belong to it: with the same ones a run reads exactly what it would have computed.
+    """
+    teacher, data, student = asdict(config.teacher), asdict(config.data), config.student
+    for place in ("name", "cache", "cache_folder"):
+        del teacher[place]
+    for indifferent in ("path", "workers", "timeout_s", "max_bad"):
+        del data[indifferent]
+    what = [
+        digest, source.fingerprint(), teacher, data, student.size(), student.patch_size, student.in_chans,
+        config.mask.heads, config.target.tokens == "all+cls", config.seed, config.batch_size,
+        config.runtime.micro_batch, config.precision, config.frozen_precision, accelerator.num_processes,
+        accelerator.device.type, config.runtime.compile,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def crop_settings(config: PretrainConfig, teacher: Teacher | None) -> CropSettings:
+    """How images are cut; with a second size where the teacher looks at the photo itself."""
+    size = config.student.size()
+    second = None
+    if teacher is not None:
+        larger = teacher.input_size[0] > size[0] or teacher.input_size[1] > size[1]
+        if config.teacher.pixels == "crop" or (config.teacher.pixels == "auto" and larger):
+            second = teacher.input_size
+        elif config.teacher.pixels not in ("auto", "resize"):
+            raise InputError(f"teacher.pixels '{config.teacher.pixels}': use auto, resize or crop")
+    if config.data.crops not in ("random", "fixed"):
+        raise InputError(f"data.crops '{config.data.crops}': use random or fixed")
+    if len(config.data.scale) != 2 or not 0 < config.data.scale[0] <= config.data.scale[1] <= 1:
+        raise InputError(
+            f"data.scale {config.data.scale}: give least and most share of the area, e.g. [0.2, 1]"
+        )
+    return CropSettings(
+        size=size, second_size=second, scale=(config.data.scale[0], config.data.scale[1]),
+        channels=config.student.in_chans, fixed=config.data.crops == "fixed", shrink=config.data.shrink,
+    )  # fmt: skip
+
+
+def worker_count(wanted: int, processes: int) -> int:
+    """Loader processes for each training process."""
+    if wanted >= 0:
+        return wanted
+    return max(0, min(16, (os.cpu_count() or 1) // processes - 1))
+
+
+def trainable(module: nn.Module) -> int:
+    """Number of parameters that learn."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

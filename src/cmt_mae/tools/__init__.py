@@ -1,0 +1,1 @@
+"""Commands around runs: look, report, diagnose, bench, ablate, demo."""

@@ -1,0 +1,223 @@
+"""`cmt-mae bench`: speed of a recipe's step on this machine, stage by stage."""
+
+import copy
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_json
+from cmt_mae.core.runs import environment, plain
+from cmt_mae.core.text import printable
+from cmt_mae.data.loader import Batch, pretrain_batches
+from cmt_mae.data.sources import Source, open_split
+from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.method.masking import noise_length
+from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.tools.bench import measure
+from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
+from cmt_mae.tools.bench.flops import OURS, PLAIN, step_macs, step_of
+
+
+@dataclass
+class BenchConfig(PretrainConfig):
+    """Measure the step of a run: all settings of `pretrain`, and these.
+
+    Nothing is trained. Without `data.path` the images are synthetic. A teacher that would be downloaded has
+    random weights. `out` is a JSON file, or a folder that gets bench.json; empty: nothing is written.
+    """
+
+    images: int = 0
+    """Images in a measured step of one process; 0: runtime.micro_batch, else batch_size, but at most 256 on a
+    GPU and 16 on a CPU."""
+    rounds: int = 7
+    """Timings of which the median counts."""
+    steps: int = 0
+    """Steps in a timing; 0: 10 on a GPU, 2 on a CPU."""
+    stages: str = "both"
+    """both | one | two."""
+    peak: str = "auto"
+    """auto (the data sheet of known GPUs in bf16, else measured) | measured (by a large matrix product)."""
+
+    def run_settings(self) -> PretrainConfig:
+        """The run itself, with a batch of ``images``. Raises InputError for settings that cannot work."""
+        given = {
+            item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(PretrainConfig)
+        }
+        run = PretrainConfig(**given)
+        run.out = run.out or "bench"
+        run.data.path = run.data.path or "synthetic images"
+        run.check()
+        if self.rounds < 1 or self.steps < 0 or self.images < 0:
+            raise InputError("rounds must be positive, steps and images 0 or more")
+        for name, word, choices in (
+            ("stages", self.stages, ("both", "one", "two")),
+            ("peak", self.peak, ("auto", "measured")),
+        ):
+            if word not in choices:
+                raise InputError(f"{name} '{word}' is unknown: use {', '.join(choices)}")
+        on_gpu = run.runtime.device == "cuda" or (
+            run.runtime.device == "auto" and torch.cuda.is_available()
+        )
+        most = min(run.batch_size, 256 if on_gpu else 16)
+        run.runtime.micro_batch = self.images or run.runtime.micro_batch or most
+        return run
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure, show a table on stderr, write ``config.out`` if given, and return its content.
+
+    For each stage of the run: images a second (all processes), MFU against the peak in ``peak_flops``, the
+    share of each part of the step, the share of time spent waiting for data, peak memory. ``mfu`` counts what
+    the step computes, ``mfu_plain`` what the plain way would (spec section 11): the first is the efficiency,
+    the second the one to compare with other code. Raises InputError for settings that cannot work.
+    """
+    run = config.run_settings()
+    source = open_split(config.data.path, "train") if config.data.path else None
+    backbone = frozen_backbone(run) if run.needs_teacher() else None
+    processes = make_accelerator(run.runtime.device, run.precision).num_processes
+    run.batch_size = run.runtime.micro_batch * processes
+    if source is not None and len(source) < run.batch_size:
+        raise InputError(
+            f"{config.data.path} has {len(source)} images, fewer than a step of {run.batch_size}: lower --images"
+        )
+    stepper, teacher = make_stepper(run, backbone, len(source) if source else None)
+    peak = measure.peak_flops(stepper.device, stepper.precision, config.peak)
+    content: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "data": "synthetic" if source is None else config.data.path,
+        "teacher": None if backbone is None else backbone.source,
+        "device": str(stepper.device),
+        "precision": stepper.precision,
+        "processes": processes,
+        "images_per_step": run.batch_size,
+        "peak": peak,
+        "settings": plain(config),
+        **environment(),
+        "stages": {},
+    }
+    with closing(open_batches(run, stepper, teacher, source)) as batches:
+        for name, step in stages_of(config, stepper).items():
+            content["stages"][name] = measure_stage(config, stepper, batches, step, peak["flops"])
+            if config.out and stepper.accelerator.is_main_process:
+                write_json(out_file(config.out), content)  # written as it goes
+    if stepper.accelerator.is_main_process:
+        show(content)
+    return content
+
+
+def stages_of(config: BenchConfig, stepper: Stepper) -> dict[str, int]:
+    """Name of each stage to measure -> a step in it. Raises InputError where the run has no such stage."""
+    plan = stepper.plan
+    found = {}
+    if plan.switch_step > 0 and config.stages != "two":
+        found["one"] = 0
+    if plan.switch_step < plan.total_steps and config.stages != "one":
+        found["two"] = plan.switch_step
+    if not found:
+        raise InputError(f"this run has no stage {config.stages}: leave --stages at both")
+    return found
+
+
+def measure_stage(
+    config: BenchConfig, stepper: Stepper, batches: Iterator[Batch], step: int, peak: float
+) -> dict[str, Any]:
+    """Everything about one stage."""
+    stepper.enter_stage(step)
+    on_gpu = stepper.device.type == "cuda"
+    steps = config.steps or (10 if on_gpu else 2)
+    images = stepper.plan.micro_batch
+    fresh = measure.forget_peak(stepper.device)
+    timed = measure.rates(stepper, batches, step, images, config.rounds, steps)
+    memory = measure.peak_gb(stepper.device)
+    parts = measure.shares(stepper, batches, step, steps)
+    sizes = step_of(stepper.learner, stepper.guides, stepper.weights_at(step), stepper.plan.n_mask)
+    macs, plain_macs = step_macs(sizes, OURS), step_macs(sizes, PLAIN)
+    rate = timed["images_per_second"]["median"]
+    total, plain_total = 2 * sum(macs.values()), 2 * sum(plain_macs.values())
+    world = stepper.accelerator.num_processes
+    timed["images_per_second"] = {k: v * world for k, v in timed["images_per_second"].items()}
+    return {
+        **timed,
+        "mfu": rate * total / peak,
+        "mfu_plain": rate * plain_total / peak,
+        "gflop_per_image": total / 1e9,
+        "gflop_per_image_plain": plain_total / 1e9,
+        "gmac_by_part": {name: count / 1e9 for name, count in macs.items()},
+        "shares": parts["shares"],
+        "shares_step_seconds": parts["step_seconds"],
+        "peak_memory_gb": memory,
+        "peak_memory_of": ("the GPU" if on_gpu else "resident memory, this stage")
+        if fresh
+        else "resident memory, whole process",
+    }
+
+
+def open_batches(
+    run: PretrainConfig, stepper: Stepper, teacher: Any, source: Source | None
+) -> Generator[Batch, None, None]:
+    """Synthetic batches, or those of the run."""
+    crops, plan = assemble.crop_settings(run, teacher), stepper.plan
+    pin = stepper.device.type == "cuda"
+    accelerator = stepper.accelerator
+    if source is None:
+        yield from synthetic_batches(
+            crops, run.mask.rule, plan.n_patches, plan.micro_batch, run.seed, pin
+        )
+    else:
+        yield from pretrain_batches(
+            source, crops, noise_length=noise_length(run.mask.rule, plan.n_patches), seed=run.seed,
+            batch_size=run.batch_size, micro_batch=plan.micro_batch, rank=accelerator.process_index,
+            world=accelerator.num_processes, pin_memory=pin,
+            workers=assemble.worker_count(run.data.workers, accelerator.num_processes),
+        )  # fmt: skip
+
+
+def out_file(out: str) -> Path:
+    """A .json file as it is, a folder with bench.json in it."""
+    return Path(out) if out.endswith(".json") else Path(out) / "bench.json"
+
+
+def show(content: dict[str, Any]) -> None:
+    """The table for people, on stderr."""
+    stages = content["stages"]
+    table = Table(
+        title=f"{content['images_per_step']} images a step, {content['device']}, {content['precision']}"
+    )
+    table.add_column("")
+    for name in stages:
+        table.add_column(f"stage {name}", justify="right")
+
+    def row(title: str, text: Any) -> None:
+        table.add_row(title, *[text(stage) for stage in stages.values()])
+
+    row(
+        "images/s",
+        lambda s: "{median:.4g} ({low:.4g} to {high:.4g})".format(**s["images_per_second"]),
+    )
+    row("MFU", lambda s: f"{s['mfu']:.1%}")
+    row("MFU, counted the plain way", lambda s: f"{s['mfu_plain']:.1%}")
+    row("GFLOP an image", lambda s: f"{s['gflop_per_image']:.4g}")
+    row("waiting for data", lambda s: f"{s['data_wait_share']:.1%}")
+    row("peak memory, GB", lambda s: f"{s['peak_memory_gb']:.2f}")
+    for part in measure.PARTS:
+        if any(stage["shares"][part] >= 0.0005 for stage in stages.values()):
+            row(f"  {part}", lambda s, part=part: f"{s['shares'][part]:.1%}")
+    console = Console(stderr=True)
+    console.print(table)
+    peak = content["peak"]
+    console.print(f"peak {peak['flops'] / 1e12:.3g} TFLOP/s, {peak['how']}", style="dim")
+    if content["teacher"]:
+        about = f"teacher: {content['teacher']}; data: {content['data']}"
+        console.print(printable(about), style="dim", markup=False)

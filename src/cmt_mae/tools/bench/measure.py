@@ -1,0 +1,248 @@
+"""Seconds by part of a step, rates, the peak of the machine and of its memory."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmt_mae.data.loader import Batch
+from cmt_mae.engine.processes import peak_memory
+from cmt_mae.method import cmtmae
+from cmt_mae.pretraining.stepping import Stepper
+
+PARTS = (
+    "wait", "prepare", "teacher", "momentum", "mask", "targets", "encoder", "decoder", "backward",
+    "optimizer", "ema", "other",
+)  # fmt: skip
+# Dense FLOP/s of tensor cores by the makers' data sheets, bf16; fp32 goes through TF32 only if asked for.
+KNOWN_BF16 = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the GPU; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(numbers: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(numbers), "low": min(numbers), "high": max(numbers)}
+
+
+class Spans:
+    """Seconds by name; a span inside another counts for itself only. The device is waited for at each border."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time what happens inside under this name."""
+        self._book()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._open.pop()
+
+    def _book(self) -> None:
+        """Credit the time since the last border to the span that is open now."""
+        synchronise(self.device)
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def timed(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Wrap a function so that its calls are spans."""
+
+        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Any:
+                with self.span(name):
+                    return function(*arguments, **options)
+
+            return run
+
+        return wrap
+
+    def by_network(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method of ``CachedForwards`` whose first argument names the network it runs."""
+
+        def run(look: Any, name: str, *arguments: Any, **options: Any) -> Any:
+            with self.span(name):
+                return function(look, name, *arguments, **options)
+
+        return run
+
+
+@contextmanager
+def replaced(
+    owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """``owner.name`` wrapped, for a while."""
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, wrap(before))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def watched(stepper: Stepper, spans: Spans) -> Iterator[None]:
+    """Time the parts of every step of ``stepper`` (not its results: the same functions run)."""
+    timed = spans.timed
+    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
+        (stepper, "to_device", timed("prepare")),
+        (cmtmae.CachedForwards, "state", spans.by_network),
+        (cmtmae.CachedForwards, "features", spans.by_network),
+        (cmtmae.CachedForwards, "attention", timed("mask")),
+        (cmtmae.FrozenNetworks, "_scores", timed("mask")),
+        (cmtmae, "sample_mask", timed("mask")),
+        (cmtmae.FrozenNetworks, "_targets", timed("targets")),
+        (stepper, "model", timed("decoder")),  # less the encoder inside it
+        (cmtmae, "encode_visible", timed("encoder")),
+        (stepper.accelerator, "backward", timed("backward")),
+        (nn.utils, "clip_grad_norm_", timed("optimizer")),
+        (stepper, "_skip_unless", timed("optimizer")),
+        (stepper.optimizer, "step", timed("optimizer")),
+        (stepper.optimizer, "zero_grad", timed("optimizer")),
+        (stepper.guides, "update_momentum", timed("ema")),
+    ]
+    with ExitStack() as stack:
+        for owner, name, wrap in wrapped:
+            stack.enter_context(replaced(owner, name, wrap))
+        yield
+
+
+def watched_batches(batches: Iterator[Batch], spans: Spans) -> Iterator[Batch]:
+    """The same batches; the time until each is there counts as ``wait``."""
+    while True:
+        with spans.span("wait"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def shares(stepper: Stepper, batches: Iterator[Batch], step: int, count: int) -> dict[str, Any]:
+    """Share of each part in ``count`` steps (after one that is not counted), and the seconds of a step."""
+    spans = Spans(stepper.device)
+    seen = watched_batches(batches, spans)
+    with watched(stepper, spans):
+        stepper.step(seen, step)
+        spans.seconds.clear()
+        for _ in range(count):
+            with spans.span("other"):
+                stepper.step(seen, step)
+    total = sum(spans.seconds.values())
+    return {
+        "step_seconds": total / count,
+        "shares": {part: spans.seconds.get(part, 0.0) / total for part in PARTS},
+        "steps": count,
+    }
+
+
+def rates(
+    stepper: Stepper, batches: Iterator[Batch], step: int, images: int, rounds: int, steps: int
+) -> dict[str, Any]:
+    """Images a second of this process: each round times ``steps`` steps with one wait for the device."""
+    for _ in range(2):  # allocations, kernels chosen, loader filled
+        stepper.step(batches, step)
+    seconds, waits = [], []
+    for _ in range(rounds):
+        synchronise(stepper.device)
+        stepper.waited, begin = 0.0, time.perf_counter()
+        for _ in range(steps):
+            stepper.step(batches, step)
+        synchronise(stepper.device)
+        seconds.append(time.perf_counter() - begin)
+        waits.append(stepper.waited)
+    return {
+        "images_per_second": spread([images * steps / s for s in seconds]),
+        "step_seconds": spread([s / steps for s in seconds]),
+        "data_wait_share": sum(waits) / sum(seconds),
+        "rounds": rounds,
+        "steps_per_round": steps,
+        "round_seconds": seconds,
+    }
+
+
+def data_sheet(gpu: str, precision: str) -> dict[str, Any] | None:
+    """FLOP/s of a GPU by its maker, in bf16; None where this file does not know it."""
+    for known in sorted(KNOWN_BF16, key=len, reverse=True):
+        if precision == "bf16" and known in gpu:
+            return {"flops": KNOWN_BF16[known], "how": f"data sheet of {known}, dense bf16"}
+    return None
+
+
+def peak_flops(device: torch.device, precision: str, how: str = "auto") -> dict[str, Any]:
+    """FLOP/s that this device can reach: of the data sheet for known GPUs in bf16, else measured.
+
+    how: auto | measured. Measured is the best of several large matrix products in the same precision and with
+    the same threads; real steps cannot be faster, since they are made of smaller ones.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    known = data_sheet(name, precision) if how == "auto" else None
+    if known is not None:
+        return known
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size, tries = (8192, 20) if device.type == "cuda" else (1536, 4)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(tries + 1):
+        synchronise(device)
+        begin = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
+    return {
+        "flops": best,
+        "how": f"measured: best of {tries + 1} products {size} x {size}, {precision}{threads}",
+    }
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Start the peak of memory anew; False where the system cannot (then it is that of the whole process)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmHWM") is not None
+    return False
+
+
+def peak_gb(device: torch.device) -> float:
+    """Peak of memory in GB since ``forget_peak``: of the GPU, or resident memory of this process on a CPU."""
+    high = _status("VmHWM") if device.type != "cuda" else None
+    return peak_memory(device) if high is None else high
+
+
+def _status(name: str) -> float | None:
+    """A number of /proc/self/status in GB, None where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024 / 1e9
+    return None

@@ -1,0 +1,211 @@
+"""`cmt-mae doctor`: look at everything that a run needs, and at a run; say what is wrong and the mend."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.ranges import check_ranges
+from cmt_mae.data.sources import Source, open_split
+from cmt_mae.method.teacher import TeacherConfig
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.stepping import make_plan
+from cmt_mae.tools.diagnose.estimate import estimate
+from cmt_mae.tools.diagnose.finding import Finding, problem, warning
+from cmt_mae.tools.diagnose.images import check_images
+from cmt_mae.tools.diagnose.machine import check_machine
+from cmt_mae.tools.diagnose.run import diagnose, facts_of, read_run
+from cmt_mae.tools.diagnose.settings import check_pixels, check_settings
+from cmt_mae.tools.diagnose.show import show
+from cmt_mae.tools.diagnose.teacher import check_teacher
+
+UNFIT = "settings and images do not fit"
+WAITING = 0.2  # share of a step spent waiting for images
+ORDER = ("run", "settings", "data", "teacher", "estimate", "machine")  # of findings of one weight
+FULL = 0.9  # of the memory that is free
+
+
+@dataclasses.dataclass
+class DoctorConfig(PretrainConfig):
+    """Look at this machine, at images and teacher, at what a run will take, and at a run that does not learn.
+
+    Without a word: the machine. With `--data`, `--teacher` or `--recipe` (and any other setting of `pretrain`):
+    the images, the teacher, the settings and an estimate too. With a run directory: what is wrong with the run,
+    from its files, its images and its teacher. Trains nothing, and writes nothing but short-lived files to time
+    the disk.
+    """
+
+    run: str = ""
+    """A run directory to look at."""
+    recipe: str = ""
+    """The recipe, as in `pretrain`."""
+    sample: int = 2000
+    """How many images of each split are read, drawn at random; 0: all of them."""
+    images: int = 0
+    """How many images the run will have, where --data does not give them."""
+    machine: bool = True
+    """Look at the machine too, which takes a few seconds (an estimate always does)."""
+    estimate: bool = True
+    """Measure steps and say what the run will take (with --data or --recipe, without a run directory)."""
+    seconds: float = 15.0
+    """How long each stage's step is measured, about."""
+    watts: float = 0.0
+    """Power of this machine in watts, for the energy; 0: what the GPU or the processor says, if it does."""
+    price_per_hour: float = 0.0
+    """What this machine costs in an hour, in any currency; 0: no price is told."""
+
+    def settings(self) -> PretrainConfig:
+        """The settings of the run-to-be. Raises InputError for settings that cannot work."""
+        names = [one.name for one in dataclasses.fields(PretrainConfig)]
+        run = PretrainConfig(**{name: copy.deepcopy(getattr(self, name)) for name in names})
+        run.out = run.out or "run"
+        run.data.path = run.data.path or "synthetic images"
+        run.check()
+        return run
+
+
+def doctor(config: DoctorConfig) -> dict[str, Any]:
+    """Inspector, show a report on stderr, and return it: facts by part, and the findings, problems first.
+
+    Raises InputError where there is nothing to look at: no such run, no images, settings that cannot work.
+    """
+    check_ranges(config)
+    report: dict[str, Any] = {}
+    findings: list[Finding] = []
+    console = Console(stderr=True)
+    run = read_run(Path(config.run)) if config.run else None
+    if run is not None:
+        settings, path = run.config, run.config.data.path
+        settings.runtime.device = config.runtime.device
+    else:
+        settings, path = config.settings(), config.data.path
+
+    def note(part: str, result: tuple[dict[str, Any], list[Finding]]) -> None:
+        report[part] = result[0]
+        findings.extend(result[1])
+
+    will_run = run is None and bool(config.recipe or path)
+    if config.machine or (will_run and config.estimate):
+        with console.status("the machine"):
+            where = str(run.path) if run else config.out
+            note("machine", check_machine(
+                settings.runtime.device, settings.precision, where, settings.runtime.compile
+            ))  # fmt: skip
+    source = open_images(path, run is None, findings)
+    if source is not None:
+        bar = settings.runtime.progress and config.runtime.progress
+        note("data", check_images(path, settings.student.in_chans, config.sample, bar))
+        findings.extend(check_pixels(settings, report["data"]["splits"]["train"]))
+    named = config.teacher.name != TeacherConfig().name
+    if (run or config.recipe or source or named) and settings.needs_teacher():
+        with console.status("the teacher"):
+            note("teacher", check_teacher(settings, source))
+    if run is not None:
+        note("run", (facts_of(run), diagnose(run)))
+    elif will_run:
+        note("settings", judge_settings(settings, source, config.images))
+        if config.estimate and can_run(findings):
+            with console.status("a few steps"):
+                note("estimate", judge_estimate(config, settings, source, report))
+    return finish(report, findings, console)
+
+
+def open_images(path: str, must: bool, findings: list[Finding]) -> Source | None:
+    """The training images; None where no path is given. That an old run's are gone is a finding, not an error."""
+    if not path:
+        return None
+    try:
+        return open_split(path, "train")
+    except InputError as error:
+        if must:
+            raise
+        findings.append(
+            warning(
+                "data",
+                "the run's images are gone",
+                str(error),
+                "bring them back to look at them too",
+            )
+        )
+        return None
+
+
+def judge_settings(
+    settings: PretrainConfig, source: Source | None, images: int
+) -> tuple[dict[str, Any], list[Finding]]:
+    """The plan of the run-to-be, and what is wrong with its settings."""
+    count = len(source) if source is not None else images or 1000 * settings.batch_size
+    try:
+        plan = make_plan(settings, count, 1)
+    except InputError as error:
+        return {"error": str(error)}, [problem("settings", UNFIT, str(error), "as it says")]
+    told = source is not None or images > 0
+    facts = {**vars(plan), "images": count if told else None, "epochs": settings.epochs}
+    return facts, check_settings(settings, plan)
+
+
+def can_run(findings: list[Finding]) -> bool:
+    """Whether steps can be measured at all: the disk and the teacher are there."""
+    stops = (
+        "the disk cannot be written", "the teacher cannot be had", "the teacher is not finite", UNFIT,
+    )  # fmt: skip
+    return not any(one.what in stops for one in findings)
+
+
+def judge_estimate(
+    config: DoctorConfig, settings: PretrainConfig, source: Source | None, report: dict[str, Any]
+) -> tuple[dict[str, Any], list[Finding]]:
+    """What the run will take, and where this machine is too small or too slow for it."""
+    images = report["settings"]["images"] or 1000 * settings.batch_size
+    facts = estimate(settings, source, images, config.seconds)
+    machine = report["machine"]
+    found: list[Finding] = []
+    mend = "a smaller --runtime.micro_batch (the result stays the same) or a smaller network"
+    if "out_of_memory" in facts:
+        return facts, [problem("estimate", "out of memory", facts["out_of_memory"], mend)]
+    if report["settings"]["images"] is None:
+        facts["seconds"] = facts["seconds_range"] = (
+            None  # nobody has said how many images there are
+        )
+    free = machine.get("gpu_memory_gb", machine["memory"]["free_gb"])
+    if facts["memory_gb"] > FULL * free:
+        found.append(problem(
+            "estimate", "out of memory", f"a step takes {facts['memory_gb']:.1f} GB, {free:.1f} GB are there", mend
+        ))  # fmt: skip
+    disk = facts["checkpoint"]["disk_gb"]
+    if disk > machine["disk"].get("free_gb", disk):
+        found.append(problem(
+            "estimate", "the disk is too small", f"the run writes {disk:.1f} GB, "
+            f"{machine['disk']['free_gb']:.1f} GB are free",
+            "another --out, or a smaller --runtime.keep_last",
+        ))  # fmt: skip
+    waits = max(one["data_wait_share"] for one in facts["stages"].values())
+    if waits > WAITING:
+        found.append(warning(
+            "estimate", "waiting for data", f"{waits:.0%} of a step (data.workers {settings.data.workers})",
+            "more --workers where there are cores, cmt-mae pack --size 256 once, or a faster disk",
+        ))  # fmt: skip
+    watts = config.watts or facts["watts"]
+    if facts["seconds"] is not None:
+        hours = facts["seconds"] / 3600
+        facts["kilowatt_hours"] = round(hours * watts / 1000, 4) if watts else None
+        facts["price"] = round(hours * config.price_per_hour, 2) if config.price_per_hour else None
+    return facts, found
+
+
+def finish(report: dict[str, Any], findings: list[Finding], console: Console) -> dict[str, Any]:
+    """Findings into the report, likeliest causes first and none twice, and the report for people."""
+    ordered = sorted(findings, key=lambda one: (one.level != "problem", ORDER.index(one.part)))
+    findings = list({one.what: one for one in reversed(ordered)}.values())[::-1]
+    report["findings"] = [vars(one) for one in findings]
+    problems = sum(one.level == "problem" for one in findings)
+    report["summary"] = (
+        f"{problems} problem(s), {len(findings) - problems} warning(s)"
+        if findings
+        else "nothing wrong found"
+    )
+    show(report, console)
+    return report

@@ -1,0 +1,62 @@
+"""``cmt-mae explain``: which pictures are made of what. Networks run in look.py, drawing is in report/."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import printable
+from cmt_mae.tools.inspect import of_files, of_images
+from cmt_mae.tools.inspect.desk import Desk, NotHere
+from cmt_mae.tools.inspect.settings import OF_FILES, OF_IMAGES, ExplainConfig
+
+MAKERS: dict[str, Callable[[Desk], None]] = {
+    "attention": of_images.attention,
+    "heads": of_images.heads,
+    "growth": of_images.growth,
+    "masks": of_images.masks,
+    "features": of_images.features,
+    "predictions": of_images.predictions,
+    "reconstruction": of_images.reconstruction,
+    "neighbours": of_images.neighbours,
+    "curves": of_files.curves,
+    "ladder": of_files.ladder,
+    "davis": of_files.davis,
+    "detections": of_files.detections,
+    "segmentations": of_files.segmentations,
+}
+
+
+def explain(config: ExplainConfig) -> dict[str, Any]:
+    """Make the pictures; returns {"written": paths, "left_out": {kind: reason}}.
+
+    Raises InputError for what the user can mend; pictures made before stay.
+    """
+    config.check()
+    desk = Desk(config)
+    wanted = config.what or [
+        *(OF_IMAGES if config.images else ()),
+        *(OF_FILES if config.run else ()),
+    ]
+    console = Console(stderr=True)
+    quiet = not config.progress or not console.is_terminal
+    bar = Progress(console=console, disable=quiet, transient=True)
+    with bar:
+        task = bar.add_task("", total=len(wanted))
+        for number, kind in enumerate(wanted, start=1):
+            bar.update(task, description=kind)
+            try:
+                MAKERS[kind](desk)
+            except NotHere as error:
+                if config.what:  # it was asked for by name
+                    raise InputError(f"--what {kind}: {error}") from error
+                desk.left_out[kind] = str(error)
+            bar.update(task, completed=number)
+    for kind, reason in desk.left_out.items():
+        print(f"left out {kind}: {printable(reason)}", file=sys.stderr)
+    for path in desk.written:
+        print(f"wrote {printable(str(path))}", file=sys.stderr)
+    return {"written": [str(path) for path in desk.written], "left_out": desk.left_out}

@@ -1,0 +1,125 @@
+"""Images for the networks: found, read from files, cut to the input size, as they are shown."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.data.crops import center_crop
+from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
+from cmt_mae.data.folder import read_file, shown
+from cmt_mae.data.loader import load_image
+from cmt_mae.data.sources import Source, open_source
+from cmt_mae.pretraining import assemble
+from cmt_mae.tools.inspect.networks import Networks
+
+SHOWN_SIDE = 224
+"""Images are shown with at least so many pixels on the shorter side, whatever the network sees."""
+NEXT = 20
+"""How many images after a broken one are tried in its place."""
+
+
+@dataclass
+class Photo:
+    """An image as it is on the disk."""
+
+    name: str
+    pixels: np.ndarray
+    """uint8 (H, W, C)."""
+    kind: str = ""
+    """Name of its class, where the folder has classes."""
+
+
+@dataclass
+class Inputs:
+    """The same B images as the networks see them and as they are shown."""
+
+    names: list[str]
+    images: Tensor
+    """uint8 (B, C, H, W), the student's input size."""
+    second: Tensor | None
+    """uint8 (B, C, h, w): the same crop at the teacher's size, where it is cut from the photo again."""
+    shown: Tensor
+    """uint8 (B, C, kH, kW): the same crop, a whole number of times as large."""
+
+
+class Album:
+    """All images of some paths, none of them read yet: files, folders and every other source of `data`."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        """Raises InputError for a path that is missing or holds no images."""
+        self.paths = list(paths)
+        self.files: list[Path] = []
+        self.sources: list[Source] = []
+        for path in paths:
+            file = Path(path).expanduser()
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.is_dir():
+                self.files.append(file)
+            else:
+                self.sources.append(open_source(path))
+
+    def read(self, channels: int, count: int) -> Iterator[Photo]:
+        """Every file, and ``count`` images evenly over each folder; the next one in place of a broken one.
+
+        Raises InputError for a broken file, or where no image is left.
+        """
+        some = False
+        for file in self.files:
+            some = True
+            yield Photo(shown(file.name), read_image(file, channels))
+        for source in self.sources:
+            for photo in spread(source, channels, count):
+                some = True
+                yield photo
+        if not some:
+            raise InputError(f"no image of {', '.join(self.paths)} can be read: give others")
+
+
+def read_image(file: Path, channels: int) -> np.ndarray:
+    """One image file as uint8 (H, W, channels). Raises InputError where it is broken or not there."""
+    try:
+        return decode_image(read_file(file), channels)
+    except BadImage as error:
+        raise InputError(f"{file}: {error}; give another image") from error
+
+
+def spread(source: Source, channels: int, count: int) -> Iterator[Photo]:
+    """``count`` images evenly over the source, fewer where it has fewer."""
+    taken: set[int] = set()
+    for start in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
+        for index in range(start, min(start + NEXT, len(source))):
+            if index in taken:
+                continue
+            taken.add(index)
+            try:
+                pixels = load_image(source, index, channels)
+            except BadImage as error:
+                print(f"warning: {source.name(index)} is left out: {error}", file=sys.stderr)
+                continue
+            label = source.label(index)
+            kind = source.classes[label] if source.classes and label is not None else ""
+            yield Photo(source.name(index), pixels, kind)
+            break
+
+
+def cut(photos: Sequence[Photo], networks: Networks) -> Inputs:
+    """The largest centre crop of each photo that has the proportions of the networks' input."""
+    size = networks.size
+    second = assemble.crop_settings(networks.config, networks.teacher).second_size
+    times = max(1, -(-SHOWN_SIDE // min(size)))
+
+    def stack(goal: tuple[int, int]) -> Tensor:
+        crops = [center_crop(photo.pixels, goal, 1.0).transpose(2, 0, 1) for photo in photos]
+        return torch.from_numpy(np.stack(crops))
+
+    return Inputs(
+        [photo.name for photo in photos],
+        stack(size),
+        None if second is None else stack(second),
+        stack((size[0] * times, size[1] * times)),
+    )

@@ -1,0 +1,222 @@
+"""Pictures that run networks on images."""
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmt_mae.tools.inspect.colours import explained, fit_basis, likeness
+from cmt_mae.tools.inspect.desk import Desk, NotHere
+from cmt_mae.tools.inspect.images import Album
+from cmt_mae.tools.inspect.look import Inspector, Who, every_rule, overlap
+from cmt_mae.tools.inspect.neighbours import embed, make_gallery, nearest
+from cmt_mae.tools.inspect.networks import Networks, Run
+from cmt_mae.tools.inspect.settings import ExplainConfig
+from cmt_mae.tools.report.attention import attention_sheet, growth_sheet, heads_sheet, masks_sheet
+from cmt_mae.tools.report.features import (
+    Predicted,
+    features_sheet,
+    neighbours_sheet,
+    predictions_sheet,
+    reconstruction_sheet,
+)
+
+
+def attention(desk: Desk) -> None:
+    """A_t, A_s, A_c and the mask."""
+    config, look = desk.config, desk.look()
+    networks = look.networks
+    maps = look.maps(config.alpha, config.layer)
+    alpha = networks.alpha if config.alpha is None else config.alpha
+    rule, mask = desk.mask()
+    titles = {
+        "student": student_title(networks),
+        "collab": rf"both $A_c$, $\alpha$ = {alpha:g}",
+    }
+    notes = overlap_notes(maps)
+    title = f"{networks.name}: attention{of_layer(config.layer)}, hidden patches by rule {rule}"
+    shown = look.inputs.shown
+    sheet = attention_sheet(shown, maps, mask.mask, networks.grid, title, titles, notes)
+    desk.save(sheet.figure, "attention")
+
+
+def heads(desk: Desk) -> None:
+    """Each head's map, a figure a network."""
+    look = desk.look()
+    for who in known(look.networks):
+        maps, grid = look.head_maps(who, desk.config.layer)
+        title = f"{look.networks.name}: heads of the {called(who, look.networks)}{of_layer(desk.config.layer)}"
+        desk.save(heads_sheet(look.inputs.shown, maps, grid, title).figure, f"heads_{who}")
+
+
+def growth(desk: Desk) -> None:
+    """The student's attention at checkpoints in a row."""
+    if not desk.config.run:
+        raise NotHere("a plain backbone has no checkpoints: give --run")
+    run = desk.run()
+    steps, two_stages = chosen_steps(run, desk.config), run.config.needs_momentum()
+    columns: dict[str, Tensor] = {}
+    notes: dict[str, list[str]] = {}
+    for step in steps:
+        networks = run.at(step)
+        look = Inspector(networks, desk.inputs(networks))
+        maps = look.maps(layer=desk.config.layer)
+        if "teacher" in maps and not columns:
+            columns["teacher $A_t$"] = maps["teacher"]
+        name = f"step {step}"
+        if two_stages:
+            name += "\n(momentum)" if networks.momentum else "\n(student)"
+        columns[name] = maps["student"]
+        if found := overlap_notes(maps):
+            notes[name] = found["student"]
+    title = f"{run.folder.name}: how the student's attention grows"
+    grid = look.networks.grid
+    desk.save(growth_sheet(look.inputs.shown, columns, grid, title, notes).figure, "growth")
+
+
+def masks(desk: Desk) -> None:
+    """What every rule hides."""
+    look = desk.look()
+    masks = {rule: mask.mask for rule, mask in every_rule(look, desk.config.seed).items()}
+    networks, own = look.networks, look.networks.config.mask.rule
+    guide = guide_of(networks)
+    hidden_count, patches = networks.n_mask, networks.grid[0] * networks.grid[1]
+    title = f"{networks.name}: {hidden_count} of {patches} patches hidden by each rule, guided by {guide}"
+    sheet = masks_sheet(
+        look.inputs.shown, masks, networks.grid, title, own if networks.learner else ""
+    )
+    desk.save(sheet.figure, "masks")
+
+
+def features(desk: Desk) -> None:
+    """Three principal axes of the features of each network, over all images together."""
+    look, layer = desk.look(), desk.config.layer
+    shown: dict[str, tuple[Tensor, tuple[int, int]]] = {}
+    for who in known(look.networks):
+        tokens, grid = look.features(who, layer)
+        name = f"{called(who, look.networks)}\n{grid[0]} x {grid[1]}, {tokens.shape[-1]} ch."
+        shown[name] = (fit_basis(tokens).colours(tokens), grid)
+    title = f"{look.networks.name}: features{of_layer(layer)}, principal axes as red, green, blue"
+    desk.save(features_sheet(look.inputs.shown, shown, title).figure, "features")
+
+
+def predictions(desk: Desk) -> None:
+    """Predicted features beside their targets, in the colours of the target's axes."""
+    look = desk.look()
+    targets = {name: one for name, one in look.targets().items() if name != "pixel"}
+    if not targets:
+        raise NotHere("no features are predicted here (reconstruction shows pixels)")
+    rule, mask = desk.mask()
+    said = look.predictions(mask)
+    only_hidden = look.networks.config.target.tokens == "masked"
+    counted = mask.mask if only_hidden else torch.ones_like(mask.mask)
+    predicted = {}
+    for name, target in targets.items():
+        basis, shown = fit_basis(target), "student" if name == "momentum" else name
+        cosine = likeness(said[name] - basis.mean, target - basis.mean)
+        share = [
+            explained(one[where], wanted[where], basis.mean)
+            for one, wanted, where in zip(said[name], target, counted, strict=True)
+        ]
+        predicted[shown] = Predicted(
+            basis.colours(target), basis.colours(said[name]), cosine, share
+        )
+    networks = look.networks
+    title = f"{networks.name}: predicted features, hidden by rule {rule}; colours: the target's principal axes"
+    sheet = predictions_sheet(
+        look.inputs.shown, predicted, mask.mask, counted, networks.grid, title
+    )
+    desk.save(sheet.figure, "predictions")
+
+
+def reconstruction(desk: Desk) -> None:
+    """Predicted pixels."""
+    look = desk.look()
+    if "pixel" not in look.targets():
+        raise NotHere("this run predicts no pixels")
+    rule, mask = desk.mask()
+    networks = look.networks
+    title = f"{networks.name}: pixels predicted at patches hidden by rule {rule}"
+    if networks.config.target.norm == "mae":
+        title += " (each keeps its own mean and contrast)"
+    made = look.reconstruction(mask)
+    sheet = reconstruction_sheet(look.inputs.images, mask.mask, made, networks.grid, title)
+    desk.save(sheet.figure, "reconstruction")
+
+
+def neighbours(desk: Desk) -> None:
+    """The images most like each, a figure a network."""
+    look, config = desk.look(), desk.config
+    networks, names = look.networks, look.inputs.names
+    album = Album([config.gallery] if config.gallery else config.images)
+    gallery = make_gallery(networks, album.read(len(networks.stats[0]), config.gallery_size))
+    if len(gallery.names) < 2:
+        raise NotHere("neighbours need more images: give --gallery FOLDER")
+    queries = embed(networks, look.inputs)
+    kinds = desk.kinds()
+    for who in known(networks):
+        numbers, cosines = nearest(gallery, who, queries[who], names, config.columns)
+        found = [
+            [(gallery.shown[n], gallery.kinds[n], c) for n, c in zip(*row, strict=True)]
+            for row in zip(numbers.tolist(), cosines.tolist(), strict=True)
+        ]
+        whose = called(who, networks)
+        title = f"{networks.name}: nearest of {len(gallery.names)} images by the {whose}'s features"
+        sheet = neighbours_sheet(look.inputs.shown, kinds, found, title)
+        desk.save(sheet.figure, f"neighbours_{who}")
+
+
+def known(networks: Networks) -> list[Who]:
+    """The networks there are."""
+    return ["student"] if networks.teacher is None else ["teacher", "student"]
+
+
+def chosen_steps(run: Run, config: ExplainConfig) -> list[int]:
+    """Steps of ``growth``, rising; says so in one line where few checkpoints are left."""
+    known = run.steps()
+    if not known:
+        raise NotHere(f"no checkpoint is left in {run.folder}/checkpoints")
+    if config.checkpoints:
+        return sorted(set(config.checkpoints))
+    if len(known) < 3:
+        print(
+            f"growth: {run.folder} keeps {len(known)} checkpoint(s), older ones were rotated away: "
+            "pretrain --runtime.keep_every EPOCHS keeps more",
+            file=sys.stderr,
+        )
+    every = sorted({0, *known})
+    places = np.unique(np.linspace(0, len(every) - 1, min(config.columns, len(every))).round())
+    return [every[int(place)] for place in places]
+
+
+def called(who: Who, networks: Networks) -> str:
+    """In titles: a plain backbone is nobody's student."""
+    return "backbone" if who == "student" and networks.step is None else who
+
+
+def guide_of(networks: Networks) -> str:
+    """Whose attention the guided rules follow here, as ``Inspector.scores``."""
+    if networks.teacher is None or networks.alpha == 1:
+        return f"the attention of the {called('student', networks)}"
+    return "A_t" if networks.alpha == 0 else f"A_c (alpha {networks.alpha:g})"
+
+
+def student_title(networks: Networks) -> str:
+    """What A_s is here: only the momentum student's map is mixed in."""
+    name = called("student", networks)
+    if networks.momentum or networks.learner is None or networks.teacher is None:
+        return f"{name} $A_s$"
+    return f"{name} (not\nmixed in) $A_s$"
+
+
+def overlap_notes(maps: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Under each student's map: how much of its top quarter is the teacher's."""
+    if "teacher" not in maps:
+        return {}
+    return {"student": [f"overlap {share:.2f}" for share in overlap(maps).tolist()]}
+
+
+def of_layer(layer: int) -> str:
+    """For titles."""
+    return f" of block {layer}" if layer else ""

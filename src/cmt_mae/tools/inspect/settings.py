@@ -1,0 +1,111 @@
+"""Settings of ``cmt-mae explain``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.parsing import hint
+from cmt_mae.core.text import one_line
+from cmt_mae.tools.report.canvas import FORMATS
+
+OF_IMAGES = (
+    "attention", "heads", "growth", "masks", "features", "predictions", "reconstruction", "neighbours",
+)  # fmt: skip
+"""Pictures that run networks on images."""
+OF_FILES = ("curves",)
+"""Pictures from a run's files alone."""
+OF_DATA = ("ladder", "davis", "detections", "segmentations")
+"""Pictures from results, asked for by name."""
+KINDS = OF_IMAGES + OF_FILES + OF_DATA
+
+
+@dataclass
+class ExplainConfig:
+    """Pictures of what networks look at, hide and predict, and of a run's curves and results.
+
+    With --run RUN and --images all that this run allows; what is asked for by name alone: ladder, davis,
+    detections, segmentations. Nothing is trained.
+    """
+
+    run: str = ""
+    """Run directory of `pretrain`."""
+    backbone: str = ""
+    """In place of a run: any backbone that `evaluate` takes (file, timm name, embedded, run directory)."""
+    images: list[str] = field(default_factory=list)
+    """Image files and folders (also tar shards, parquet, packed folders), one after another."""
+    what: list[str] = field(default_factory=list)
+    """Which pictures: attention (A_t, A_s, A_c and the mask), heads, growth (checkpoints in a row), masks (every
+    rule), features (PCA), predictions (beside targets), reconstruction (pixel targets), neighbours, curves,
+    ladder, davis, detections, segmentations. Empty: the first nine, as far as the run allows."""
+    out: str = ""
+    """Folder for the pictures. Default: RUN/pictures."""
+    count: int = 4
+    """Images in a picture, evenly chosen from the folders."""
+    checkpoints: list[int] = field(default_factory=list)
+    """Steps of the checkpoints in `growth` (0 is the random start); the last one is used for all else. Empty:
+    evenly chosen ones."""
+    columns: int = 6
+    """Checkpoints in `growth`, neighbours, frames in a strip."""
+    size: list[int] = field(default_factory=list)
+    """Another input size than the network's: one side, or height and width, in pixels."""
+    teacher: str = ""
+    """Another teacher than the run's, as `pretrain --teacher`, or none. A run or backbone without one gets A_t."""
+    grid_align: str = ""
+    """As `pretrain --teacher.grid_align`: input | resample. Default: the run's, else input."""
+    key: str = ""
+    """Of a backbone with several entries, e.g. momentum."""
+    alpha: float | None = None
+    """Weight of A_s in A_c, 0..1. Default: the run's at that step."""
+    rule: str = ""
+    """Mask rule of `attention`, `predictions` and `reconstruction`. Default: the run's."""
+    layer: int = 0
+    """Block whose attention and features are shown, from 1; 0: the last."""
+    gallery: str = ""
+    """Images among which neighbours are looked for. Default: --images, all of them."""
+    gallery_size: int = 1000
+    """At most so many of the gallery, evenly chosen."""
+    data: str = ""
+    """For davis, detections and segmentations: the data set they were measured on."""
+    results: list[str] = field(default_factory=list)
+    """Files of the ladder (ladder.json); for davis, detections and segmentations the folders with their output,
+    one a method. Default: what lies in RUN."""
+    formats: list[str] = field(default_factory=lambda: ["png", "svg"])
+    """png | svg | pdf."""
+    seed: int = 0
+    """Of the masks."""
+    progress: bool = True
+    """Show the progress bar."""
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot work, before anything is loaded."""
+        for name in self.what:
+            if name not in KINDS:
+                raise InputError(
+                    f"--what '{one_line(name, 60)}' is unknown{hint(name, KINDS)}: use {', '.join(KINDS)}"
+                )
+        for name in self.formats:
+            if name not in FORMATS:
+                raise InputError(
+                    f"--formats '{one_line(name, 60)}' is unknown: use {', '.join(FORMATS)}"
+                )
+        if self.run and self.backbone:
+            raise InputError("--run and --backbone are both given: leave one out")
+        if not (self.run or self.backbone or self.results):
+            raise InputError("nothing to look at: give --run RUN, or --backbone B")
+        if self.count < 1 or self.columns < 1 or self.gallery_size < 1:
+            raise InputError("--count, --columns and --gallery_size must be 1 or more")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise InputError(f"--alpha {self.alpha} is out of range: give a weight in 0..1")
+        if len(self.size) > 2 or any(side < 1 for side in self.size):
+            raise InputError(f"--size {self.size}: give one side, or height and width, in pixels")
+        wanted = [name for name in self.what if name in OF_IMAGES]
+        if wanted and not self.images:
+            raise InputError(f"--what {wanted[0]} needs images: give --images FOLDER or files")
+        if not self.what and not self.images and self.backbone:
+            raise InputError("no images: give --images FOLDER or files")
+        if not self.out and not self.run:
+            raise InputError("no place for the pictures: give --out FOLDER")
+
+    def folder(self) -> Path:
+        """Where the pictures go."""
+        return Path(self.out) if self.out else Path(self.run) / "pictures"

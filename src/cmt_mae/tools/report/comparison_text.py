@@ -1,0 +1,289 @@
+"""A comparison as people read it: a table on the terminal, Markdown, or JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import write_atomically
+from cmt_mae.core.text import printable
+from cmt_mae.tools.report.paper import SOURCE
+
+if TYPE_CHECKING:
+    from cmt_mae.tools.report.compare import Column, Comparison, Number, Row
+
+TITLES = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "finetune": "fine-tuning",
+    "coco": "COCO",
+    "ade20k": "ADE20K",
+    "davis": "DAVIS",
+    "top1": "top-1",
+    "box/AP": "AP box",
+    "mask/AP": "AP mask",
+    "J_mean": "J",
+    "F_mean": "F",
+}
+FORMATS = ("table", "markdown", "json")
+NARROWEST = 12  # characters of a name on a narrow terminal; longer ones are folded
+
+
+def write(comparison: Comparison, format: str | None, out: str | None) -> None:
+    """Print to stdout, or write ``out`` atomically; notes go to stderr.
+
+    Raises:
+        InputError: unknown format, or ``out`` cannot be written.
+    """
+    if format is None:
+        endings = {".md": "markdown", ".markdown": "markdown", ".json": "json"}
+        format = endings.get(Path(out).suffix.lower(), "table") if out is not None else "table"
+    if format not in FORMATS:
+        raise InputError(f"format '{format}' is unknown: use {', '.join(FORMATS)}")
+    if out is None and format == "table":
+        print_table(comparison, Console())
+    else:
+        text = {"table": as_plain_table, "markdown": as_markdown, "json": as_json}[format](
+            comparison
+        )
+        if out is None:
+            sys.stdout.write(text)
+        else:
+            path = Path(out).expanduser()
+            write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+            print(f"written to {printable(str(path))}", file=sys.stderr)
+    for note in comparison.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
+def as_json(comparison: Comparison) -> str:
+    """Strict JSON: columns, rows with their numbers, footnotes with whole protocols, notes."""
+    return json.dumps(comparison.as_dict(), indent=1, allow_nan=False) + "\n"
+
+
+def as_plain_table(comparison: Comparison) -> str:
+    """The terminal's table as text, as wide as it needs to be."""
+    text = io.StringIO()
+    print_table(comparison, Console(file=text, force_terminal=False))
+    return text.getvalue()
+
+
+def print_table(comparison: Comparison, console: Console) -> None:
+    """The table on a terminal; where it is too wide, one below the other with some columns each."""
+    terminal = console.is_terminal
+    if not terminal:  # a file or a pipe has no width; cut nothing
+        console = Console(file=console.file, width=10_000, color_system=None)
+    rest = list(comparison.columns)
+    # a terminal narrower than one column folds the lines itself; rich would cut the numbers
+    console.width = max(console.width, *(_width(comparison, [column]) for column in rest))
+    while rest:
+        count = 1
+        while count < len(rest) and _width(comparison, rest[: count + 1]) <= console.width:
+            count += 1
+        room = console.width - _width(comparison, rest[:count])
+        console.print(make_table(comparison, rest[:count], room))
+        rest = rest[count:]
+    for mark, text in footnote_lines(comparison):
+        console.print(Text(f"[{mark}] {text}"), soft_wrap=not terminal)
+
+
+def _column_width(comparison: Comparison, column: Column) -> int:
+    cells = [_cell(row, column) for row in comparison.rows]
+    lines = "\n".join([_heading(column), *cells]).split("\n")
+    return max(map(cell_len, lines))
+
+
+def _width(comparison: Comparison, columns: list[Column]) -> int:
+    """Width of the table with the narrowest names: 3 characters of frame a column, and one."""
+    widths = [NARROWEST, NARROWEST, *(_column_width(comparison, column) for column in columns)]
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _heading(column: Column) -> str:
+    return f"{_title(column[0])}\n{_title(column[1])}"
+
+
+def _cell(row: Row, column: Column) -> str:
+    """One line a mark, so that each number stands beside its own."""
+    return "\n".join(f"{shown(n)} [{n.mark}]" for n in row.cells.get(column, [])) or "–"
+
+
+def make_table(comparison: Comparison, columns: list[Column], room: int) -> Table:
+    """A rich table of some of the columns. Text objects: nothing in a name is taken for markup.
+
+    room: characters that the names may take beyond their narrowest.
+    """
+    names = max(cell_len(printable(row.name)) for row in comparison.rows)
+    first = max(NARROWEST, min(names, NARROWEST + room))
+    room = max(0, room - (first - NARROWEST))
+    networks = max(cell_len(printable(row.network)) for row in comparison.rows)
+    second = max(NARROWEST, min(networks, NARROWEST + room))
+    table = Table()
+    table.add_column("backbone", overflow="fold", width=first)
+    table.add_column("network", overflow="fold", width=second)
+    for column in columns:
+        width = _column_width(comparison, column)
+        table.add_column(Text(_heading(column)), justify="right", no_wrap=True, width=width)
+    group = ""
+    for row in comparison.rows:
+        if group and row.group != group:
+            table.add_section()
+            table.add_row(Text(row.group, style="italic"))
+        group = row.group
+        network = Text(printable(row.network))
+        if row.weights:
+            network.append(f"\n{printable(row.weights[:8])}", style="dim")
+        table.add_row(Text(printable(row.name)), network, *(Text(_cell(row, c)) for c in columns))
+    return table
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """A GitHub table with raised marks, and the footnotes as a list under it."""
+    heads = [f"{_title(task)} {_title(metric)}" for task, metric in comparison.columns]
+    heads = ["backbone", "network", "weights", *(escaped(head) for head in heads)]
+    lines = [_line(heads), _line(["---"] * 3 + ["---:"] * len(comparison.columns))]
+    for row in comparison.rows:
+        cells = [
+            "<br>".join(f"{shown(n)} <sup>{n.mark}</sup>" for n in row.cells.get(column, [])) or "–"
+            for column in comparison.columns
+        ]
+        weights = row.weights[:8] if row.weights else row.group
+        if row.group == "measured" and not row.weights:
+            weights = "unknown"
+        lines.append(_line([*map(escaped, (row.name, row.network, weights)), *cells]))
+    lines += [""]
+    lines += [f"- <sup>{mark}</sup> {escaped(text)}" for mark, text in footnote_lines(comparison)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def shown(number: Number) -> str:
+    """``71.25``, ``71.25 ± 0.31 (n=3)``, ``n/a``; the paper's numbers with its one decimal."""
+    if math.isnan(number.value):
+        return "n/a"
+    if not number.seeds:
+        return f"{number.value:.1f}"
+    if number.spread is None:
+        return f"{number.value:.2f}"
+    return f"{number.value:.2f} ± {number.spread:.2f} (n={number.n})"
+
+
+def footnote_lines(comparison: Comparison) -> list[tuple[str, str]]:
+    """(mark, what it stands for) in one line each; a protocol like an earlier one says how it differs."""
+    lines: list[tuple[str, str]] = []
+    before: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
+    for mark, note in comparison.footnotes.items():
+        if "source" in note:
+            continue
+        kin = (note["task"], str(note["protocol"]["name"]))
+        first_mark, first = before.setdefault(kin, (mark, note))
+        head = f"{_title(note['task'])}, protocol {note['protocol']['name']}"
+        like = _differences(first, note) if first is not note else None
+        text = f"{head}: as [{first_mark}], but {like}" if like else f"{head}; {_whole(note)}"
+        lines.append((mark, f"{text}; seed {_value(note['seeds'])}"))
+    numbers = [n for row in comparison.rows for cell in row.cells.values() for n in cell]
+    if any(number.spread is not None for number in numbers):
+        lines.append(("±", "sample standard deviation over n seeds"))
+    lines += _paper_lines([n for n in comparison.footnotes.items() if "source" in n[1]])
+    return [(mark, printable(text)) for mark, text in lines]
+
+
+def _paper_lines(notes: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
+    """The tables' number, each task's protocol once, each doubt once."""
+    if not notes:
+        return []
+    lines = [("Pn", f"table n of the paper ({SOURCE}) as printed there, not measured here")]
+    protocols = {task: words for _, note in notes for task, words in note["protocol"].items()}
+    lines += [("Pn", f"{_title(task)}: {words}") for task, words in protocols.items()]
+    doubts: dict[str, str] = {}
+    for mark, note in notes:
+        doubts.update(zip(mark.partition("†")[2].split(","), note["doubts"], strict=False))
+    return lines + [
+        (f"†{number}", f"doubt: {doubts[number]}") for number in sorted(doubts, key=int)
+    ]
+
+
+def _whole(note: dict[str, Any]) -> str:
+    """Data and every setting of a protocol."""
+    settings = {k: v for k, v in note["protocol"].items() if k not in ("name", "headline")}
+    return f"data {_data(note['data'])}; {_settings(settings)}; headline {note['protocol']['headline']}"
+
+
+def _data(data: dict[str, Any]) -> str:
+    """Path, start of the fingerprint, and the counts."""
+    rest = {k: v for k, v in data.items() if k not in ("path", "fingerprint")}
+    fingerprint = str(data.get("fingerprint") or "none")[:12]
+    path = data.get("path") or "unnamed"
+    return f"{path} (fingerprint {fingerprint}{', ' if rest else ''}{_settings(rest)})"
+
+
+def _differences(first: dict[str, Any], note: dict[str, Any]) -> str | None:
+    """In words, what changed from ``first``; None where little is the same, so that all is said."""
+    old, new = first["protocol"], note["protocol"]
+    changed = [key for key in {**old, **new} if _unlike(old, new, key)]
+    if len(changed) > max(3, len(new) // 2):
+        return None
+    words = [f"{key} {_of(new, key)} instead of {_of(old, key)}" for key in changed]
+    places = [{k: v for k, v in n["data"].items() if k != "path"} for n in (first, note)]
+    if json.dumps(places[0], sort_keys=True) != json.dumps(places[1], sort_keys=True):
+        words.append(f"data {_data(note['data'])}")
+    return ", ".join(words)
+
+
+def _unlike(old: dict[str, Any], new: dict[str, Any], key: str) -> bool:
+    """Whether a setting differs, as the marks see it: 1 and 1.0 are two, absent and null too."""
+    if (key in old) != (key in new):
+        return True
+    return json.dumps(old[key], sort_keys=True) != json.dumps(new[key], sort_keys=True)
+
+
+def _of(settings: dict[str, Any], key: str) -> str:
+    return _value(settings[key]) if key in settings else "not said"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_value(value)}" for key, value in settings.items())
+
+
+def _value(value: Any) -> str:
+    """A setting in few characters: lists without brackets, true as yes; text with commas in quotes."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, list) and value and not any(isinstance(v, list | dict) for v in value):
+        return " / ".join(map(_value, value))
+    if isinstance(value, str):
+        return f"'{value}'" if set(value) & set(",;") else value
+    return json.dumps(value)
+
+
+def _title(word: str) -> str:
+    """The usual name of a task or metric."""
+    return printable(TITLES.get(word, word))
+
+
+def _escape_one(found: re.Match[str]) -> str:
+    return {"<": "&lt;", ">": "&gt;"}.get(found[0], f"\\{found[0]}")
+
+
+def escaped(text: str) -> str:
+    """``text`` so that Markdown shows it as it is, in a table's cell too."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text))
+    escape: Callable[[re.Match[str]], str] = _escape_one
+    return re.sub(r"[\\`*_{}\[\]<>|#~$]", escape, text)
