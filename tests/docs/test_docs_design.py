@@ -13,9 +13,6 @@ ROWS = re.compile(r"^\| `(\w+)/` \| .+ \| (.+) \|$", re.M)
 STILL_THERE = {
     ("core.cli", "recipes"),
     ("engine.task_settings", "data.workers"),
-    ("evaluate.detection.task", "tools.report.detections"),
-    ("evaluate.finetune", "tools.report.confusion"),
-    ("evaluate.segmentation", "tools.report.segmentations"),
     ("pretraining.costing", "tools.bench.flops"),
     ("pretraining.costing", "tools.bench.measure"),
     ("pretraining.picturing", "evaluate.few_shot"),

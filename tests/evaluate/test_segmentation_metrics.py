@@ -18,8 +18,8 @@ from torchmetrics.classification import (
 )
 
 from cmt_mae.evaluate.miou import confusion_matrix, scores
+from cmt_mae.evaluate.segmentation_pictures import class_colours
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits, window_starts
-from cmt_mae.tools.report.segmentations import class_colours
 
 
 @given(st.integers(2, 9), st.integers(1, 400), st.integers(0, 999), st.integers(1, 9))

@@ -30,6 +30,7 @@ from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import learning_rate
 from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
+from cmt_mae.evaluate.confusion import confusion_picture
 from cmt_mae.evaluate.features import (
     count_classes,
     describe_data,
@@ -49,7 +50,6 @@ from cmt_mae.evaluate.finetune_protocols import (
     resolve,
 )
 from cmt_mae.evaluate.result import Result, make_result, save_where
-from cmt_mae.tools.report.confusion import confusion_picture
 
 MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
 

@@ -32,6 +32,7 @@ from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
 from cmt_mae.evaluate.pyramid import default_taps, sync_norms
 from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.evaluate.segmentation_pictures import segmentation_picture
 from cmt_mae.evaluate.segmentation_protocols import (
     WEIGHTS,
     PresetName,
@@ -42,7 +43,6 @@ from cmt_mae.evaluate.segmentation_protocols import (
 )
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits
 from cmt_mae.evaluate.upernet import Segmenter
-from cmt_mae.tools.report.segmentations import segmentation_picture
 
 TOLD_EVERY = 500  # images between two lines about how far an evaluation is
 

@@ -36,12 +36,12 @@ from cmt_mae.engine.schedules import step_decay, warmed_up
 from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS
 from cmt_mae.evaluate.detection.detector import Batch, Detector, build_detector, depth_of
 from cmt_mae.evaluate.detection.metrics import coco_metrics
+from cmt_mae.evaluate.detection.pictures import detection_picture
 from cmt_mae.evaluate.detection.predict import to_coco
 from cmt_mae.evaluate.detection.protocols import CocoConfig, Protocol, describe, resolve
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.pyramid import sync_norms
 from cmt_mae.evaluate.result import Result, make_result, save_where
-from cmt_mae.tools.report.detections import detection_picture
 
 SAY_EVERY = 60.0
 """Seconds between two lines that tell how far an evaluation is."""

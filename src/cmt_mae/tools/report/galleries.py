@@ -19,11 +19,11 @@ from cmt_mae.data.coco_masks import mask_of
 from cmt_mae.data.davis import VideoSequence, read_frame
 from cmt_mae.data.davis import read_mask as read_video_mask
 from cmt_mae.data.decode import BadImage
+from cmt_mae.evaluate.detection.pictures import MOST_SHOWN, SHOWN_SCORE, draw_objects
+from cmt_mae.evaluate.segmentation_pictures import NAMES_SHOWN, UNLABELLED, class_colours
 from cmt_mae.evaluate.video.pictures import Row, short, strip_figure
 from cmt_mae.evaluate.video.sequence import Shelf
 from cmt_mae.tools.report.canvas import SMALL, WIDTH, Picture, Sheet
-from cmt_mae.tools.report.detections import MOST_SHOWN, SHOWN_SCORE, draw_objects
-from cmt_mae.tools.report.segmentations import NAMES_SHOWN, UNLABELLED, class_colours
 
 MAX_BYTES = 1 << 30
 """A file of detections above this is not read."""

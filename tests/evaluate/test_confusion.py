@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_mae.tools.report.confusion import confusion_picture, most_frequent_mistakes
+from cmt_mae.evaluate.confusion import confusion_picture, most_frequent_mistakes
 
 
 def test_mistakes_by_hand() -> None:
