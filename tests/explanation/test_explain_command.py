@@ -2,6 +2,7 @@
 
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.tools.inspect.command import MAKERS, explain
 from cmt_mae.tools.inspect.images import Album
+from cmt_mae.tools.inspect.networks import Run, read_config
+from cmt_mae.tools.inspect.of_files import alpha_rows
 from cmt_mae.tools.inspect.settings import KINDS, ExplainConfig
 from cmt_mae.tools.report import canvas
 
@@ -33,8 +36,9 @@ def test_every_kind_has_a_maker() -> None:
 def test_a_run_of_two_stages(
     cmt_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the command line, all that is made without asking: PNG and SVG that can be opened."""
+    """By the command line, all that is made without asking; SVG on request; files that can be opened."""
     words = ["explain", "--run", str(cmt_run), "--images", str(photos), "--out", str(tmp_path)]
+    words += ["--formats=png,svg"]
     assert main([*words, "--count", "2", "--columns", "3", "--progress=false"]) == 0
     made = {
         "attention",
@@ -55,7 +59,8 @@ def test_a_run_of_two_stages(
         assert float(root.attrib["width"].removesuffix("pt")) <= 7.1 * 72
     said = capsys.readouterr().err
     assert "left out reconstruction: this run predicts no pixels" in said
-    assert f"wrote {tmp_path / 'growth.svg'}" in said
+    size = sum(path.stat().st_size for path in tmp_path.iterdir()) / 1e6
+    assert f"wrote 20 pictures, {size:.1f} MB, in {tmp_path}: attention.png, attention.svg" in said
 
 
 def test_a_run_of_mae(
@@ -65,7 +70,6 @@ def test_a_run_of_mae(
     what = ["attention", "heads", "growth", "reconstruction", "curves"]
     run = shutil.copytree(mae_run, tmp_path / "mae")
     config = ExplainConfig(run=str(run), images=[str(photos)], what=what, count=2, progress=False)
-    config.formats = ["png"]
     written = explain(config)["written"]
     assert {Path(path).name for path in written} == {
         "attention.png", "heads_student.png", "growth.png", "reconstruction.png", "curves.png",
@@ -81,11 +85,24 @@ def test_the_same_picture_is_the_same_file(cmt_run: Path, photos: Path, tmp_path
     config = ExplainConfig(
         run=str(cmt_run), images=[str(photos)], what=["masks"], count=1, progress=False
     )
+    config.formats = ["png", "svg"]
     for place in ("one", "two"):
         config.out = str(tmp_path / place)
         explain(config)
     for name in ("masks.png", "masks.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_alpha_begins_at_the_recorded_switch_however_sparse_the_metrics(cmt_run: Path) -> None:
+    """5 + 5 steps: alpha is 0 up to step 5 and the run's own from step 6 on."""
+    rows = alpha_rows(read_config(cmt_run), Run(cmt_run).plan, 10)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["alpha_mask"] for row in rows] == [0.0] * 5 + [0.3] * 5
+    long = replace(Run(cmt_run).plan, switch_step=50_001, total_steps=100_000)
+    found = {row["step"]: row["alpha_loss"] for row in alpha_rows(read_config(cmt_run), long, 100_000)}
+    assert found[50_001] == 0.0
+    assert found[50_002] == 0.3
+    assert len(found) < 400, "few enough to be drawn as they are"
 
 
 def test_images_files_all_and_folders_evenly(photos: Path, tmp_path: Path) -> None:
@@ -101,6 +118,8 @@ def test_images_files_all_and_folders_evenly(photos: Path, tmp_path: Path) -> No
     assert found == [files[7].name, files[9].name, f"1{files[0].suffix}", f"4{files[0].suffix}"]
     with pytest.raises(InputError, match="give another image"):
         list(Album([str(folder / f"0{files[0].suffix}")]).read(3, 2))
+    kinds = [photo.kind for photo in Album([str(photos)]).read(3, 4)]
+    assert len(set(kinds)) == 4, "one of each class while there are as many classes"
     with pytest.raises(InputError, match="no such file or folder"):
         Album([str(tmp_path / "nowhere")])
 

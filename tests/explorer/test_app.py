@@ -1,9 +1,14 @@
 """The explorer: what the sliders do to the pictures, and the page in a real browser."""
 
+import http.client
+import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from PIL import Image
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.scenes import render_scene
-from cmt_mae.tools.app.command import AppConfig, app, find_runs, start
+from cmt_mae.tools.app.command import AppConfig, app, find_runs, first_image, start
 from cmt_mae.tools.app.explorer import OWN_TEACHER, TILES, Choice, Controls, Explorer
 
 PLAIN = Controls(alpha=0.3, ratio=0.75, rule="sampled_high")
@@ -150,8 +155,43 @@ def test_a_broken_image_is_one_line(explorer: Explorer, both: Choice, tmp_path: 
 
 def test_without_gradio_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    with pytest.raises(InputError, match=r"cmt-mae\[app\]"):
+    with pytest.raises(InputError, match="pip install 'gradio"):
         app(AppConfig())
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds one row's worth of nothing."""
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(b"0")) + part(b"IEND", b"")
+
+
+def test_a_foreign_host_name_is_refused(served: str) -> None:
+    """As of `watch`: a page from outside may not give this machine a name of its own."""
+    url = urlsplit(served)
+    for host, status in ((url.netloc, 200), ("localhost", 200), ("evil.example", 421)):
+        connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=30)
+        connection.request("GET", "/config", headers={"Host": host})
+        assert connection.getresponse().status == status, host
+        connection.close()
+
+
+def test_the_first_image_is_one_of_the_runs(tmp_path: Path, image: str) -> None:
+    (tmp_path / "photos").mkdir()
+    shutil.copy(image, tmp_path / "photos" / "a.png")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"data: {{path: {tmp_path / 'photos'}}}\nstudent: {{}}\nmask: {{}}\n")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    (gone / "config.yaml").write_text("data: {path: /no/such/folder}\nstudent: {}\nmask: {}\n")
+    found = first_image([str(gone), str(run)], tmp_path)
+    with Image.open(found) as shown, Image.open(image) as own:
+        assert np.array_equal(np.asarray(shown), np.asarray(own.convert("RGB")))
+    with Image.open(first_image([str(gone)], tmp_path)) as scene:
+        assert scene.size == (224, 224)
 
 
 @pytest.fixture
@@ -166,7 +206,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_page_upload_slider_click_download_and_nothing_from_outside(
-    chromium: Any, served: str, image: str
+    chromium: Any, served: str, image: str, tmp_path: Path
 ) -> None:
     page = chromium.new_page(viewport={"width": 1300, "height": 900})
     asked: list[str] = []
@@ -204,5 +244,11 @@ def test_page_upload_slider_click_download_and_nothing_from_outside(
     page.locator("#tile_click img").click(position={"x": 40, "y": 60})
     changed("second", before)
     assert not broken
+    assert page.inner_text("#name_second") == "second: embedded", "which map is whose"
+    page.get_by_role("tab", name="Attention, mask, features").click()
+    huge = str(tmp_path / "huge.png")
+    Path(huge).write_bytes(png_header(60_000, 60_000))
+    page.set_input_files("#upload input[type=file]", huge)
+    page.wait_for_selector("text=this image cannot be shown", timeout=60_000)
     outside = [url for url in asked if not url.startswith((served, "data:", "blob:"))]
     assert outside == []

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
 from cmt_mae.data.scenes import render_scene
 from cmt_mae.tools.app.explorer import Explorer
+from cmt_mae.tools.inspect.images import Album
+from cmt_mae.tools.inspect.networks import read_config
+from cmt_mae.tools.report.page.serve import asks_for
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -57,16 +61,18 @@ def start(config: AppConfig, folder: Path) -> tuple[Any, str]:
     try:
         import gradio
     except ImportError as error:
-        raise InputError("the app needs gradio: pip install 'cmt-mae[app]'") from error
+        raise InputError("the app needs gradio: pip install 'gradio>=6.20'") from error
     from cmt_mae.tools.app.page import CSS, build, theme
 
-    explorer = Explorer(find_runs(config.runs), config.backbones, config.teachers)
-    page = build(explorer, example(folder), folder)
+    runs = find_runs(config.runs)
+    explorer = Explorer(runs, config.backbones, config.teachers)
+    page = build(explorer, first_image(runs, folder), folder)
     try:
         _, address, _ = page.launch(
             server_name=config.host, server_port=config.port or None, share=False, inbrowser=config.browser,
             quiet=True, prevent_thread_lock=True, max_file_size="200mb", ssr_mode=False, footer_links=[],
             theme=theme(gradio), css=CSS, pwa=False, mcp_server=False, enable_monitoring=False,
+            app_kwargs={"middleware": [(KnownHosts, [config.host], {})]},
         )  # fmt: skip
     except OSError as error:
         raise InputError(
@@ -94,10 +100,34 @@ def find_runs(given: list[str]) -> list[str]:
     return found
 
 
-def example(folder: Path) -> Path:
-    """A generated scene, so that the page begins with a picture."""
+def first_image(runs: list[str], folder: Path) -> Path:
+    """The picture that the page begins with: one that a run was trained on, else a generated scene."""
     from PIL import Image
 
-    path = folder / "scene.png"
-    Image.fromarray(render_scene(7, 224).image).save(path)
+    pixels = render_scene(7, 224).image
+    for run in runs:
+        with suppress(InputError, StopIteration):
+            pixels = next(Album([read_config(Path(run)).data.path]).read(3, 1)).pixels
+            break
+    path = folder / "first.png"
+    Image.fromarray(pixels).save(path)
     return path
+
+
+class KnownHosts:
+    """ASGI: requests under a foreign host name are refused, so that no page from outside can have a name of its
+    own point to this machine and read what is served here (DNS rebinding); the rule is that of `watch`."""
+
+    def __init__(self, app: Any, host: str) -> None:
+        self.app, self.names = app, frozenset({"localhost", host.lower()})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass on, or answer 421."""
+        hosts = [v.decode("latin-1") for k, v in scope.get("headers", []) if k == b"host"]
+        if scope["type"] not in ("http", "websocket") or asks_for(hosts, self.names):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await send({"type": "http.response.start", "status": 421, "headers": []})
+            await send({"type": "http.response.body", "body": b"unknown host name"})

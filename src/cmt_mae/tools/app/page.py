@@ -9,6 +9,8 @@ import gradio as gr
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
+from cmt_mae.data.decode import BadImage, decode_image
+from cmt_mae.data.folder import read_file
 from cmt_mae.method.masking import RULES
 from cmt_mae.tools.app.explorer import OWN_TEACHER, TILES, Choice, Controls, Explorer
 from cmt_mae.tools.inspect.networks import NO_TEACHER
@@ -17,7 +19,8 @@ NEWEST = "newest"
 SIDE = 230  # pixels of a tile
 CSS = """
 #save_file {position: absolute; left: -10000px}
-.name {margin-bottom: -6px; overflow: visible}
+.name, .name * {overflow: visible !important}
+.name p {padding-bottom: 4px}
 .tile .icon-button-wrapper {opacity: 0}
 .tile:hover .icon-button-wrapper, .tile:focus-within .icon-button-wrapper {opacity: 1}
 """
@@ -94,9 +97,9 @@ def explore_tab(explorer: Explorer, example: Path, folder: Path, page: gr.Blocks
             )
         with gr.Column(scale=3):
             with gr.Row():
-                tiles = [tile(TILES[name], name) for name in names[:4]]
+                tiles = [tile(TILES[name], name)[1] for name in names[:4]]
             with gr.Row():
-                tiles += [tile(TILES[name], name) for name in names[4:]]
+                tiles += [tile(TILES[name], name)[1] for name in names[4:]]
                 with gr.Column(min_width=SIDE - 60):
                     note = gr.Markdown(elem_id="note")
                     save = gr.Button("Download the picture", elem_id="save", size="md")
@@ -160,22 +163,45 @@ def explore_tab(explorer: Explorer, example: Path, folder: Path, page: gr.Blocks
     )
 
 
-def tile(label: str, name: str) -> gr.Image:
-    """One picture that cannot be changed, with its name above it; its buttons show under the pointer."""
+def name_of(network: str) -> str:
+    """A run or backbone over its picture: the last part of a path, as Markdown that changes nothing in it."""
+    last = printable(network.rstrip("/").rsplit("/", 1)[-1])
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]()#+-.!<>|~" else sign for sign in last)
+
+
+def tile(label: str, name: str) -> tuple[gr.Markdown, gr.Image]:
+    """One picture that cannot be changed, and its name above it; its buttons show under the pointer."""
     with gr.Column(min_width=SIDE - 60):
-        gr.Markdown(label, elem_classes=["name"])
-        return gr.Image(
+        title = gr.Markdown(label, elem_classes=["name"], elem_id=f"name_{name}")
+        picture = gr.Image(
             label=label, show_label=False, type="numpy", format="png", interactive=False, height=SIDE,
             buttons=["download", "fullscreen"], elem_id=f"tile_{name}", elem_classes=["tile"], alt_text=label,
         )  # fmt: skip
+    return title, picture
 
 
 def dropped(example: Path, name: str) -> gr.Image:
     """Where an image is dropped; its path is what the functions get."""
-    return gr.Image(
+    box = gr.Image(
         str(example), type="filepath", label="drop an image", height=200, elem_id=name,
         sources=["upload", "clipboard"],
     )  # fmt: skip
+    decode = box.preprocess  # Gradio decodes an upload before any function of ours sees it
+
+    def checked(payload: Any) -> Any:
+        """The path of the upload; one line in the page for what is no picture that we would decode."""
+        if payload is not None and payload.path:
+            try:
+                decode_image(read_file(Path(payload.path)), 3)
+            except BadImage as error:
+                text = printable(f"this image cannot be shown: {error}; give another one")
+                text = text.replace("<", "&lt;")
+                raise gr.Error(text, duration=None, print_exception=False) from error
+        return decode(payload)
+
+    # of this one box: a subclass of a Gradio component writes a .pyi file beside our module
+    box.preprocess = checked  # type: ignore[method-assign]
+    return box
 
 
 def compare_tab(explorer: Explorer, example: Path, page: gr.Blocks) -> None:
@@ -195,10 +221,12 @@ def compare_tab(explorer: Explorer, example: Path, page: gr.Blocks) -> None:
             )
     place = gr.State((0.5, 0.5))
     with gr.Row():
-        marked = tile("click a patch", "click")
-        left, right = (tile(f"{name}: likeness to the patch", name) for name in ("first", "second"))
+        marked_title, marked = tile("click a patch", "click")
+        left_title, left = tile("first", "first")
+        right_title, right = tile("second", "second")
     note = gr.Markdown(elem_id="note_compare")
-    shown = [marked, left, right, note]
+    titles = [marked_title, left_title, right_title]
+    shown = [marked, left, right, note, *titles]
 
     @told
     def draw(
@@ -210,7 +238,11 @@ def compare_tab(explorer: Explorer, example: Path, page: gr.Blocks) -> None:
         seen = explorer.similarity(choices[0], choices[1], path, place, stretch)
         dark = " and ".join(f"{value:.2f}" for value in seen.darkest)
         text = f"Cosine of each patch's feature with the marked one. Bright: 1; dark: {dark}"
-        return [*seen.pictures, f"{text}. Drawn in {1000 * seen.seconds:.0f} ms."]
+        heads = [
+            "click a patch",
+            *(f"{which}: {name_of(name)}" for which, name in (("first", one), ("second", other))),
+        ]
+        return [*seen.pictures, f"{text}. Drawn in {1000 * seen.seconds:.0f} ms.", *heads]
 
     @told
     def click(

@@ -57,6 +57,10 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
             bar.update(task, completed=number)
     for kind, reason in desk.left_out.items():
         print(f"left out {kind}: {printable(reason)}", file=sys.stderr)
-    for path in desk.written:
-        print(f"wrote {printable(str(path))}", file=sys.stderr)
+    size = sum(path.stat().st_size for path in desk.written) / 1e6
+    names = printable(", ".join(path.name for path in desk.written))
+    where = printable(str(config.folder()))
+    print(
+        f"wrote {len(desk.written)} pictures, {size:.1f} MB, in {where}: {names}", file=sys.stderr
+    )
     return {"written": [str(path) for path in desk.written], "left_out": desk.left_out}

@@ -89,9 +89,12 @@ def read_image(file: Path, channels: int) -> np.ndarray:
 
 
 def spread(source: Source, channels: int, count: int) -> Iterator[Photo]:
-    """``count`` images evenly over the source, fewer where it has fewer."""
+    """``count`` images: one of each class, of evenly chosen classes; else evenly over the source.
+
+    Where count is above the number of classes, and without classes, evenly; fewer where it has fewer.
+    """
     taken: set[int] = set()
-    for start in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
+    for start in starts(source, count):
         for index in range(start, min(start + NEXT, len(source))):
             if index in taken:
                 continue
@@ -105,6 +108,16 @@ def spread(source: Source, channels: int, count: int) -> Iterator[Photo]:
             kind = source.classes[label] if source.classes and label is not None else ""
             yield Photo(source.name(index), pixels, kind)
             break
+
+
+def starts(source: Source, count: int) -> list[int]:
+    """Indices at which ``spread`` begins to look for a readable image, rising."""
+    labels = [source.label(index) for index in range(len(source))] if source.classes else []
+    first = {label: index for index, label in reversed(list(enumerate(labels)))}
+    known = sorted(first.values())
+    among = known if len(known) >= count else range(len(source))
+    places = np.unique(np.linspace(0, len(among) - 1, count).round().astype(int)).tolist()
+    return [among[place] for place in places]
 
 
 def cut(photos: Sequence[Photo], networks: Networks) -> Inputs:

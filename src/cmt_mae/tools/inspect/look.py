@@ -1,7 +1,6 @@
 """What the networks make of a few images. Each forward pass runs once, when something first asks for it."""
 
 import copy
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,9 +27,8 @@ from cmt_mae.method.vit import (
     num_prefix,
 )
 from cmt_mae.tools.inspect.images import Inputs
-from cmt_mae.tools.inspect.networks import Networks
+from cmt_mae.tools.inspect.networks import Networks, Who
 
-Who = Literal["teacher", "student"]
 Maps = dict[str, Tensor]
 """teacher, student, collab -> attention (B, L) on the student's grid, each row sums to 1."""
 

@@ -1,4 +1,7 @@
-"""Nearest neighbours of images among others, by the mean of their patch tokens."""
+"""Nearest neighbours of images among others, by the mean of their patch tokens around the gallery's mean.
+
+Mean patch tokens of one network point nearly the same way: without the mean taken off, every cosine is 1.00.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmt_mae.tools.inspect.images import Inputs, Photo, cut
-from cmt_mae.tools.inspect.look import Inspector, Who
-from cmt_mae.tools.inspect.networks import Networks
+from cmt_mae.tools.inspect.look import Inspector
+from cmt_mae.tools.inspect.networks import Networks, Who
 
 AT_ONCE = 32
 """Images in a forward pass."""
@@ -26,14 +29,13 @@ class Gallery:
     shown: Tensor
     """uint8 (N, C, kH, kW), as ``Inputs.shown``."""
     vectors: dict[Who, Tensor]
-    """(N, D) of unit length, one of each network."""
+    """(N, D), one of each network."""
 
 
 def embed(networks: Networks, inputs: Inputs) -> dict[Who, Tensor]:
-    """One vector of unit length for each image (B, D), of each network."""
+    """One vector for each image (B, D), of each network."""
     look = Inspector(networks, inputs)
-    known: list[Who] = ["student"] if networks.teacher is None else ["teacher", "student"]
-    return {who: F.normalize(look.pooled(who), dim=-1) for who in known}
+    return {who: look.pooled(who) for who in networks.known()}
 
 
 def make_gallery(networks: Networks, photos: Iterable[Photo]) -> Gallery:
@@ -66,9 +68,13 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Numbers (B, k) and cosines (B, k) of the nearest images, nearest first; an image is not its own neighbour.
 
-    queries (B, D) of unit length; names: of the queries, by which one that is in the gallery is known.
+    queries (B, D); names: of the queries, by which one that is in the gallery is known. Cosines are those of the
+    vectors after the gallery's mean was taken off, in -1..1.
     """
-    likeness = queries @ gallery.vectors[who].T
+    mean = gallery.vectors[who].mean(0)
+    likeness = (
+        F.normalize(queries - mean, dim=-1) @ F.normalize(gallery.vectors[who] - mean, dim=-1).T
+    )
     for row, name in enumerate(names):
         for column, other in enumerate(gallery.names):
             if other == name or other.endswith("/" + name):

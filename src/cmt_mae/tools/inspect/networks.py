@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -25,6 +26,7 @@ from cmt_mae.pretraining.stepping import Plan, weights_at
 NO_TEACHER = "none"
 """Name that leaves the teacher out."""
 Statistics = assemble.Statistics
+Who = Literal["teacher", "student"]
 
 
 @dataclass
@@ -61,6 +63,10 @@ class Networks:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches, of the student and of every mask."""
         return self.config.student.grid()
+
+    def known(self) -> list[Who]:
+        """Whose maps and features there are."""
+        return ["student"] if self.teacher is None else ["teacher", "student"]
 
     @property
     def n_mask(self) -> int:

@@ -9,9 +9,9 @@ from torch import Tensor
 from cmt_mae.tools.inspect.colours import explained, fit_basis, likeness
 from cmt_mae.tools.inspect.desk import Desk, NotHere
 from cmt_mae.tools.inspect.images import Album
-from cmt_mae.tools.inspect.look import Inspector, Who, every_rule, overlap
+from cmt_mae.tools.inspect.look import Inspector, every_rule, overlap
 from cmt_mae.tools.inspect.neighbours import embed, make_gallery, nearest
-from cmt_mae.tools.inspect.networks import Networks, Run
+from cmt_mae.tools.inspect.networks import Networks, Run, Who
 from cmt_mae.tools.inspect.settings import ExplainConfig
 from cmt_mae.tools.report.attention import attention_sheet, growth_sheet, heads_sheet, masks_sheet
 from cmt_mae.tools.report.features import (
@@ -44,7 +44,7 @@ def attention(desk: Desk) -> None:
 def heads(desk: Desk) -> None:
     """Each head's map, a figure a network."""
     look = desk.look()
-    for who in known(look.networks):
+    for who in look.networks.known():
         maps, grid = look.head_maps(who, desk.config.layer)
         title = f"{look.networks.name}: heads of the {called(who, look.networks)}{of_layer(desk.config.layer)}"
         desk.save(heads_sheet(look.inputs.shown, maps, grid, title).figure, f"heads_{who}")
@@ -93,7 +93,7 @@ def features(desk: Desk) -> None:
     """Three principal axes of the features of each network, over all images together."""
     look, layer = desk.look(), desk.config.layer
     shown: dict[str, tuple[Tensor, tuple[int, int]]] = {}
-    for who in known(look.networks):
+    for who in look.networks.known():
         tokens, grid = look.features(who, layer)
         name = f"{called(who, look.networks)}\n{grid[0]} x {grid[1]}, {tokens.shape[-1]} ch."
         shown[name] = (fit_basis(tokens).colours(tokens), grid)
@@ -155,7 +155,7 @@ def neighbours(desk: Desk) -> None:
         raise NotHere("neighbours need more images: give --gallery FOLDER")
     queries = embed(networks, look.inputs)
     kinds = desk.kinds()
-    for who in known(networks):
+    for who in networks.known():
         numbers, cosines = nearest(gallery, who, queries[who], names, config.columns)
         found = [
             [(gallery.shown[n], gallery.kinds[n], c) for n, c in zip(*row, strict=True)]
@@ -163,13 +163,9 @@ def neighbours(desk: Desk) -> None:
         ]
         whose = called(who, networks)
         title = f"{networks.name}: nearest of {len(gallery.names)} images by the {whose}'s features"
+        title += " (cosine around their mean)"
         sheet = neighbours_sheet(look.inputs.shown, kinds, found, title)
         desk.save(sheet.figure, f"neighbours_{who}")
-
-
-def known(networks: Networks) -> list[Who]:
-    """The networks there are."""
-    return ["student"] if networks.teacher is None else ["teacher", "student"]
 
 
 def chosen_steps(run: Run, config: ExplainConfig) -> list[int]:

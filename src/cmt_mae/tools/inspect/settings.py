@@ -69,8 +69,8 @@ class ExplainConfig:
     results: list[str] = field(default_factory=list)
     """Files of the ladder (ladder.json); for davis, detections and segmentations the folders with their output,
     one a method. Default: what lies in RUN."""
-    formats: list[str] = field(default_factory=lambda: ["png", "svg"])
-    """png | svg | pdf."""
+    formats: list[str] = field(default_factory=lambda: ["png"])
+    """png | svg | pdf; several with commas: png,svg."""
     seed: int = 0
     """Of the masks."""
     progress: bool = True
