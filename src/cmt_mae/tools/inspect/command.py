@@ -27,6 +27,7 @@ MAKERS: dict[str, Callable[[Desk], None]] = {
     "davis": of_files.davis,
     "detections": of_files.detections,
     "segmentations": of_files.segmentations,
+    "aim": of_images.aim,
 }
 
 

@@ -25,6 +25,7 @@ class Desk:
         self.written: list[Path] = []
         self.left_out: dict[str, str] = {}
         self._run: Run | None = None
+        self._networks: Networks | None = None
         self._look: Inspector | None = None
         self._photos: list[Photo] = []
 
@@ -40,16 +41,22 @@ class Desk:
     def look(self) -> Inspector:
         """The networks of the last checkpoint (or of the backbone) on the images."""
         if self._look is None:
+            networks = self.networks()
+            self._look = Inspector(networks, self.inputs(networks))
+        return self._look
+
+    def networks(self) -> Networks:
+        """Those of the last checkpoint that is asked for, or of the backbone."""
+        if self._networks is None:
             config = self.config
             if config.run:
-                networks = self.run().at(max(config.checkpoints, default=None))
+                self._networks = self.run().at(max(config.checkpoints, default=None))
             else:
-                networks = open_backbone(
+                self._networks = open_backbone(
                     config.backbone, key=config.key or None, teacher=config.teacher,
                     grid_align=config.grid_align, size=config.size,
                 )  # fmt: skip
-            self._look = Inspector(networks, self.inputs(networks))
-        return self._look
+        return self._networks
 
     def inputs(self, networks: Networks) -> Inputs:
         """The images, cut for these networks."""

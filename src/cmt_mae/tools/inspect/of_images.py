@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmt_mae.method.cmtmae import as_shares
+from cmt_mae.tools.inspect.aim import auc, object_patches, read_objects
 from cmt_mae.tools.inspect.colours import explained, fit_basis, likeness
 from cmt_mae.tools.inspect.desk import Desk, NotHere
-from cmt_mae.tools.inspect.images import Album
-from cmt_mae.tools.inspect.look import Inspector, every_rule, overlap
+from cmt_mae.tools.inspect.images import Album, cut
+from cmt_mae.tools.inspect.look import Inspector, every_rule, hidden, overlap
 from cmt_mae.tools.inspect.neighbours import embed, make_gallery, nearest
 from cmt_mae.tools.inspect.networks import Networks, Run, Who
 from cmt_mae.tools.inspect.settings import ExplainConfig
@@ -166,6 +168,33 @@ def neighbours(desk: Desk) -> None:
         title += " (cosine around their mean)"
         sheet = neighbours_sheet(look.inputs.shown, kinds, found, title)
         desk.save(sheet.figure, f"neighbours_{who}")
+
+
+def aim(desk: Desk) -> None:
+    """Objects, and how each map finds them: AUC of an image under its map."""
+    config = desk.config
+    if not config.data:
+        raise NotHere("give images with known objects with --data")
+    networks = desk.networks()
+    images = read_objects(config.data, config.count)
+    look = Inspector(networks, cut([photo for photo, _ in images], networks))
+    objects = np.stack([object_patches(mask, networks).ravel() for _, mask in images])
+    maps = look.maps(config.alpha, config.layer)
+    notes = {
+        name: [
+            f"AUC {auc(one.numpy(), here):.2f}" if 0 < here.sum() < here.size else "no AUC"
+            for one, here in zip(scores, objects, strict=True)
+        ]
+        for name, scores in maps.items()
+    }
+    shown = {"objects": as_shares(torch.from_numpy(objects).float()), **maps}
+    title = f"{networks.name}: attention{of_layer(config.layer)} on objects (AUC: 0.5 is chance)"
+    mask = hidden(look, networks.config.mask.rule, scores=look.scores(config.alpha, config.layer))
+    titles = {"objects": "objects", "student": student_title(networks)}
+    sheet = attention_sheet(
+        look.inputs.shown, shown, mask.mask, networks.grid, title, titles, notes
+    )
+    desk.save(sheet.figure, "aim")
 
 
 def chosen_steps(run: Run, config: ExplainConfig) -> list[int]:

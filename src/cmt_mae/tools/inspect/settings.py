@@ -14,8 +14,8 @@ OF_IMAGES = (
 """Pictures that run networks on images."""
 OF_FILES = ("curves",)
 """Pictures from a run's files alone."""
-OF_DATA = ("ladder", "davis", "detections", "segmentations")
-"""Pictures from results, asked for by name."""
+OF_DATA = ("ladder", "davis", "detections", "segmentations", "aim")
+"""Pictures from results or annotations, asked for by name."""
 KINDS = OF_IMAGES + OF_FILES + OF_DATA
 
 
@@ -24,7 +24,7 @@ class ExplainConfig:
     """Pictures of what networks look at, hide and predict, and of a run's curves and results.
 
     With --run RUN and --images all that this run allows; what is asked for by name alone: ladder, davis,
-    detections, segmentations. Nothing is trained.
+    detections, segmentations, aim. Nothing is trained.
     """
 
     run: str = ""
@@ -36,7 +36,8 @@ class ExplainConfig:
     what: list[str] = field(default_factory=list)
     """Which pictures: attention (A_t, A_s, A_c and the mask), heads, growth (checkpoints in a row), masks (every
     rule), features (PCA), predictions (beside targets), reconstruction (pixel targets), neighbours, curves,
-    ladder, davis, detections, segmentations. Empty: the first nine, as far as the run allows."""
+    ladder, davis, detections, segmentations, aim (does attention lie on the objects of --data?). Empty: the first
+    nine, as far as the run allows."""
     out: str = ""
     """Folder for the pictures. Default: RUN/pictures."""
     count: int = 4
@@ -65,7 +66,8 @@ class ExplainConfig:
     gallery_size: int = 1000
     """At most so many of the gallery, evenly chosen."""
     data: str = ""
-    """For davis, detections and segmentations: the data set they were measured on."""
+    """For davis, detections and segmentations: the data set they were measured on. For aim: images with known
+    objects, in COCO's or DAVIS's layout or a folder with images/ and masks/."""
     results: list[str] = field(default_factory=list)
     """Files of the ladder (ladder.json); for davis, detections and segmentations the folders with their output,
     one a method. Default: what lies in RUN."""
