@@ -34,7 +34,7 @@ test-faults: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/faults
 
 lint: $(READY)
-	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs sample
 	$(BIN)/mypy
 
 # dist/docs/index.html: the documents as a site, every warning an error; nothing on a page comes from a network

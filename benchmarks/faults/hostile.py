@@ -152,10 +152,10 @@ def campaign(options: Options) -> Verdict:
 def make_runs(stage: Stage) -> None:
     """A finished pre-training, fine-tuning and the other tasks' data, once."""
     from cmt_mae.core.cli import main
-    from cmt_mae.data.scenes import write_coco, write_davis
+    from cmt_mae.data.sample import write_coco, write_davis
 
-    write_davis(stage.folder / "davis", 1, 4, 48)
-    write_coco(stage.folder / "coco", 8, 4, 64)
+    write_davis(stage.folder / "davis", 1, 4)
+    write_coco(stage.folder / "coco", 8, 4)
     assert main(short_pretrain(stage, stage.folder / "run")) == 0
     if not stage.quick:
         assert main(short_finetune(stage, stage.folder / "finetuned")) == 0

@@ -263,9 +263,9 @@ def evaluate_all(tiny: Tiny, options: Options, verdict: Verdict) -> None:
 
 def write_sets(tiny: Tiny, data: Path) -> None:
     """One small data set of each layout, without faults."""
-    from cmt_mae.data.scenes import write_coco, write_davis, write_imagefolder
+    from cmt_mae.data.sample import write_coco, write_davis, write_imagefolder
 
-    write_imagefolder(data / "classes", 20, 20, 40, seed=3)
-    write_coco(data / "coco", 6, 4, 64, seed=2)
-    write_davis(data / "davis", 1, 5, 48, seed=2)
+    write_imagefolder(data / "classes", 20, 20, 40)
+    write_coco(data / "coco", 6, 4)
+    write_davis(data / "davis", 1, 5)
     shutil.copytree(tiny.segments, data / "ade20k")

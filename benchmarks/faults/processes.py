@@ -155,7 +155,7 @@ def evaluations(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
 
 def odd_images(folder: Path) -> Path:
     """23 and 13 labelled images: neither divides by 2, 3 or 4."""
-    program = "import sys; from cmt_mae.data.scenes import *; write_imagefolder(sys.argv[1], 23, 13, 40, 4)"
+    program = "import sys; from cmt_mae.data.sample import *; write_imagefolder(sys.argv[1], 23, 13, 40)"
     subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True)
     return folder
 

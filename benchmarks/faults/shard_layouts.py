@@ -22,7 +22,7 @@ from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis, read_frame
 from cmt_mae.data.davis import read_mask as read_objects
 from cmt_mae.data.decode import BadImage
-from cmt_mae.data.scenes import write_ade20k, write_coco, write_davis
+from cmt_mae.data.sample import write_ade20k, write_coco, write_davis
 
 Record = Callable[[str, list[Trial], Verdict, float, int], None]
 MIB = 700.0
@@ -58,9 +58,9 @@ def layouts(
 
 def write(folder: Path) -> None:
     """One small data set of each layout, without faults."""
-    write_coco(folder / "coco", 4, 2, 64, seed=2)
-    write_ade20k(folder / "ade20k", 3, 2, 48, seed=2)
-    write_davis(folder / "davis", 2, 4, 40, seed=2)
+    write_coco(folder / "coco", 4, 2)
+    write_ade20k(folder / "ade20k", 3, 2)
+    write_davis(folder / "davis", 2, 4)
 
 
 # --- COCO -------------------------------------------------------------------------------------------

@@ -104,11 +104,11 @@ def prepare(folder: Path) -> Tiny:
 
         from cmt_mae.backbones import save_backbone
         from cmt_mae.data.pack import PackConfig, pack
-        from cmt_mae.data.scenes import write_imagefolder
+        from cmt_mae.data.sample import write_imagefolder
 
-        write_imagefolder(tiny.photos, 40, 20, 40, seed=3)
+        write_imagefolder(tiny.photos, 40, 20, 40)
         pack(PackConfig(data=tiny.photos, out=tiny.packed, size=40, workers=0))
-        for path in sorted(Path(tiny.photos, "train").rglob("*.jpg"))[5:27:21]:
+        for path in sorted(Path(tiny.photos, "train").rglob("*.webp"))[5:27:21]:
             path.write_bytes(path.read_bytes()[:200])
         torch.manual_seed(5)
         for path, depth in ((tiny.teacher, 2), (tiny.backbone, 4)):

@@ -26,7 +26,7 @@ from cmt_mae.data.ade20k import (
 )
 from cmt_mae.data.crops import sample_rng
 from cmt_mae.data.decode import BadImage
-from cmt_mae.data.scenes import SEMANTIC_CLASSES, write_ade20k
+from cmt_mae.data.sample import SEMANTIC_CLASSES, write_ade20k
 from cmt_mae.data.segmentation_crops import (
     SegmentationCrop,
     crop_corner,
@@ -83,7 +83,7 @@ def test_class_lists(tmp_path: Path, text: str, names: list[str]) -> None:
 
 
 def test_the_list_of_generated_scenes_and_of_camvid(tmp_path: Path, shared: Path) -> None:
-    write_ade20k(tmp_path / "s", 1, 1, size=32)
+    write_ade20k(tmp_path / "s", 1, 1)
     assert read_classes(tmp_path / "s", None) == list(SEMANTIC_CLASSES)
     camvid = read_classes(shared / "data" / "camvid", None)
     assert (len(camvid), camvid[0], camvid[-1]) == (11, "sky", "bicyclist")

@@ -34,7 +34,7 @@ from cmt_mae.data.detection_crops import (
     resize,
     scaled_size,
 )
-from cmt_mae.data.scenes import write_coco
+from cmt_mae.data.sample import write_coco
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -42,7 +42,7 @@ Change = Callable[[dict[str, Any]], None]
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "coco"
-    write_coco(root, 6, 3, 48, seed=2)
+    write_coco(root, 6, 3)
     return root
 
 
@@ -226,15 +226,15 @@ WRONG: dict[str, tuple[Change, str]] = {
         r"its mask is of size \[7, 9\], its image of",
     ),
     "short run lengths": (
-        put("segmentation", {"size": [48, 48], "counts": [5, 5]}),
-        "the run lengths of its mask do not fill 48 x 48",
+        put("segmentation", {"size": [64, 64], "counts": [5, 5]}),
+        "the run lengths of its mask do not fill 64 x 64",
     ),
     "mad run lengths": (
-        put("segmentation", {"size": [48, 48], "counts": "~~~~~~"}),
+        put("segmentation", {"size": [64, 64], "counts": "~~~~~~"}),
         "the run lengths of its mask do not fill",
     ),
     "negative run lengths": (
-        put("segmentation", {"size": [48, 48], "counts": [-1, 48 * 48 + 1]}),
+        put("segmentation", {"size": [64, 64], "counts": [-1, 64 * 64 + 1]}),
         "the run lengths of its mask do not fill",
     ),
     "list for record": (lambda c: c["annotations"].insert(0, [1]), "'image_id' must be an integer"),

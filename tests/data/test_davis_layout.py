@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.davis import open_davis, read_frame, read_mask, write_mask
-from cmt_mae.data.scenes.video import palette, write_davis
+from cmt_mae.data.davis import open_davis, palette_bytes, read_frame, read_mask, write_mask
+from cmt_mae.data.sample import write_davis
 
 SIZE = (12, 20)
 
@@ -145,7 +145,7 @@ def test_masks_of_every_kind_are_equal(tmp_path):
     ids = np.array([[0, 1, 2], [3, 17, 255]], np.uint8)
     wanted = np.array([[0, 1, 2], [3, 17, 0]], np.uint8)
     indexed = Image.fromarray(ids)
-    indexed.putpalette(palette())
+    indexed.putpalette(palette_bytes())
     other = Image.fromarray(ids)
     other.putpalette([255 - v for v in range(256) for _ in range(3)])
     kinds = {
@@ -204,9 +204,9 @@ def test_a_mask_cut_short(root):
 
 
 def test_generated_scenes_are_davis(tmp_path):
-    write_davis(tmp_path / "scenes", n_sequences=1, n_frames=3, size=48)
+    write_davis(tmp_path / "scenes", 1, 3)
     (sequence,) = open_davis(str(tmp_path / "scenes"))
-    assert sequence.size == (48, 85)
+    assert sequence.size == (64, 114)
     assert sequence.objects in ((1, 2), (1, 2, 3))
 
 

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from cmt_mae.data.coco import open_coco
-from cmt_mae.data.scenes import write_coco
+from cmt_mae.data.sample import write_coco
 from cmt_mae.evaluate.detection.metrics import coco_metrics
 from cmt_mae.evaluate.detection.predict import paste, to_coco
 
@@ -150,7 +150,7 @@ def test_ap_equals_pycocotools_on_real_coco(shared: Path, tmp_path: Path) -> Non
 
 
 def test_perfect_none_and_undefined(tmp_path: Path) -> None:
-    write_coco(tmp_path / "coco", 4, 4, 64, seed=4)
+    write_coco(tmp_path / "coco", 4, 4)
     truth = open_coco(tmp_path / "coco", "val").ground_truth()
     single = [a for a in truth["annotations"] if not a["iscrowd"]]
     about = [

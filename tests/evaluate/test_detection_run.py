@@ -25,7 +25,7 @@ from cmt_mae.backbones import save_backbone
 from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.data.coco import open_coco
-from cmt_mae.data.scenes import write_coco
+from cmt_mae.data.sample import write_coco
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
 from cmt_mae.evaluate.detection.detector import build_detector
@@ -40,7 +40,7 @@ TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("scenes") / "coco"
-    write_coco(root, 12, 5, 48, seed=7)
+    write_coco(root, 12, 5)
     return str(root)
 
 
@@ -170,7 +170,7 @@ def test_stored_detections_give_pycocotools_the_same_numbers(given: dict[str, An
 
 def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
     """The preset on the package's own backbone, end to end, with pictures."""
-    write_coco(tmp_path / "coco", 12, 4, 64, seed=3)
+    write_coco(tmp_path / "coco", 12, 4)
     result = evaluate_coco(
         CocoConfig(
             backbone="embedded", data=str(tmp_path / "coco"), out=str(tmp_path / "run"), preset="quick",
@@ -242,7 +242,7 @@ def test_bad_settings_and_data_are_found_before_training(
 
 
 def test_data_without_any_box(given: dict[str, Any], tmp_path: Path) -> None:
-    write_coco(tmp_path / "coco", 4, 2, 48)
+    write_coco(tmp_path / "coco", 4, 2)
     file = tmp_path / "coco" / "annotations" / "instances_train2017.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
     refused(given, "no training image has a box", data=str(tmp_path / "coco"))
@@ -277,7 +277,7 @@ def test_a_run_is_continued_only_with_its_own_settings_and_data(
         run(**given, kill_at=(int(signal.SIGTERM), 1))
     refused(given, r"other settings \(lr: None -> 0\.01\)", lr=0.01)
     other = tmp_path / "other"
-    write_coco(other, 12, 5, 48, seed=8)
+    write_coco(other, 13, 5)
     with pytest.raises(InputError, match="was started with another data"):
         run(**{**given, "data": str(other)})
     result = run(**given)

@@ -13,7 +13,7 @@ import torch
 
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.data.scenes import write_ade20k, write_coco, write_davis
+from cmt_mae.data.sample import write_ade20k, write_coco, write_davis
 from cmt_mae.evaluate import everything, knn, linear
 from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
 from cmt_mae.evaluate.layouts import find_data, folder_fingerprint, layout_of
@@ -192,8 +192,10 @@ def test_real_data_layouts(shared):
         "camvid": "ade20k",
         "coco": "coco",
         "davis": "davis",
+        "dtd10": "labelled",
         "imagenette": "labelled",
         "photos": None,
+        "rsscn7": "labelled",
     }
 
 
@@ -282,9 +284,9 @@ SMALL = {
 
 
 def test_all_six_tasks_on_generated_scenes(tmp_path, root, config, monkeypatch, capsys):
-    write_coco(root / "scenes-coco", 4, 2, 48)
-    write_ade20k(root / "scenes-ade", 2, 2, 48)
-    write_davis(root / "scenes-davis", 1, 3, 48)
+    write_coco(root / "scenes-coco", 4, 2)
+    write_ade20k(root / "scenes-ade", 2, 2)
+    write_davis(root / "scenes-davis", 1, 3)
     for name, more in SMALL.items():
         task = everything.TASKS[name]
         presets = {"quick": {**task.presets["quick"], **more}}

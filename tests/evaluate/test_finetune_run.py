@@ -29,7 +29,7 @@ from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.runs import RunDir
 from cmt_mae.data.pack import PackConfig, pack
-from cmt_mae.data.scenes import write_imagefolder
+from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import open_labelled
 from cmt_mae.evaluate.finetune import FinetuneConfig, make_job

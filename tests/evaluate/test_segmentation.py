@@ -25,7 +25,7 @@ from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint, save_chec
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.runs import RunDir
 from cmt_mae.data.ade20k import read_image, read_mask
-from cmt_mae.data.scenes import write_ade20k
+from cmt_mae.data.sample import write_ade20k
 from cmt_mae.data.segmentation_crops import resize_image
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import normalise
@@ -262,7 +262,7 @@ def test_what_a_result_says(undisturbed: Path, small: dict[str, Any]) -> None:
 
 
 def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
-    write_ade20k(tmp_path / "data", 16, 4, size=64)
+    write_ade20k(tmp_path / "data", 16, 4)
     result = run(
         backbone="embedded", data=str(tmp_path / "data"), out=str(tmp_path / "run"), preset="quick",
         crop_size=64, iterations=40, channels=32, log_every=5, pictures=1,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cmt_mae.data.scenes import write_imagefolder
+from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
 from random_teacher import write_teacher
@@ -14,7 +14,7 @@ from random_teacher import write_teacher
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 scenes of 40 px in folders by class."""
     folder = tmp_path_factory.mktemp("photos")
-    write_imagefolder(folder, 40, 0, 40, seed=3)
+    write_imagefolder(folder, 40, 0, 40)
     return folder / "train"
 
 

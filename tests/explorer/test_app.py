@@ -18,7 +18,7 @@ from PIL import Image
 
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.scenes import render_scene
+from cmt_mae.data.sample import pictures
 from cmt_mae.tools.app.command import AppConfig, app, find_runs, first_image, start
 from cmt_mae.tools.app.explorer import OWN_TEACHER, TILES, Choice, Controls, Explorer
 
@@ -29,7 +29,7 @@ PLAIN = Controls(alpha=0.3, ratio=0.75, rule="sampled_high")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A scene, wider than high."""
     path = tmp_path_factory.mktemp("image") / "scene.png"
-    Image.fromarray(render_scene(3, 96, width=128).image).save(path)
+    Image.fromarray(pictures(1)[0]).resize((128, 96)).save(path)
     return str(path)
 
 

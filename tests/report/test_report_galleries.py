@@ -14,8 +14,7 @@ from cmt_mae.data.ade20k import open_ade20k
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.coco_masks import mask_of
 from cmt_mae.data.davis import open_davis
-from cmt_mae.data.scenes.video import write_davis
-from cmt_mae.data.scenes.write import write_ade20k, write_coco
+from cmt_mae.data.sample import write_ade20k, write_coco, write_davis
 from cmt_mae.tools.report.galleries import (
     detections_sheet,
     labels_of,
@@ -27,7 +26,7 @@ from cmt_mae.tools.report.galleries import (
 
 def test_strips_hold_a_row_a_method(tmp_path: Path) -> None:
     """Masks that are the truth are painted as the truth is; a method without the video is refused."""
-    write_davis(tmp_path / "davis", 1, 4, 40, seed=1)
+    write_davis(tmp_path / "davis", 1, 4)
     (sequence,) = open_davis(str(tmp_path / "davis"))
     for name in ("one", "two"):
         shelf = tmp_path / name / "davis" / "dino-0123456789"
@@ -54,7 +53,7 @@ def test_strips_hold_a_row_a_method(tmp_path: Path) -> None:
 
 
 def test_detections_that_are_the_truth(tmp_path: Path) -> None:
-    write_coco(tmp_path / "coco", 2, 3, 48, seed=2)
+    write_coco(tmp_path / "coco", 2, 3)
     split = open_coco(tmp_path / "coco", "val")
     folder = tmp_path / "run" / "evaluations" / "coco-quick" / "predictions"
     folder.mkdir(parents=True)
@@ -86,7 +85,7 @@ def _plain(run_lengths: dict[str, object]) -> dict[str, object]:
 
 def test_segmentations_beside_the_truth(tmp_path: Path) -> None:
     """A right method has 100 %, one that says class 1 everywhere the share of that class."""
-    write_ade20k(tmp_path / "data", 1, 2, 48, seed=2)
+    write_ade20k(tmp_path / "data", 1, 2)
     data = open_ade20k(tmp_path / "data")
     truths = [labels_of(mask, len(data.classes)) for mask in data.val.masks]
     for name in ("right", "dull"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cmt_mae.data.pack import PackConfig, pack
-from cmt_mae.data.scenes import write_imagefolder
+from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.pretraining.settings import PretrainConfig
 from random_teacher import write_teacher
 
@@ -22,7 +22,7 @@ Make = Callable[..., PretrainConfig]
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed, labelled data set with train (40) and val (20)."""
     folder = tmp_path_factory.mktemp("images")
-    write_imagefolder(folder / "scenes", 40, 20, 40, seed=3)
+    write_imagefolder(folder / "scenes", 40, 20, 40)
     pack(PackConfig(data=str(folder / "scenes"), out=str(folder / "packed"), size=40, workers=0))
     return folder / "packed"
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cmt_mae.core.cli import main
-from cmt_mae.data.scenes import write_imagefolder
+from cmt_mae.data.sample import write_imagefolder
 
 
 def test_demo_measures_all_four_and_continues(tmp_path: Path, teacher_file: Path) -> None:
@@ -35,7 +35,7 @@ def test_demo_measures_all_four_and_continues(tmp_path: Path, teacher_file: Path
 def test_demo_on_own_images(tmp_path: Path, teacher_file: Path, labelled: bool) -> None:
     own = tmp_path / "own"
     if labelled:
-        write_imagefolder(own, 110, 10, 48, seed=1)
+        write_imagefolder(own, 110, 10, 48)
         own = own / "train"  # class folders without a held-out part: the demo holds some out
     else:
         own.mkdir()

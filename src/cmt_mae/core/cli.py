@@ -66,7 +66,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   doctor [RUN]     machine, images, teacher, what a run will take; why a run does not learn [--json]
   app [RUN ...]    look at attention, masks and features by hand, in the browser (extra `app`)
   recipes [NAME]   list recipes, or show one
-  demo             a small two-stage run on generated scenes (or --data D), compared with MAE
+  demo             a small two-stage run on sample images (or --data D), compared with MAE
 
 --debug (or CMT_MAE_DEBUG=1) shows the traceback of an error. Exit status: 0 done, 2 bad input, 75 stopped with a
 checkpoint, 130 interrupted, 1 a fault of cmt-mae itself."""

@@ -23,7 +23,6 @@ from PIL import Image
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
 from cmt_mae.data.folder import open_file, read_file
-from cmt_mae.data.scenes.video import palette
 
 RESOLUTION = "480p"
 LIST_BYTES = 2**24
@@ -254,7 +253,11 @@ def read_mask(file: Path, keep_void: bool = False) -> Mask:
 
 def from_colours(pixels: NDArray[np.uint8], file: Path) -> Mask:
     """Ids (H, W) of a mask painted in the DAVIS palette's colours (H, W, 3)."""
-    codes = np.asarray(palette(), dtype=np.int64).reshape(-1, 3) @ (65536, 256, 1)
+    codes = np.frombuffer(palette_bytes(), dtype=np.uint8).astype(np.int64).reshape(-1, 3) @ (
+        65536,
+        256,
+        1,
+    )
     order = codes.argsort()
     wanted = pixels.astype(np.int64) @ (65536, 256, 1)
     ids = order[np.searchsorted(codes[order], wanted).clip(max=255)]
@@ -270,8 +273,12 @@ def from_colours(pixels: NDArray[np.uint8], file: Path) -> Mask:
 
 @cache
 def palette_bytes() -> bytes:
-    """The DAVIS palette as Pillow takes it."""
-    return bytes(palette())
+    """The 256 colours of DAVIS and VOC as Pillow takes them: bits of the index spread over red, green and blue."""
+    colours = []
+    for index in range(256):
+        bits = [(index >> bit) & 1 for bit in range(9)]
+        colours += [sum(bits[3 * k + c] << (7 - k) for k in range(3)) for c in range(3)]
+    return bytes(colours)
 
 
 def write_mask(file: Path, mask: Mask) -> None:

@@ -1,4 +1,4 @@
-"""``cmt-mae demo``: a small two-stage run beside MAE, measured and pictured, on generated scenes or own images."""
+"""``cmt-mae demo``: a small two-stage run beside MAE, measured and pictured, on the sample images or own ones."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from cmt_mae.core.parsing import parse
 from cmt_mae.core.ranges import check_ranges
 from cmt_mae.core.runs import environment
 from cmt_mae.data.pack import PackConfig, pack
-from cmt_mae.data.scenes import write_imagefolder
+from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.data.sources import open_source, open_split
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
@@ -41,9 +41,9 @@ class DemoConfig:
     out: str = "runs/demo"
     """Folder for everything the demo writes. The same command again continues, or shows the table."""
     data: str = ""
-    """Own images (folder, tar shards, parquet); empty: generated scenes. Class folders are used as labels."""
+    """Own images (folder, tar shards, parquet); empty: the sample images. Class folders are used as labels."""
     images: int = 2000
-    """How many scenes to generate for training; a quarter as many are held out."""
+    """How many of the 2000 sample images to train on; half as many others are held out."""
     epochs: float = 10
     """Passes over the images, for each of the two runs."""
     teacher: str = "embedded"
@@ -51,9 +51,9 @@ class DemoConfig:
     batch_size: int = 64
     """Images a step."""
     seed: int = 0
-    """Of scenes, weights, crops and masks."""
+    """Of weights, crops and masks."""
     workers: int = 2
-    """Processes that render and pack images."""
+    """Processes that pack images."""
     progress: bool = True
     """Show progress bars."""
 
@@ -67,9 +67,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     started = time.perf_counter()
     console, out = Console(stderr=True), Path(config.out)
     settings(config, "demo", out, out).check()  # before the work of making images
-    if not config.data and config.images < max(config.batch_size, 4 * SMALLEST_HELD_OUT):
+    if not config.data and config.images < max(config.batch_size, 2 * SMALLEST_HELD_OUT):
         raise InputError(
-            f"--images {config.images} is too few: give {4 * SMALLEST_HELD_OUT} or more, and a "
+            f"--images {config.images} is too few: give {2 * SMALLEST_HELD_OUT} or more, and a "
             "--batch-size that is not larger"
         )
     data, labelled = prepare_images(config, out)
@@ -87,7 +87,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         rows = {name: measure(str(path), data, out / name) for name, path in backbones.items()}
         rows["teacher"] = measure(config.teacher, data, out / "teacher", teacher_size(cmt))
     content = {
-        "data": {"path": config.data or "generated scenes", "labelled": labelled},
+        "data": {"path": config.data or "sample images", "labelled": labelled},
         "settings": vars(config),
         "results": rows,
         "training_seconds": seconds,
@@ -105,11 +105,9 @@ def prepare_images(config: DemoConfig, out: Path) -> tuple[Path, bool]:
     """Packed images with train and (for labelled ones) val; the folder, and whether there are labels."""
     source = config.data
     if not source:
-        scenes = out / "scenes"
-        write_imagefolder(
-            scenes, config.images, config.images // 4, PACKED_SIZE, config.seed, config.workers
-        )
-        source = str(scenes)
+        source = str(out / "images")
+        if not Path(source).exists():
+            write_imagefolder(source, config.images, config.images // 2, PACKED_SIZE)
     packed = out / "packed"
     pack(PackConfig(data=source, out=str(packed), size=PACKED_SIZE, workers=config.workers))
     if (packed / "train").is_dir():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cmt_mae.backbones import save_backbone
-from cmt_mae.data.scenes.video import palette
+from cmt_mae.data.davis import palette_bytes
 
 KINDS = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -51,7 +51,7 @@ def write_kind(path: Path, kind: str = "plain", seed: int = 0) -> str:
 
 def save_indexed(path: Path, mask: np.ndarray) -> None:
     image = Image.fromarray(mask.astype(np.uint8))
-    image.putpalette(palette())
+    image.putpalette(palette_bytes())
     image.save(path)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 import cmt_mae.evaluate.video.sequence as sequence_module
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.davis import read_mask, write_mask
-from cmt_mae.data.scenes.video import write_davis
+from cmt_mae.data.sample import write_davis
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
 
@@ -332,7 +332,7 @@ def test_two_processes_share_sequences(plain_vit, davis, tmp_path):
 
 def test_generated_scenes(tmp_path, plain_vit):
     """Rendered objects that cross each other."""
-    write_davis(tmp_path / "scenes", n_sequences=1, n_frames=4, size=64)
+    write_davis(tmp_path / "scenes", 1, 4)
     result = evaluate_davis(config(plain_vit, tmp_path / "scenes"))
     assert result.data["objects"] in (2, 3)
     assert 10 < result.metrics["J_mean"] < 100

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from cmt_mae.core.files import write_atomically
 from cmt_mae.core.text import printable
-from cmt_mae.data.davis import VideoSequence, read_frame, read_mask
-from cmt_mae.data.scenes.video import palette
+from cmt_mae.data.davis import VideoSequence, palette_bytes, read_frame, read_mask
 from cmt_mae.evaluate.video.metrics import outlines
 from cmt_mae.evaluate.video.sequence import Followed, Shelf
 
@@ -103,7 +102,7 @@ def strip_figure(
 
 def painted(frame: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The frame with each object in its palette colour and a white outline."""
-    colours = (BRIGHT * np.asarray(palette(), dtype=np.float64)).clip(0, 255).reshape(-1, 3)
+    colours = (BRIGHT * np.frombuffer(palette_bytes(), dtype=np.uint8)).clip(0, 255).reshape(-1, 3)
     cover = COVER * (mask > 0)[:, :, None]
     picture = frame * (1 - cover) + colours[mask] * cover
     edge = np.zeros(mask.shape, dtype=bool)

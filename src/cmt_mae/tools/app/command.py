@@ -9,7 +9,7 @@ from typing import Any
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
-from cmt_mae.data.scenes import render_scene
+from cmt_mae.data.sample import pictures
 from cmt_mae.tools.app.explorer import Explorer
 from cmt_mae.tools.inspect.images import Album
 from cmt_mae.tools.inspect.networks import read_config
@@ -101,10 +101,10 @@ def find_runs(given: list[str]) -> list[str]:
 
 
 def first_image(runs: list[str], folder: Path) -> Path:
-    """The picture that the page begins with: one that a run was trained on, else a generated scene."""
+    """The picture that the page begins with: one that a run was trained on, else a sample image."""
     from PIL import Image
 
-    pixels = render_scene(7, 224).image
+    pixels = pictures(8)[7]
     for run in runs:
         with suppress(InputError, StopIteration):
             pixels = next(Album([read_config(Path(run)).data.path]).read(3, 1)).pixels

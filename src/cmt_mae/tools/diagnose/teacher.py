@@ -19,7 +19,7 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
-from cmt_mae.data.scenes import render_scene
+from cmt_mae.data.sample import pictures
 from cmt_mae.data.sources import Source
 from cmt_mae.method import targets as T
 from cmt_mae.method.attention import class_rows
@@ -45,7 +45,7 @@ def check_teacher(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Facts about the teacher of these settings as the run would use it, and what is wrong with it.
 
-    source: images to show it; None: generated scenes. A teacher that cannot be had is a finding, not an error.
+    source: images to show it; None: the sample images. A teacher that cannot be had is a finding, not an error.
     """
     channels = config.student.in_chans
     stats = assemble.IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
@@ -73,19 +73,19 @@ def check_teacher(
         "normalised_by": [list(backbone.mean), list(backbone.std)],
         "activation": activations(backbone.model),
         "known_features": compare_known(config.teacher.name, native),
-        "shown": f"{len(images)} {'generated scenes' if source is None else 'images of the data'}",
+        "shown": f"{len(images)} {'sample images' if source is None else 'images of the data'}",
         **look(teacher, images, mean, std),
     }
     return facts, judge(facts, guides=config.mask_source() != "none")
 
 
 def sample_images(source: Source | None, teacher: Teacher, channels: int) -> Tensor:
-    """(B, C, H, W) in 0..1 at the teacher's size: centre crops of images from all over the data, or scenes.
+    """(B, C, H, W) in 0..1 at the teacher's size: centre crops of images from all over the data, or sample images.
 
     Raises InputError where none of them can be read.
     """
     if source is None:
-        pixels = [render_scene(seed, 96).image for seed in range(IMAGES)]
+        pixels = pictures(IMAGES)
         if channels != 3:
             pixels = [
                 one.mean(2, keepdims=True).astype(np.uint8).repeat(channels, 2) for one in pixels

@@ -1,19 +1,15 @@
-"""Short videos of things that pass before each other, in the layout of DAVIS-2017."""
+"""Short videos of things that pass before each other."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-
-from cmt_mae.core.errors import InputError
-from cmt_mae.data.scenes.render import render, seen_things
-from cmt_mae.data.scenes.shapes import Floats
-from cmt_mae.data.scenes.things import CLASSES, make_thing, rotation
-from cmt_mae.data.scenes.world import Camera, World, look_at, make_world
-from cmt_mae.data.scenes.write import claim, finish, progress, save_jpeg
+from render import render, seen_things
+from shapes import Floats
+from things import CLASSES, make_thing, rotation
+from world import Camera, World, look_at, make_world
 
 _TRIES = 60
 
@@ -47,35 +43,20 @@ class _Plan:
     walk: float
 
 
-def render_video(
-    seed: int | tuple[int, ...], n_frames: int, size: int = 96, width: int | None = None
-) -> Video:
-    """A video of 2-3 moving objects, two of which cross each other's way; same seed, same bytes.
+def render_video(seed: Sequence[int], n_frames: int, height: int) -> Video:
+    """A video (16:9) of 2-3 moving objects, two of which cross each other's way; same seed, same bytes.
 
     Every object is seen in the first frame. Of seeded trials the first is taken in which, in some
     frame between first and last, an object shows less than 0.4 of its first area.
-
-    Args:
-        seed: one or several non-negative integers.
-        n_frames: at least 1.
-        size: height in pixels.
-        width: 16:9 of the height, rounded, where none is given.
-
-    Raises:
-        InputError: no frame, or a picture under 16 px.
     """
-    width = round(size * 16 / 9) if width is None else width
-    if n_frames < 1 or min(size, width) < 16:
-        raise InputError(
-            f"a video needs 1 frame and 16 x 16 px or more, got {n_frames} of {size} x {width}"
-        )
-    plan = _find_plan((seed,) if isinstance(seed, int) else seed, n_frames, width / size)
+    width = round(height * 16 / 9)
+    plan = _find_plan(seed, n_frames, width / height)
     movers = len(plan.paths)
     table = np.zeros(len(plan.world.things) + 4, dtype=np.uint8)
     table[:movers] = np.arange(1, movers + 1)
     video = Video([], [], [thing.label for thing in plan.world.things[:movers]])
     for frame in range(n_frames):
-        picture = render(_at(plan, _time(frame, n_frames), frame), size, width)
+        picture = render(_at(plan, _time(frame, n_frames), frame), height, width)
         video.images.append(picture.image)
         video.masks.append(table[picture.ids])
     return video
@@ -85,7 +66,7 @@ def _time(frame: int, n_frames: int) -> float:
     return frame / max(1, n_frames - 1)
 
 
-def _find_plan(seed: tuple[int, ...], n_frames: int, aspect: float) -> _Plan:
+def _find_plan(seed: Sequence[int], n_frames: int, aspect: float) -> _Plan:
     """The first plan, of those drawn one after another, in which what is promised can be seen."""
     best, best_score = None, -1.0
     height, width = 36, round(36 * aspect)
@@ -99,7 +80,7 @@ def _find_plan(seed: tuple[int, ...], n_frames: int, aspect: float) -> _Plan:
             if frame == 0 and areas[0].min() < 0.008 * ids.size:
                 break
         else:
-            lost = float((1 - areas[1:-1].min(axis=0) / areas[0]).max()) if n_frames > 2 else 1.0
+            lost = float((1 - areas[1:-1].min(axis=0) / areas[0]).max())
             if lost >= 0.6:
                 return plan
             if lost > best_score:
@@ -147,50 +128,3 @@ def _at(plan: _Plan, time: float, frame: int) -> World:
     target = np.array([0, 0.4, 0.3], dtype=np.float32)
     camera = Camera(place, look_at(place, target), eye.focal)
     return replace(plan.world, things=things, camera=camera, seed=plan.world.seed + frame)
-
-
-def palette() -> list[int]:
-    """The 256 colours of DAVIS and VOC: bits of the index spread over red, green and blue."""
-    colours = []
-    for index in range(256):
-        bits = [(index >> bit) & 1 for bit in range(9)]
-        colours += [sum(bits[3 * k + c] << (7 - k) for k in range(3)) for c in range(3)]
-    return colours
-
-
-def write_davis(
-    out: str | Path, n_sequences: int, n_frames: int, size: int = 96, seed: int = 0
-) -> None:
-    """Videos: OUT/JPEGImages/480p/SEQ/00000.jpg, OUT/Annotations/480p/SEQ/00000.png (palette, the
-    index is the object) and OUT/ImageSets/2017/val.txt. The folder is called 480p as in DAVIS,
-    whatever the size.
-
-    Args:
-        out: new or empty folder; a folder that holds the same data set is left as it is.
-        n_sequences, n_frames: numbers of videos and of frames in each.
-        size: height in pixels; the width is 16:9 of it.
-        seed: of the whole data set.
-
-    Raises:
-        InputError: ``out`` holds something else, or a number out of range.
-    """
-    folder = claim(out, "davis", n_sequences=n_sequences, n_frames=n_frames, size=size, seed=seed)
-    if folder is None:
-        return
-    names = []
-    for index in progress(range(n_sequences), n_sequences, str(folder), n_frames):
-        video = render_video((seed, 4, index), n_frames, size)
-        names.append(f"{'-'.join(CLASSES[kind] for kind in video.classes)}-{index:03d}")
-        frames = folder / "JPEGImages" / "480p" / names[-1]
-        truth = folder / "Annotations" / "480p" / names[-1]
-        frames.mkdir(parents=True, exist_ok=True)
-        truth.mkdir(parents=True, exist_ok=True)
-        for number, (image, mask) in enumerate(zip(video.images, video.masks, strict=True)):
-            save_jpeg(image, frames / f"{number:05d}.jpg")
-            indexed = Image.fromarray(mask)
-            indexed.putpalette(palette())
-            indexed.save(truth / f"{number:05d}.png")
-    sets = folder / "ImageSets" / "2017"
-    sets.mkdir(parents=True, exist_ok=True)
-    (sets / "val.txt").write_text("".join(f"{name}\n" for name in names))
-    finish(folder)

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from cmt_mae.core.errors import InputError
-from cmt_mae.data.scenes.render import GROUND, SKY, WALL, render
-from cmt_mae.data.scenes.things import CLASSES, CLUTTER
-from cmt_mae.data.scenes.world import World, make_world
+from render import GROUND, SKY, WALL, render
+from things import CLASSES, CLUTTER
+from world import World, make_world
 
 SEMANTIC_CLASSES = (*CLASSES, "ground", "wall", "sky")
 """Names of the semantic labels 1..13; 0 is unlabelled (clutter)."""
@@ -39,46 +37,29 @@ class Scene:
 
 
 def render_scene(
-    seed: int | Sequence[int],
-    size: int = 96,
-    label: int | None = None,
+    seed: Sequence[int],
+    height: int,
+    width: int,
+    label: int,
     *,
-    width: int | None = None,
     objects: bool = True,
     crowd: bool = False,
 ) -> Scene:
-    """A random scene; the same arguments give the same bytes on the same installation.
+    """A random scene whose main thing has class ``label`` (0..9); the same arguments give the same bytes.
 
-    Args:
-        seed: one or several non-negative integers.
-        size: height in pixels, and width where none is given; at least 16.
-        label: class of the main thing, 0..9; None draws it.
-        width: in pixels, at least 16.
-        objects: False shows only clutter: no mask, no box, label -1.
-        crowd: adds a heap of small things of one class, which share one mask.
-
-    Raises:
-        InputError: a label outside 0..9, a negative seed, a size under 16.
+    objects: False shows only clutter: no mask, no box, label -1. crowd: adds a heap of small things of one
+    class, which share one mask.
     """
-    entropy = [seed] if isinstance(seed, int) else list(seed)
-    width = size if width is None else width
-    if min(entropy, default=-1) < 0:
-        raise InputError(f"scenes need a seed of 0 or more, got {seed}")
-    if min(size, width) < 16:
-        raise InputError(f"scenes need at least 16 x 16 px, got {size} x {width}")
-    if label is not None and not 0 <= label < len(CLASSES):
-        raise InputError(f"scenes have classes 0 to {len(CLASSES) - 1}, got label {label}")
     # Now and then the main thing or the heap is hidden or out of sight: then the next try.
     for attempt in range(20):
-        rng = np.random.default_rng([*entropy, attempt])
-        main = int(rng.integers(len(CLASSES))) if label is None else label
-        world = make_world(rng, main, aspect=width / size, objects=objects, crowd=crowd)
-        picture = render(world, size, width)
+        rng = np.random.default_rng([*seed, attempt])
+        world = make_world(rng, label, aspect=width / height, objects=objects, crowd=crowd)
+        picture = render(world, height, width)
         heap = np.isin(picture.ids, world.crowd) if crowd else picture.ids < SKY
         shown = not objects or (picture.ids == 0).mean() >= 0.015
         if shown and (not crowd or heap.mean() >= 0.004):
             break
-    return _describe(world, picture.image, picture.ids, heap, main if objects else -1)
+    return _describe(world, picture.image, picture.ids, heap, label if objects else -1)
 
 
 def _describe(

@@ -5,9 +5,8 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from cmt_mae.data.scenes.shapes import Floats, Solid, hull
-from cmt_mae.data.scenes.textures import Texture
+from shapes import Floats, Solid, hull
+from textures import Texture
 
 CLASSES = (
     "ball",

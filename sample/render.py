@@ -6,11 +6,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-
-from cmt_mae.data.scenes.shapes import Floats, hole, intersect, normals
-from cmt_mae.data.scenes.textures import Texture, albedo, noise, soft
-from cmt_mae.data.scenes.things import Thing
-from cmt_mae.data.scenes.world import Camera, World
+from shapes import Floats, hole, intersect, normals
+from textures import Texture, albedo, noise, soft
+from things import Thing
+from world import Camera, World
 
 GROUND, WALL, SKY = -2, -3, -4
 """Values of :class:`Picture` ids where no thing stands."""

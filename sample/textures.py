@@ -5,8 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-
-from cmt_mae.data.scenes.shapes import Floats
+from shapes import Floats
 
 _SIDE = 256
 # Rows of the noise bank: how rough, and how far stretched along u (1 = the same both ways).

@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from cmt_mae.data.scenes.shapes import Floats
-from cmt_mae.data.scenes.textures import Texture
-from cmt_mae.data.scenes.things import (
+from shapes import Floats
+from textures import Texture
+from things import (
     Thing,
     make_clutter,
     make_thing,
@@ -27,7 +26,7 @@ class Camera:
 
 @dataclass
 class World:
-    """Everything that :func:`cmt_mae.data.scenes.render.render` needs."""
+    """Everything that :func:`render.render` needs."""
 
     things: list[Thing]
     camera: Camera
