@@ -4,21 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.lock import Lock
 from cmt_mae.tools.ablate import AblateConfig, ablate
-from cmt_mae.tools.ablate.command import in_order
+from cmt_mae.tools.ablate.command import Crew
 from cmt_mae.tools.ablate.grid import grid_names, load_grid
-from cmt_mae.tools.ablate.one import ELSEWHERE
 from cmt_mae.tools.ablate.one import main as work_off
-from cmt_mae.tools.ablate.plan import Plan, PlannedRun, read_plan
+from cmt_mae.tools.ablate.plan import read_plan
 from cmt_mae.tools.ablate.table import write_table
 
 from .conftest import Make, assert_same_state
@@ -152,24 +150,28 @@ def test_built_in_grids_make_plans(name: str, images: Path, scale: Path, tmp_pat
 
 
 def test_a_run_in_other_hands_is_left_alone(images: Path, scale: Path, tmp_path: Path) -> None:
-    """While somebody holds a run's lock, nobody else trains it; afterwards it can be had."""
+    """While one process holds a run's lock, no other trains it; afterwards it can be had."""
     out = tmp_path / "out"
     plan = quick(images, scale, out, grid_file(tmp_path, OWN), seeds=1, table_only=True)
     ablate(plan)
     (out / "status").mkdir()
     lock = Lock(out / "status" / "a_s0.lock")
     lock.take()
-    assert work_off(out, "a_s0") == ELSEWHERE
+    assert work_off(out, "a_s0") == 75
     assert not (out / "runs").exists()
     lock.give_back()
 
 
-@given(st.integers(1, 30), st.integers(1, 8))
-def test_machines_begin_apart_and_reach_every_run(runs: int, of: int) -> None:
-    """Every machine's order holds all runs once; the parts they begin with share nothing."""
-    planned = [PlannedRun(str(number), "v", number, True, {}) for number in range(runs)]
-    plan = Plan("e", "t", "v", "r", [], {}, planned, [])
-    orders = [[run.name for run in in_order(plan, index, of)] for index in range(of)]
-    own = [name for index, order in enumerate(orders) for name in order[: len(planned[index::of])]]
-    assert sorted(own) == sorted(run.name for run in planned)
-    assert all(sorted(order) == sorted(own) for order in orders)
+def test_the_parts_of_an_array_are_the_whole_plan_and_share_nothing(
+    images: Path, scale: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = quick(images, scale, out, grid_file(tmp_path, OWN), seeds=3, table_only=True)
+    ablate(config)
+    plan = read_plan(out)
+    parts = [
+        [run.name for run in Crew(replace(config, index=index, of=4), plan, out).runs]
+        for index in range(4)
+    ]
+    assert sorted(name for part in parts for name in part) == sorted(run.name for run in plan.runs)
+    assert all(parts)

@@ -1,6 +1,5 @@
 """The command: make the plan, start its runs, one process each, and write the table as they end."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from cmt_mae.data.sources import has_splits
 from cmt_mae.engine.signals import StopRequest
 from cmt_mae.tools.ablate.grid import Grid, load_grid
 from cmt_mae.tools.ablate.one import (
-    ELSEWHERE,
     check_evaluations,
     is_done,
     read_status,
@@ -60,9 +58,9 @@ class AblateConfig:
     threads: int = 0
     """CPU threads of each; 0: the cores shared out."""
     index: int = 0
-    """Which part of the plan this machine begins with: 0 .. of - 1 (SLURM: $SLURM_ARRAY_TASK_ID)."""
+    """Which part of the plan this machine works off: 0 .. of - 1 (SLURM: $SLURM_ARRAY_TASK_ID)."""
     of: int = 1
-    """Machines that work on the plan. One that is through with its part takes what nobody has begun."""
+    """Into how many parts the plan is divided, one a machine that sees the folder."""
     table_only: bool = False
     """Start nothing, write the table of what is done."""
     progress: bool = True
@@ -165,25 +163,17 @@ def evaluations(config: AblateConfig, grid: Grid, data: str) -> list[Evaluation]
     return found
 
 
-def in_order(plan: Plan, index: int, of: int) -> list[PlannedRun]:
-    """The runs in the order in which this machine takes them: every ``of``-th, then the others'."""
-    parts = [plan.runs[(index + shift) % of :: of] for shift in range(of)]
-    return list(itertools.chain(*parts))
-
-
 class Crew:
     """The processes of this machine."""
 
     def __init__(self, config: AblateConfig, plan: Plan, out: Path) -> None:
         self.config, self.plan, self.out = config, plan, out
         wanted = set(config.only) or {one["name"] for one in plan.variants}
-        self.runs = [
-            run for run in in_order(plan, config.index, config.of) if run.variant in wanted
-        ]
+        part = plan.runs[config.index :: config.of]
+        self.runs = [run for run in part if run.variant in wanted]
         self.waiting = deque(run for run in self.runs if not is_done(run, plan, out))
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.failed: list[str] = []
-        self.elsewhere: list[str] = []
 
     def work(self) -> list[str]:
         """Until nothing waits and nothing runs; the names of the runs that failed."""
@@ -208,11 +198,6 @@ class Crew:
                 if stop.asked:
                     self.stop()
                 time.sleep(0.1)
-        if self.elsewhere:
-            console.print(
-                f"{len(self.elsewhere)} runs are in other hands: {', '.join(self.elsewhere)}",
-                markup=False,
-            )
         return self.failed
 
     def start(self, run: PlannedRun) -> None:
@@ -234,16 +219,14 @@ class Crew:
         for name, process in ended:
             del self.running[name]
             status = process.returncode
-            if status == ELSEWHERE:
-                self.elsewhere.append(name)
-            elif status != 0:
+            if status != 0:
                 if status not in (1, 75):  # it could not say so itself
                     error = f"ended with status {status}, see the log"
                     if status < 0:
                         error = f"killed by {signal.Signals(-status).name} (out of memory?), see the log"
                     write_status(self.out, name, {"state": "failed", "error": error})
                 self.failed.append(name)
-                error = read_status(self.out, name).get("error", "stopped")
+                error = read_status(self.out, name).get("error", "stopped, see the log")
                 console.print(f"{name} failed: {error}", markup=False, highlight=False)
         return bool(ended)
 

@@ -24,20 +24,18 @@ from cmt_mae.pretraining import assemble
 from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun, read_plan, settings_of
 from cmt_mae.tools.ablate.share import borrow_stage_one
 
-ELSEWHERE = 3
-"""Exit status where another process has the run."""
-
 
 def main(out: Path, name: str) -> int:
-    """Work off one run; 0 done, 1 failed (OUT/status/NAME.json says why), ELSEWHERE, 75 stopped."""
+    """Work off one run; 0 done, 1 failed (OUT/status/NAME.json says why), 75 stopped, or another process has it."""
     plan = read_plan(out)
     run = next(run for run in plan.runs if run.name == name)
     make_folder(out / "status")
     lock = Lock(out / "status" / f"{name}.lock")
     try:
         lock.take()
-    except InputError:
-        return ELSEWHERE
+    except InputError as error:  # the same part was started twice
+        print(error, file=sys.stderr)
+        return 75
     begin = time.time()
     try:
         borrowed, results = work(run, plan, out)
