@@ -26,7 +26,7 @@ from cmt_mae.tools.ablate.share import borrow_stage_one
 
 
 def main(out: Path, name: str) -> int:
-    """Work off one run; 0 done, 1 failed (OUT/status/NAME.json says why), 75 stopped, or another process has it."""
+    """Work off one run; 0 done, 1 failed (OUT/status/NAME.json says why), 75 stopped or already taken."""
     plan = read_plan(out)
     run = next(run for run in plan.runs if run.name == name)
     make_folder(out / "status")
