@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 HASHED = REPOSITORY / "constraints-hashed.txt"
 LICENCES = REPOSITORY / "docs" / "licences.md"
-ORIGIN = REPOSITORY / "src" / "cmt_mae" / "report" / "page" / "assets" / "uplot.ORIGIN.txt"
+ORIGIN = REPOSITORY / "src" / "cmt_mae" / "tools" / "report" / "page" / "assets" / "uplot.ORIGIN.txt"
 
 # One published teacher of every family that the recipes or the README name, by its timm name.
 TEACHERS = (
