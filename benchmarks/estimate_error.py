@@ -13,7 +13,8 @@ from typing import Any
 
 from cmt_mae.core.files import write_json
 from cmt_mae.core.parsing import parse
-from cmt_mae.core.runs import environment, read_metrics
+from cmt_mae.core.run_reader import read_metrics
+from cmt_mae.core.runs import environment
 from cmt_mae.data.sources import open_split
 from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig

@@ -20,11 +20,11 @@ from PIL import Image
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.files import write_json, write_text
 from cmt_mae.core.parsing import parse
+from cmt_mae.core.run_reader import read_run
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.recipes import load_recipes
-from cmt_mae.tools.diagnose import DoctorConfig, doctor
-from cmt_mae.tools.diagnose.run import read_run
+from cmt_mae.tools.diagnose.command import DoctorConfig, doctor
 
 TRAIN, VAL = 200, 50  # images of each class
 KEPT = (
@@ -281,9 +281,10 @@ def estimate_lines(content: dict[str, Any]) -> list[str]:
 def recorded(folder: Path) -> dict[str, object]:
     """What the tests need of a run: its lines of metrics, shortened, its plan and its broken images."""
     run = read_run(folder)
-    lines = [{k: short(row[k]) for k in row if k.startswith(KEPT)} for row in run.rows]
-    plan = None if run.plan is None else vars(run.plan)
-    return {"plan": plan, "images": run.images, "bad": len(run.bad), "knn": run.knn, "rows": lines}
+    rows = [row for row in run.rows if "loss" in row]
+    lines = [{k: short(row[k]) for k in row if k.startswith(KEPT)} for row in rows]
+    about = {"plan": run.facts.get("plan"), "images": run.images, "bad": len(run.bad_images)}
+    return {**about, "knn": run.knn(), "rows": lines}
 
 
 def dumped(runs: dict[str, dict[str, object]]) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cmt_mae.tools.ablate import AblateConfig, ablate
     from cmt_mae.tools.app import AppConfig, app
     from cmt_mae.tools.bench import BenchConfig, bench
-    from cmt_mae.tools.diagnose import DoctorConfig, doctor
+    from cmt_mae.tools.diagnose.command import DoctorConfig, doctor
     from cmt_mae.tools.inspect.command import explain
     from cmt_mae.tools.inspect.settings import ExplainConfig
     from cmt_mae.tools.report.compare import CompareConfig, compare
@@ -38,7 +38,7 @@ _HOMES = {
     "CocoConfig": "evaluate.detection",
     "CompareConfig": "tools.report.compare",
     "DavisConfig": "evaluate.video.evaluate",
-    "DoctorConfig": "tools.diagnose",
+    "DoctorConfig": "tools.diagnose.command",
     "EvaluateAllConfig": "evaluate.everything",
     "ExplainConfig": "tools.inspect.settings",
     "ExportConfig": "backbones",
@@ -55,7 +55,7 @@ _HOMES = {
     "app": "tools.app",
     "bench": "tools.bench",
     "compare": "tools.report.compare",
-    "doctor": "tools.diagnose",
+    "doctor": "tools.diagnose.command",
     "evaluate_ade20k": "evaluate.segmentation",
     "evaluate_all": "evaluate.everything",
     "evaluate_coco": "evaluate.detection",

@@ -9,7 +9,8 @@ import pytest
 
 from cmt_mae.core.checkpoint import save_checkpoint
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.runs import RunDir, read_metrics
+from cmt_mae.core.run_reader import read_metrics
+from cmt_mae.core.runs import RunDir
 from cmt_mae.engine.trackers import Trackers
 
 

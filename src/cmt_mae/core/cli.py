@@ -29,7 +29,7 @@ COMMANDS = {
     "bench": ("cmt_mae.tools.bench", "BenchConfig", "bench"),
     "explain": ("cmt_mae.tools.inspect.command", "ExplainConfig", "explain"),
     "ablate": ("cmt_mae.tools.ablate", "AblateConfig", "ablate"),
-    "doctor": ("cmt_mae.tools.diagnose", "DoctorConfig", "doctor"),
+    "doctor": ("cmt_mae.tools.diagnose.command", "DoctorConfig", "doctor"),
     "app": ("cmt_mae.tools.app", "AppConfig", "app"),
 }
 EVALUATIONS = {
@@ -69,7 +69,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   demo             a small two-stage run on sample images (or --data D), compared with MAE
 
 --debug (or CMT_MAE_DEBUG=1) shows the traceback of an error. Exit status: 0 done, 2 bad input, 75 stopped with a
-checkpoint, 130 interrupted, 1 a fault of cmt-mae itself."""
+checkpoint, 130 interrupted, 1 a fault of cmt-mae itself, or problems that doctor found."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("CMT_MAE_DEBUG", "0") not in ("", "0")
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        dispatch(arguments)
+        return dispatch(arguments)
     except InputError as error:
         return fail(str(error), 2, debug)
     except LostProcess:  # it has said so itself
@@ -112,7 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if "cmt_mae.engine.processes" in sys.modules:
             sys.modules["cmt_mae.engine.processes"].leave_processes()
-    return 0
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -145,11 +144,11 @@ def wait_for_rank_zero(seconds: float = 4.0) -> None:
         time.sleep(seconds)
 
 
-def dispatch(arguments: list[str]) -> None:
-    """Find the command and hand the rest of the words to it."""
+def dispatch(arguments: list[str]) -> int:
+    """Find the command and hand the rest of the words to it; returns its exit status."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
-        return
+        return 0
     command, rest = arguments[0], arguments[1:]
     if command == "--version":
         from importlib.metadata import version
@@ -160,15 +159,16 @@ def dispatch(arguments: list[str]) -> None:
     elif command == "evaluate":
         run_evaluation(rest)
     elif command in COMMANDS:
-        run_command(command, rest)
+        return run_command(command, rest)
     else:
         raise InputError(
             f"command '{one_line(command, 60)}' is unknown{hint(command, [*COMMANDS, 'evaluate', 'recipes'])}"
         )
+    return 0
 
 
-def run_command(command: str, words: list[str]) -> None:
-    """pretrain, pack, export, demo, ...: parse settings, call the function."""
+def run_command(command: str, words: list[str]) -> int:
+    """pretrain, pack, export, demo, ...: parse settings, call the function; 1 where `doctor` found a problem."""
     settings, function = load(COMMANDS[command])
     defaults: dict[str, Any] = {}
     if command in ("compare", "report", "app"):
@@ -191,10 +191,11 @@ def run_command(command: str, words: list[str]) -> None:
     as_json, words = take_flag(words, "--json")
     config = parse(f"cmt-mae {command}", settings, words, defaults)
     if config is None:
-        return
+        return 0
     outcome = function(config)
     if as_json:
         print(json.dumps(outcome, default=str))
+    return int(command == "doctor" and outcome["problems"] > 0)
 
 
 def run_evaluation(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""A run directory: the only interface between commands (design section 5). Its lock is in lock.py."""
+"""Writing a run directory, the only interface between commands; run_reader.py reads it, lock.py locks it."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ from cmt_mae.core.files import (
     writing,
 )
 from cmt_mae.core.lock import Lock, no_link
-from cmt_mae.core.metrics_file import read_metrics
 from cmt_mae.core.parsing import flatten, read_settings
+from cmt_mae.core.run_reader import read_metrics
 
 LIBRARIES = (
     "cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg",

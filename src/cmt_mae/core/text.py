@@ -10,3 +10,11 @@ def one_line(text: object, limit: int = 300) -> str:
     """All white space as single blanks, nothing that is not printable, cut after ``limit`` characters."""
     line = printable(" ".join(str(text).split()))
     return line if len(line) <= limit else line[:limit] + "..."
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``12 min``, ``3.4 h``, ``2.1 days``."""
+    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"

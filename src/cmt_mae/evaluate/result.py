@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_text
+from cmt_mae.core.run_reader import is_run
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +160,7 @@ def save_where(result: Result, out: str | None, backbone: str) -> Path | None:
     """Save to ``out``; without it to the backbone's run directory; without that nowhere (None)."""
     if out is not None:
         return result.save(out)
-    is_run = any((Path(backbone) / file).is_file() for file in ("config.yaml", "run.json"))
-    return result.save(backbone) if is_run else None
+    return result.save(backbone) if is_run(Path(backbone)) else None
 
 
 def versions() -> dict[str, str]:

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmt_mae.core.run_reader import RunRecord, read_run
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.stepping import Stepper
-from cmt_mae.tools.report.page.curves import alphas, charts, thinned
-from cmt_mae.tools.report.page.record import Record, read_record
+from cmt_mae.tools.report.charts import alphas, charts, thinned
 
 from .conftest import Write
 
 
 def test_every_chart_of_the_issue_is_there(write: Write) -> None:
     run = write(knn={0: 20.0, 100: 30.0}, settings={"alpha_mask": 0.5})
-    found = {chart["key"]: chart for chart in charts([read_record(str(run))])}
+    found = {chart["key"]: chart for chart in charts([read_run(str(run))])}
     wanted = {"loss", "knn", "lr", "alpha", "overlap", "entropy", "spread", "rank", "speed", "wait"}
     assert wanted <= set(found)
     assert "skipped" not in found  # every value is 0
@@ -44,7 +44,7 @@ def test_alpha_is_that_of_the_step(switch: int, ramp: float, mask: float | None,
     """Against the training's own function: the line of step n tells of the step that began at n - 1."""
     plan = {"total_steps": 100, "switch_step": switch, "steps_per_epoch": 10}
     shared = {"alpha": 0.3, "alpha_mask": mask, "alpha_loss": None, "alpha_ramp_epochs": ramp}
-    at = alphas(Record(Path("x"), "x", settings=shared, facts={"plan": plan}))
+    at = alphas(RunRecord(Path("x"), "x", config=shared, facts={"plan": plan}))
     assert at is not None
     stepper = SimpleNamespace(config=PretrainConfig(**shared), plan=SimpleNamespace(**plan))
     weights = Stepper.weights_at(stepper, step - 1)  # type: ignore[arg-type]
@@ -71,5 +71,5 @@ def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> N
 
 def test_one_long_run_stays_small(write: Write) -> None:
     run = write(done=60_000, total=60_000, switch=30_000, every=20)
-    text = json.dumps(charts([read_record(str(run))]))
+    text = json.dumps(charts([read_run(str(run))]))
     assert len(text) < 400_000

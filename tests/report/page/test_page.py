@@ -13,10 +13,10 @@ from PIL import Image
 
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.run_reader import read_run
 from cmt_mae.tools.report.page import render
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 from cmt_mae.tools.report.page.pictures import chosen
-from cmt_mae.tools.report.page.record import read_record
 from cmt_mae.tools.report.page.render import MAX_BYTES, page
 
 from .conftest import Write
@@ -42,7 +42,7 @@ class Elements(HTMLParser):
 
 
 def made(*runs: Path) -> tuple[str, Elements]:
-    text = page([read_record(str(run)) for run in runs])
+    text = page([read_run(str(run)) for run in runs])
     return text, Elements(text)
 
 
@@ -154,7 +154,7 @@ def test_pictures_are_chosen_from_every_kind(write: Write) -> None:
     run = write(pictures=20)
     for name in ("growth", "heads_teacher", "curves"):
         Image.new("RGB", (40, 30)).save(run / "pictures" / f"{name}.png")
-    picked = chosen(read_record(str(run)), 6)
+    picked = chosen(read_run(str(run)), 6)
     assert [(kind, step) for _, kind, step in picked] == [
         ("attention", 50), ("attention", 56), ("attention", 63), ("attention", 69),
         ("growth", None), ("heads_teacher", None),

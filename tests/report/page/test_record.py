@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.run_reader import labels_of, read_run
 from cmt_mae.tools.report.page import facts
 from cmt_mae.tools.report.page.cost import cost
-from cmt_mae.tools.report.page.record import labels_of, read_record
 
 from .conftest import Write
 
@@ -16,7 +16,7 @@ from .conftest import Write
 def test_what_is_no_run_is_told_in_one_line(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(InputError) as told:
-            read_record(str(path))
+            read_run(str(path))
         assert "\n" not in str(told.value)
 
 
@@ -26,7 +26,7 @@ def test_damaged_files_are_named_and_the_rest_is_read(write: Write) -> None:
     (run / "run.json").write_text("[]")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 101, "lo')
-    record = read_record(str(run))
+    record = read_run(str(run))
     assert len(record.problems) == 2
     assert record.problems[0].startswith("config.yaml is no valid YAML")
     assert record.problems[1] == "run.json is damaged and left out"
@@ -42,7 +42,7 @@ def test_hostile_numbers_are_none(write: Write) -> None:
         '{"step": 2, "loss": Infinity}\n'
         '{"step": true, "loss": 1}\n{"step": 3, "loss": {"a": 1}, "x": "text", "y": true}\n'
     )
-    rows = read_record(str(run)).rows
+    rows = read_run(str(run)).rows
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row.get("loss", 0) != row.get("loss", 0) for row in rows[:2])  # nan
     assert rows[2] == {"step": 3}
@@ -53,7 +53,7 @@ def test_links_out_of_the_run_are_not_followed(write: Write) -> None:
     picture = run / "pictures" / "linked.png"
     picture.symlink_to(other / "pictures" / "attention_step_00000050.png")
     (run / "bad_images.txt").symlink_to("/etc/passwd")
-    record = read_record(str(run))
+    record = read_run(str(run))
     assert [p.name for p in record.pictures] == ["attention_step_00000050.png"]
     assert record.bad_images == []
     assert record.problems == [
@@ -67,7 +67,7 @@ def test_a_pipe_is_not_waited_for(write: Write) -> None:
     for name in ("run.json", "metrics.jsonl"):
         (run / name).unlink()
         os.mkfifo(run / name)
-    assert len(read_record(str(run)).problems) == 2
+    assert len(read_run(str(run)).problems) == 2
 
 
 def test_labels_are_short_and_different() -> None:
@@ -79,7 +79,7 @@ def test_labels_are_short_and_different() -> None:
 def test_what_differs(write: Write) -> None:
     one = write("a")
     two = write("b", settings={"seed": 1, "out": "runs/b", "runtime": {"log_every": 5}})
-    records = [read_record(str(run)) for run in (one, two)]
+    records = [read_run(str(run)) for run in (one, two)]
     rows = {row["name"]: row for row in facts.differences(records)}
     assert set(rows) == {"seed", "runtime.log_every", "runtime.probe_data"}
     assert rows["seed"]["values"] == ["0", "1"]
@@ -90,7 +90,7 @@ def test_what_differs(write: Write) -> None:
 
 def test_the_command_is_given_as_one_would_type_it(write: Write) -> None:
     run = write(more_facts={"placement": {"processes": 2}})
-    (_, full), (_, given) = facts.repeat(read_record(str(run)))
+    (_, full), (_, given) = facts.repeat(read_run(str(run)))
     assert (
         full
         == f"torchrun --nproc-per-node 2 -m cmt_mae pretrain --recipe {run}/config.yaml --out NEW"
@@ -105,7 +105,7 @@ def test_cost_by_hand(write: Write) -> None:
         "peak": {"flops": 1e12, "how": "a data sheet"},
     }
     run = write(more_facts={"cost": counted}, lines=lambda _: {"gpu_joules": 360_000.0})
-    said = dict(cost(read_record(str(run))))
+    said = dict(cost(read_run(str(run))))
     assert said["Images a second"] == "100 in stage one, 50 in stage two (medians)"
     assert said["Time"].startswith("96 s")
     assert said["Arithmetic"].startswith("200 GFLOP/s in stage one, 150 GFLOP/s in stage two")
@@ -116,5 +116,5 @@ def test_cost_by_hand(write: Write) -> None:
 
 
 def test_nothing_is_said_of_what_was_not_measured(write: Write) -> None:
-    said = dict(cost(read_record(str(write()))))
+    said = dict(cost(read_run(str(write()))))
     assert {"Energy", "MFU", "Arithmetic"}.isdisjoint(said)

@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.run_reader import read_run
+from cmt_mae.tools.report.page.render import page
 from cmt_mae.tools.report.page.serve import (
     Server,
     WatchConfig,
@@ -126,6 +130,36 @@ def test_the_stamp_follows_the_files(server: Server) -> None:
     seen.add(stamp_of(server.run))
     assert len(seen) == 3
     assert b"step 101" in ask(server, "/")[1]
+
+
+@pytest.mark.parametrize("name", ["pictures", "results", "evaluations"])
+def test_a_folder_that_is_a_link_out_of_the_run_is_not_looked_into(
+    write: Write, tmp_path: Path, name: str
+) -> None:
+    """`pictures -> /` made report hang and /stamp take 47 s. FIFOs: nothing there may be opened."""
+    outside = tmp_path / "outside"
+    (outside / "x" / "results").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(outside / "secret.png")
+    for place in (outside, outside / "x" / "results"):
+        (place / "secret.json").write_text("{}")
+        os.mkfifo(place / "pipe.json")
+        os.mkfifo(place / "pipe.png")
+    run = write(pictures=0)
+    if (run / name).is_dir():
+        (run / name).rmdir()
+    (run / name).symlink_to(outside)
+    before = stamp_of(run)
+    (outside / "x" / "results" / "new.json").write_text("{}")
+    assert stamp_of(run) == before
+    text = page([read_run(run)])
+    assert "secret" not in text
+    assert "left out: " not in text
+    (run / name).unlink()
+    (run / name).symlink_to("/")
+    begin = time.perf_counter()
+    page([read_run(run)])
+    stamp_of(run)
+    assert time.perf_counter() - begin < 5
 
 
 def test_a_run_that_vanishes_is_told(server: Server) -> None:

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmt_mae.core.lock import name_of
-from cmt_mae.tools.report.page.record import Record, read_record
-from cmt_mae.tools.report.page.verdict import duration, judge, needed
+from cmt_mae.core.run_reader import RunRecord, read_run
+from cmt_mae.core.text import duration
+from cmt_mae.tools.diagnose.verdict import judge, needed
 
 from .conftest import Write
 
 
 def verdict(run: Path) -> tuple[str, str]:
-    found = judge(read_record(str(run)))
+    found = judge(read_run(str(run)))
     return found.mood, found.line
 
 
@@ -37,7 +38,7 @@ def test_not_measured(write: Write) -> None:
     assert mood == "unclear"
     # stage two: 1 + 10/60 at its first line, 1 + 10/100 at its last
     assert line == "not measured: no k-NN; loss 1.17 → 1.1 in stage 2; no collapse"
-    assert "--runtime.probe_data" in judge(read_record(str(write("b")))).mend
+    assert "--runtime.probe_data" in judge(read_run(str(write("b")))).fix
 
 
 def test_measured_once(write: Write) -> None:
@@ -59,7 +60,7 @@ def test_a_rise_that_chance_could_make(write: Write) -> None:
     assert (mood, line.split(":")[0]) == ("unclear", "no clear rise")
     many = {"probe": {"train": 500, "val": 10_000}}
     assert verdict(write("b", knn={0: 30.0, 50: 30.0, 100: 35.0}, more_facts=many))[0] == "good"
-    assert needed(read_record(str(write("c", more_facts=few))), 30.0, 30.0) == pytest.approx(
+    assert needed(read_run(str(write("c", more_facts=few))), 30.0, 30.0) == pytest.approx(
         200 * math.sqrt(2 * 0.21 / 100)
     )
 
@@ -104,7 +105,7 @@ def test_skipped_steps(write: Write) -> None:
     mood, line = verdict(write(knn={0: 20.0, 100: 60.0}, lines=lambda step: lines.get(step, {})))
     assert (mood, "3 step(s) of 100 skipped, not finite" in line) == ("unclear", True)
     mood, line = verdict(write("b", lines=lambda _: {"skipped_steps": 10, "loss": math.nan}))
-    assert (mood, line.split(":")[0]) == ("bad", "steps lost")
+    assert (mood, line.split(":")[0]) == ("bad", "steps that are not finite")
 
 
 def test_stopped_early_and_running(write: Write) -> None:
@@ -145,7 +146,7 @@ def test_any_numbers_give_one_line(
 ) -> None:
     """Whatever the file holds: a mood, one line, and no fault."""
     lines = [{"step": float(step), **row} for step, row in rows]
-    found = judge(Record(Path("x"), "x", rows=lines, facts={"plan": plan}))
+    found = judge(RunRecord(Path("x"), "x", rows=lines, facts={"plan": plan}))
     assert found.mood in ("good", "unclear", "bad")
     assert found.line
     assert "\n" not in found.line

@@ -10,7 +10,8 @@ from typing import Any
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json, write_text
-from cmt_mae.core.runs import environment, read_metrics
+from cmt_mae.core.run_reader import read_metrics
+from cmt_mae.core.runs import environment
 from cmt_mae.evaluate.result import Result
 from cmt_mae.tools.ablate.one import is_done, read_status
 from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun

@@ -1,5 +1,4 @@
-"""`cmt-mae doctor`: the machine, the images, the teacher, what a run will cost, and why one does not learn."""
+"""`cmt-mae doctor`, and the verdict of `report` and `watch`: images, teacher, cost, why a run does not learn.
 
-from cmt_mae.tools.diagnose.command import DoctorConfig, doctor
-
-__all__ = ["DoctorConfig", "doctor"]
+run.py and verdict.py read files alone and import no torch.
+"""

@@ -1,4 +1,4 @@
-"""`cmt-mae doctor`: look at everything that a run needs, and at a run; say what is wrong and the mend."""
+"""`cmt-mae doctor`: look at everything that a run needs, and at a run; say what is wrong and how to fix it."""
 
 import copy
 import dataclasses
@@ -9,6 +9,8 @@ from rich.console import Console
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
+from cmt_mae.core.run_reader import RunRecord, read_run
+from cmt_mae.core.runs import plain
 from cmt_mae.data.sources import Source, open_split
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.pretraining.settings import PretrainConfig
@@ -17,10 +19,12 @@ from cmt_mae.tools.diagnose.estimate import estimate
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 from cmt_mae.tools.diagnose.images import check_images
 from cmt_mae.tools.diagnose.machine import check_machine
-from cmt_mae.tools.diagnose.run import diagnose, facts_of, read_run
+from cmt_mae.tools.diagnose.run import diagnose, skipped_steps
 from cmt_mae.tools.diagnose.settings import check_pixels, check_settings
 from cmt_mae.tools.diagnose.show import show
 from cmt_mae.tools.diagnose.teacher import check_teacher
+from cmt_mae.tools.diagnose.verdict import judge
+from cmt_mae.tools.inspect.networks import read_config
 
 UNFIT = "settings and images do not fit"
 WAITING = 0.2  # share of a step spent waiting for images
@@ -34,8 +38,8 @@ class DoctorConfig(PretrainConfig):
 
     Without a word: the machine. With `--data`, `--teacher` or `--recipe` (and any other setting of `pretrain`):
     the images, the teacher, the settings and an estimate too. With a run directory: what is wrong with the run,
-    from its files, its images and its teacher. Trains nothing, and writes nothing but short-lived files to time
-    the disk.
+    from its files, its images and its teacher. Trains nothing and leaves nothing behind. Exit status 1 where there
+    is a problem.
     """
 
     run: str = ""
@@ -52,10 +56,6 @@ class DoctorConfig(PretrainConfig):
     """Measure steps and say what the run will take (with --data or --recipe, without a run directory)."""
     seconds: float = 15.0
     """How long each stage's step is measured, about."""
-    watts: float = 0.0
-    """Power of this machine in watts, for the energy; 0: what the GPU or the processor says, if it does."""
-    price_per_hour: float = 0.0
-    """What this machine costs in an hour, in any currency; 0: no price is told."""
 
     def settings(self) -> PretrainConfig:
         """The settings of the run-to-be. Raises InputError for settings that cannot work."""
@@ -68,7 +68,7 @@ class DoctorConfig(PretrainConfig):
 
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:
-    """Inspector, show a report on stderr, and return it: facts by part, and the findings, problems first.
+    """Look, show a report on stderr, and return it: facts by part, and the findings, problems first.
 
     Raises InputError where there is nothing to look at: no such run, no images, settings that cannot work.
     """
@@ -76,10 +76,10 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     report: dict[str, Any] = {}
     findings: list[Finding] = []
     console = Console(stderr=True)
-    run = read_run(Path(config.run)) if config.run else None
+    run = read_run(config.run) if config.run else None
     if run is not None:
-        settings, path = run.config, run.config.data.path
-        settings.runtime.device = config.runtime.device
+        settings = read_config(run.path)
+        path, settings.runtime.device = settings.data.path, config.runtime.device
     else:
         settings, path = config.settings(), config.data.path
 
@@ -95,10 +95,12 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
                 settings.runtime.device, settings.precision, where, settings.runtime.compile
             ))  # fmt: skip
     source = open_images(path, run is None, findings)
+    planned = run or RunRecord(Path(settings.out), "planned", config=plain(settings))
     if source is not None:
         bar = settings.runtime.progress and config.runtime.progress
         note("data", check_images(path, settings.student.in_chans, config.sample, bar))
-        findings.extend(check_pixels(settings, report["data"]["splits"]["train"]))
+        size = min(settings.student.size())
+        findings.extend(check_pixels(planned, size, report["data"]["splits"]["train"]))
     named = config.teacher.name != TeacherConfig().name
     if (run or config.recipe or source or named) and settings.needs_teacher():
         with console.status("the teacher"):
@@ -106,11 +108,31 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     if run is not None:
         note("run", (facts_of(run), diagnose(run)))
     elif will_run:
-        note("settings", judge_settings(settings, source, config.images))
+        note("settings", judge_settings(settings, planned, source, config.images))
         if config.estimate and can_run(findings):
             with console.status("a few steps"):
                 note("estimate", judge_estimate(config, settings, source, report))
     return finish(report, findings, console)
+
+
+def facts_of(run: RunRecord) -> dict[str, Any]:
+    """Where the run stands, in plain numbers, and the line at the top of its report."""
+    last = next((row for row in reversed(run.rows) if "loss" in row), {})
+    return {
+        "path": str(run.path),
+        "verdict": judge(run).line,
+        "step": run.last_step,
+        "total_steps": run.total_steps or None,
+        "state": "finished" if run.finished else "not finished",
+        "losses": {
+            name: round(value, 4) for name, value in last.items() if name.startswith("loss")
+        },
+        "knn_top1": [list(one) for one in run.knn()],
+        "skipped_steps": skipped_steps(run),
+        "bad_images": len(run.bad_images),
+        "images_per_second": last.get("images_per_second"),
+        "data_wait_share": last.get("data_wait_share"),
+    }
 
 
 def open_images(path: str, must: bool, findings: list[Finding]) -> Source | None:
@@ -134,7 +156,7 @@ def open_images(path: str, must: bool, findings: list[Finding]) -> Source | None
 
 
 def judge_settings(
-    settings: PretrainConfig, source: Source | None, images: int
+    settings: PretrainConfig, planned: RunRecord, source: Source | None, images: int
 ) -> tuple[dict[str, Any], list[Finding]]:
     """The plan of the run-to-be, and what is wrong with its settings."""
     count = len(source) if source is not None else images or 1000 * settings.batch_size
@@ -142,9 +164,10 @@ def judge_settings(
         plan = make_plan(settings, count, 1)
     except InputError as error:
         return {"error": str(error)}, [problem("settings", UNFIT, str(error), "as it says")]
-    told = source is not None or images > 0
-    facts = {**vars(plan), "images": count if told else None, "epochs": settings.epochs}
-    return facts, check_settings(settings, plan)
+    known = source is not None or images > 0
+    planned.facts = {"plan": vars(plan)}
+    facts = {**vars(plan), "images": count if known else None, "epochs": settings.epochs}
+    return facts, check_settings(planned)
 
 
 def can_run(findings: list[Finding]) -> bool:
@@ -163,9 +186,9 @@ def judge_estimate(
     facts = estimate(settings, source, images, config.seconds)
     machine = report["machine"]
     found: list[Finding] = []
-    mend = "a smaller --runtime.micro_batch (the result stays the same) or a smaller network"
+    fix = "a smaller --runtime.micro_batch (the result stays the same) or a smaller network"
     if "out_of_memory" in facts:
-        return facts, [problem("estimate", "out of memory", facts["out_of_memory"], mend)]
+        return facts, [problem("estimate", "out of memory", facts["out_of_memory"], fix)]
     if report["settings"]["images"] is None:
         facts["seconds"] = facts["seconds_range"] = (
             None  # nobody has said how many images there are
@@ -173,7 +196,7 @@ def judge_estimate(
     free = machine.get("gpu_memory_gb", machine["memory"]["free_gb"])
     if facts["memory_gb"] > FULL * free:
         found.append(problem(
-            "estimate", "out of memory", f"a step takes {facts['memory_gb']:.1f} GB, {free:.1f} GB are there", mend
+            "estimate", "out of memory", f"a step takes {facts['memory_gb']:.1f} GB, {free:.1f} GB are there", fix
         ))  # fmt: skip
     disk = facts["checkpoint"]["disk_gb"]
     if disk > machine["disk"].get("free_gb", disk):
@@ -188,11 +211,6 @@ def judge_estimate(
             "estimate", "waiting for data", f"{waits:.0%} of a step (data.workers {settings.data.workers})",
             "more --workers where there are cores, cmt-mae pack --size 256 once, or a faster disk",
         ))  # fmt: skip
-    watts = config.watts or facts["watts"]
-    if facts["seconds"] is not None:
-        hours = facts["seconds"] / 3600
-        facts["kilowatt_hours"] = round(hours * watts / 1000, 4) if watts else None
-        facts["price"] = round(hours * config.price_per_hour, 2) if config.price_per_hour else None
     return facts, found
 
 
@@ -201,7 +219,7 @@ def finish(report: dict[str, Any], findings: list[Finding], console: Console) ->
     ordered = sorted(findings, key=lambda one: (one.level != "problem", ORDER.index(one.part)))
     findings = list({one.what: one for one in reversed(ordered)}.values())[::-1]
     report["findings"] = [vars(one) for one in findings]
-    problems = sum(one.level == "problem" for one in findings)
+    report["problems"] = problems = sum(one.level == "problem" for one in findings)
     report["summary"] = (
         f"{problems} problem(s), {len(findings) - problems} warning(s)"
         if findings

@@ -1,12 +1,11 @@
-"""Time, memory and cost of a run on this machine, from a few of its real steps, not from a table.
+"""Time, memory and disk of a run on this machine, from a few of its real steps, not from a table.
 
-Each stage's step is timed (`benchmark` room) with the run's own images, loader and networks. Where a whole step
+Each stage's step is timed with the run's own images, loader and networks. Where a whole step
 would take too long, two smaller ones are timed and the line through them is followed: a step costs a fixed part
 (optimizer, moving average) and a part for each image. Checkpoints and k-NN measurements are timed too. Not
 counted: imports, and pictures.
 """
 
-import contextlib
 import dataclasses
 import math
 import tempfile
@@ -21,7 +20,6 @@ import torch
 from cmt_mae.core.checkpoint import save_checkpoint
 from cmt_mae.data.loader import Batch
 from cmt_mae.data.sources import Source
-from cmt_mae.engine.energy import GpuEnergy
 from cmt_mae.evaluate.features import extract
 from cmt_mae.evaluate.few_shot import Subset
 from cmt_mae.evaluate.online import POOL, OnlineProbe
@@ -34,15 +32,12 @@ from cmt_mae.tools.bench.build import frozen_backbone, make_stepper
 from cmt_mae.tools.bench.command import open_batches
 from cmt_mae.tools.diagnose.machine import nearest
 
-ROUNDS, WARM = (
-    3,
-    2,
-)  # timings of which the median counts, after the steps that `measure.rates` does not time
+ROUNDS, WARM = 3, 2
+"""Timings of which the median counts, after the steps that `measure.rates` does not time."""
 FIRST = 4  # images in the step that tells how large a step can be measured
 PREFETCHED = 4  # batches that each loader process keeps ready (data.workers)
 DRAIN_S = 6.0
 PROBED = 96  # images through the k-NN measurement
-JOULES = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 @dataclasses.dataclass
@@ -59,7 +54,6 @@ class Size:
     """At the peak."""
     kept_gb: float
     """What the forward pass keeps for the backward pass; it grows with the images."""
-    watts: float | None
 
 
 def estimate(
@@ -157,7 +151,6 @@ def measure_stage(
         "memory_gb": round(
             top.memory_gb + top.kept_gb / top.images * (plan.micro_batch - top.images), 3
         ),
-        "watts": top.watts,
     }
 
 
@@ -196,13 +189,11 @@ def measure_size(
             drain(batches, assemble.worker_count(config.data.workers, 1))
         measure.forget_peak(stepper.device)
         kept = kept_gb(stepper, next(batches), step)
-        energy, joules, begin = GpuEnergy(stepper.device), read_joules(), time.perf_counter()
         timed = measure.rates(stepper, batches, step, images, ROUNDS if seconds else 1, steps)
-        watts = power(energy, joules, time.perf_counter() - begin)
     spread = timed["step_seconds"]
     return Size(
         images, spread["median"], spread["low"], spread["high"], timed["data_wait_share"],
-        measure.peak_gb(stepper.device), kept, watts,
+        measure.peak_gb(stepper.device), kept,
     )  # fmt: skip
 
 
@@ -232,21 +223,6 @@ def kept_gb(stepper: Stepper, batch: Batch, step: int) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         stepper.loss(batch, step)
     return sum(kept.values()) / 1e9
-
-
-def read_joules() -> float | None:
-    """Energy counter of the processor, where this user may read it."""
-    with contextlib.suppress(OSError, ValueError):
-        return int(JOULES.read_text()) / 1e6
-    return None
-
-
-def power(gpu: GpuEnergy, before: float | None, seconds: float) -> float | None:
-    """Watts over so many seconds: of the GPU, else of the processor since ``before``; None where nothing tells."""
-    used, now = gpu.read(), read_joules()
-    if used is None and before is not None and now is not None:
-        used = now - before
-    return None if used is None or used <= 0 else used / seconds
 
 
 def time_checkpoint(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str, Any]:
@@ -290,12 +266,11 @@ def time_probe(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str
 
 
 def total(facts: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of all of it with the range of the measured rounds, most memory, watts where known."""
+    """Seconds of all of it with the range of the measured rounds, and the most memory."""
     stages = facts["stages"].values()
     beside = facts["start_seconds"]
     beside += facts["checkpoint"]["seconds"] * facts["checkpoint"]["written"]
     beside += facts["probe"]["seconds"] * facts["probe"]["measured"]
-    watts = [one["watts"] for one in stages if one["watts"] is not None]
     return {
         "seconds": beside + sum(one["steps"] * one["step_seconds"] for one in stages),
         "seconds_range": [
@@ -304,5 +279,4 @@ def total(facts: dict[str, Any]) -> dict[str, Any]:
         ],
         "seconds_beside_steps": round(beside, 1),
         "memory_gb": max(one["memory_gb"] for one in stages),
-        "watts": max(watts) if watts else None,
     }

@@ -1,4 +1,4 @@
-"""What the doctor finds: one thing that is wrong, how it shows, and the mend."""
+"""What the doctor finds: one thing that is wrong, how it shows, and how to fix it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,15 +18,15 @@ class Finding:
     """A few words."""
     why: str
     """The numbers it follows from."""
-    mend: str
+    fix: str
     """What to do."""
 
 
-def problem(part: Part, what: str, why: str, mend: str) -> Finding:
+def problem(part: Part, what: str, why: str, fix: str) -> Finding:
     """The run fails or learns little with it."""
-    return Finding(part, "problem", what, why, mend)
+    return Finding(part, "problem", what, why, fix)
 
 
-def warning(part: Part, what: str, why: str, mend: str) -> Finding:
+def warning(part: Part, what: str, why: str, fix: str) -> Finding:
     """The run is slower or worse with it than it need be."""
-    return Finding(part, "warning", what, why, mend)
+    return Finding(part, "warning", what, why, fix)

@@ -4,7 +4,6 @@ Everything is looked at in small sets; of large ones a sample drawn by seed, and
 """
 
 import hashlib
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +43,6 @@ class Seen:
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
     square: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Sums over images of each channel's mean and mean square, in 0..1."""
-    read_s: float = 0.0
-    decode_s: float = 0.0
 
     @property
     def good(self) -> int:
@@ -101,14 +98,10 @@ def look_at(seen: Seen, source: Source, index: int, channels: int) -> None:
     seen.looked_at += 1
     name = source.name(index)
     try:
-        begin = time.perf_counter()
         data = source.read(index)
         raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
-        seen.read_s += time.perf_counter() - begin
         seen.hashes.setdefault(hashlib.sha256(raw).digest(), []).append(name)
-        begin = time.perf_counter()
         image = decode_image(data, channels) if isinstance(data, bytes) else data
-        seen.decode_s += time.perf_counter() - begin
     except BadImage as error:
         seen.broken.append((name, str(error)))
         return
@@ -144,8 +137,6 @@ def summary(seen: Seen) -> dict[str, Any]:
         "kilobytes": spread_of([round(n / 1000, 1) for n in sorted(seen.files)]),
         "mean": [round(float(v), 4) for v in mean],
         "std": [round(float(v), 4) for v in np.sqrt(np.maximum(seen.square / good - mean**2, 0))],
-        "read_milliseconds": round(1000 * seen.read_s / max(1, seen.looked_at), 3),
-        "decode_milliseconds": round(1000 * seen.decode_s / good, 3),
     }
 
 
@@ -193,13 +184,13 @@ def judge_readable(seen: Seen) -> list[Finding]:
         made = problem if share > 0.01 else warning  # 0.01: data.max_bad, where a run stops
         found.append(made(
             "data", "broken images", f"{len(seen.broken)} {of_sample(seen)}, first {name}: {reason}",
-            "mend or delete them (a run skips and counts them, and stops over data.max_bad); --json names more",
+            "repair or delete them (a run skips and counts them, and stops over data.max_bad); --json names more",
         ))  # fmt: skip
     areas = [h * w for h, w in seen.sizes]
     if areas and float(np.median(areas)) > LARGE_PIXELS:
         found.append(warning(
-            "data", "very large images", f"half of them have over {np.median(areas) / 1e6:.1f} megapixels, "
-            f"{1000 * seen.decode_s / seen.good:.0f} ms each to decode",
+            "data", "very large images", f"half of them have over {np.median(areas) / 1e6:.1f} megapixels: "
+            "decoding them takes most of the time",
             "shrink them once: cmt-mae pack --data DATA --out PACKED --size 256",
         ))  # fmt: skip
     return found
@@ -237,7 +228,7 @@ def judge_classes(classes: dict[str, Any] | None) -> list[Finding]:
     (small, few), (large, many) = classes["least"], classes["most"]
     return [warning(
         "data", "uneven classes", f"{small} has {few} images, {large} {many}",
-        "nothing to mend for pre-training, which sees no labels; accuracy is then mostly that of large classes",
+        "nothing to fix for pre-training, which sees no labels; accuracy is then mostly that of large classes",
     )]  # fmt: skip
 
 

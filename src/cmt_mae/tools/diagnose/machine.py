@@ -1,40 +1,32 @@
-"""The machine: torch, device, compiler, JPEG decoder, disk, cores and memory, measured where it takes a second."""
+"""The machine: torch, device, compiler, JPEG decoder, disk, cores and memory."""
 
-import io
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from PIL import Image
 
 from cmt_mae.core.runs import environment
 from cmt_mae.data import jpeg
-from cmt_mae.data.decode import MAX_PIXELS
 from cmt_mae.engine.compiling import why_not
 from cmt_mae.engine.processes import make_accelerator
-from cmt_mae.tools.bench.measure import peak_flops
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 
 CGROUP = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")
 LEAST_SHM = 2**28  # bytes for the batches that loader processes hand over
-DISK_BYTES = 2**26  # written and read again
-PICTURE = (375, 500)  # height and width of the JPEG that is decoded, the usual ones of ImageNet
 BUSY = 0.5  # others' load, as a share of the cores, that makes measured times worth little
 
 
 def check_machine(
     device: str, precision: str, folder: str, compiles: bool
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """Facts about this machine, and what is wrong with it. A few seconds; with ``compiles`` up to a minute.
+    """Facts about this machine, and what is wrong with it; with ``compiles`` it takes up to a minute.
 
-    folder: where the run will be written; its nearest existing parent is where the disk is measured.
+    folder: where the run will be written; its nearest existing parent is looked at.
     Raises InputError for a device that is not there.
     """
     accelerator = make_accelerator(device, precision)
@@ -47,9 +39,8 @@ def check_machine(
         "cores": usable_cores(),
         "load": round(os.getloadavg()[0], 2),
         "memory": memory(),
-        "peak": peak_flops(on, used, "measured"),
         "compiler": compiler(on, compiles),
-        "jpeg": decoder(),
+        "jpeg": "Pillow" if jpeg.simplejpeg is None else "simplejpeg",
         "disk": disk(nearest(folder)),
         "shared_memory_gb": round(shutil.disk_usage(SHM).total / 1e9, 2) if SHM.is_dir() else None,
     }
@@ -87,10 +78,9 @@ def judge(facts: dict[str, Any], compiles: bool) -> list[Finding]:
             f"over images",
             "start the container with --shm-size=2g, or give --workers 0",
         ))  # fmt: skip
-    if facts["jpeg"]["decoder"] != "simplejpeg":
+    if facts["jpeg"] != "simplejpeg":
         found.append(warning(
-            "machine", "slow JPEG decoder", f"Pillow decodes: {facts['jpeg']['milliseconds']} ms a picture of "
-            f"500 x 375",
+            "machine", "slow JPEG decoder", "Pillow decodes",
             "pip install simplejpeg, which gives the same pixels faster",
         ))  # fmt: skip
     if compiles and facts["compiler"]["works"] is False:
@@ -144,26 +134,6 @@ def compiler(device: torch.device, tries: bool) -> dict[str, Any]:
     return {"name": name, "works": None if reason is None else not reason, "why_not": reason}
 
 
-def decoder(seconds: float = 0.3) -> dict[str, Any]:
-    """Which library decodes JPEG, and milliseconds for a picture of 500 x 375 (a smooth one with noise)."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[: PICTURE[0], : PICTURE[1]]
-    waves = 128 + 80 * np.sin(rows / 40)[..., None] * np.cos(columns[..., None] / (30, 50, 70))
-    pixels = np.clip(waves + rng.normal(0, 8, (*PICTURE, 3)), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="JPEG", quality=90)
-    raw = file.getvalue()
-    header = jpeg.read_header(raw, MAX_PIXELS)
-    assert header is not None
-    count, begin = 0, time.perf_counter()
-    while count < 3 or time.perf_counter() - begin < seconds:
-        jpeg.decode(raw, header)
-        count += 1
-    spent = (time.perf_counter() - begin) / count
-    name = "Pillow" if jpeg.simplejpeg is None else "simplejpeg"
-    return {"decoder": name, "milliseconds": round(1000 * spent, 2)}
-
-
 def nearest(folder: str) -> Path:
     """The folder, or the nearest of its parents that exists."""
     path = Path(folder or ".").expanduser().absolute()
@@ -171,34 +141,12 @@ def nearest(folder: str) -> Path:
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """MB/s of writing 64 MiB to this folder (flushed) and of reading them again from the disk; what is free."""
-    facts: dict[str, Any] = {
-        "folder": str(folder),
-        "error": "",
-        "write_mb_s": None,
-        "read_mb_s": None,
-    }
-    block = np.random.default_rng(0).integers(0, 256, DISK_BYTES, dtype=np.uint8).tobytes()
+    """What is free there, and why it cannot be written ("" where it can)."""
+    facts: dict[str, Any] = {"folder": str(folder), "error": ""}
     try:
         facts["free_gb"] = round(shutil.disk_usage(folder).free / 1e9, 1)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".cmt-mae-doctor-") as file:
-            begin = time.perf_counter()
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            facts["write_mb_s"] = round(DISK_BYTES / 1e6 / (time.perf_counter() - begin))
-            forget_cached(file.fileno())
-            begin = time.perf_counter()
-            file.seek(0)
-            while file.read(2**20):
-                pass
-            facts["read_mb_s"] = round(DISK_BYTES / 1e6 / (time.perf_counter() - begin))
+            file.write(bytes(4096))
     except OSError as error:
         facts["error"] = error.strerror or str(error)
     return facts
-
-
-def forget_cached(number: int) -> None:
-    """Ask the system to read this open file from the disk next time, where it can be asked."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)

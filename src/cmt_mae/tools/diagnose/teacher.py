@@ -29,14 +29,10 @@ from cmt_mae.method.vit import has_class_token, num_prefix
 from cmt_mae.pretraining import assemble
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
+from cmt_mae.tools.diagnose.limits import GREEDY, SAME, UNIFORM
 
 IMAGES = 48  # through the teacher
 AT_ONCE = 16
-# Measured on Imagenette (docs/results/doctor.md): DeiT-Tiny and the embedded teacher lie inside these, networks
-# of random weights outside.
-UNIFORM = 0.99  # entropy of the class token's attention, 1 = uniform
-GREEDY = 0.95  # attention that goes to the class token itself and other prefix tokens
-SAME = 0.05  # share of a map's or of features' variance that images, not places, make
 LEAST_RANK = 2.0  # directions that the features fill
 
 

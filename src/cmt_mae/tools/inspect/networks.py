@@ -11,9 +11,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core import run_reader
 from cmt_mae.core.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, step_of
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.parsing import parse, read_settings
+from cmt_mae.core.parsing import parse
 from cmt_mae.core.text import one_line
 from cmt_mae.method.cmtmae import Alphas, FrozenNetworks, MaskConfig, StudentWithDecoder
 from cmt_mae.method.masking import count_masked
@@ -284,15 +285,7 @@ def _own_teacher(config: PretrainConfig, stats: Statistics, folder: Path) -> Tea
 
 def read_config(folder: Path) -> PretrainConfig:
     """Settings of a run from its config.yaml. Raises InputError where the folder is no run of ours."""
-    path = folder / "config.yaml"
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(
-            f"{folder} is no run directory, {path.name} cannot be read ({error.strerror}): give a folder that "
-            "`cmt-mae pretrain` wrote"
-        ) from error
-    content = read_settings(text, str(path))
+    content, path = run_reader.read_config(folder), folder / "config.yaml"
     if "student" not in content or "mask" not in content:
         raise InputError(f"{path} is not that of a `cmt-mae pretrain` run: give the run directory")
     config: PretrainConfig = parse(str(path), PretrainConfig, [], content)
@@ -301,11 +294,9 @@ def read_config(folder: Path) -> PretrainConfig:
 
 def read_plan(folder: Path) -> Plan | None:
     """What run.json says of steps and stages; None where it is missing or of another make."""
-    import json
-
     try:
-        return Plan(**json.loads((folder / "run.json").read_bytes())["plan"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return Plan(**run_reader.read_run(folder).facts["plan"])
+    except (InputError, LookupError, TypeError):
         return None
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cmt_mae.core.runs import read_metrics
+from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.data.ade20k import open_ade20k
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis

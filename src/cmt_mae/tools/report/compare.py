@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.run_reader import is_run, result_files
 from cmt_mae.evaluate.result import Result
 from cmt_mae.tools.report.paper import PROTOCOLS, SOURCE, PaperNumber, paper_numbers
 
@@ -169,7 +170,7 @@ def collect(runs: list[str]) -> tuple[list[tuple[Path, Result]], list[str]]:
         if not path.is_dir():
             found += [(path, read_result(path))] if _is_new(path, seen) else []
             continue
-        files = result_files(path)
+        files = files_in(path)
         if not files:
             notes.append(nothing_measured(path))
         for file in files:
@@ -181,11 +182,14 @@ def collect(runs: list[str]) -> tuple[list[tuple[Path, Result]], list[str]]:
     return newest(found, notes), notes
 
 
-def result_files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """Result files of a run, of the trainings of its evaluations, or of runs side by side, sorted."""
-    found = sorted(folder.glob("*.json")) if folder.name == "results" else []
-    for place in ("", "evaluations/*/", "*/", "*/evaluations/*/"):
-        found += sorted(folder.glob(f"{place}results/*.json"))
+    found = sorted(folder.glob("*.json")) if folder.name == "results" else result_files(folder)
+    if not is_run(
+        folder
+    ):  # runs side by side; the folders of a run itself are not searched for runs
+        for child in sorted(folder.iterdir()):
+            found += result_files(child) if child.is_dir() else []
     return list(dict.fromkeys(found))
 
 

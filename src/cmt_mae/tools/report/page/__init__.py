@@ -1,4 +1,5 @@
-"""The page of a run: read (record.py), judged (verdict.py), drawn (curves.py), written as HTML (render.py).
+"""The page of a run: facts (facts.py, cost.py, results.py), charts and pictures, written as HTML (render.py).
 
-Reads files only; of a run nothing is changed but its report.html.
+What it shows is read by core/run_reader.py and judged by tools/diagnose. Of a run nothing is changed but its
+report.html.
 """

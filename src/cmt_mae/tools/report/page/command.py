@@ -7,10 +7,10 @@ from typing import Any
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_text
+from cmt_mae.core.run_reader import RunRecord, labels_of, read_run
 from cmt_mae.core.text import printable
-from cmt_mae.tools.report.page.record import Record, labels_of, read_record
+from cmt_mae.tools.diagnose.verdict import judge
 from cmt_mae.tools.report.page.render import page
-from cmt_mae.tools.report.page.verdict import judge
 
 MARK = b'<meta name="generator" content="cmt-mae'
 MOST_RUNS = 40
@@ -46,16 +46,16 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
     return {"path": str(out), "bytes": len(text.encode()), "verdicts": verdicts}
 
 
-def read_records(runs: list[str]) -> list[Record]:
+def read_records(runs: list[str]) -> list[RunRecord]:
     """The runs in the order given, with a short name each. Raises InputError for none, and for too many."""
     if not runs:
         raise InputError("no run given: cmt-mae report RUN [RUN ...]")
     if len(runs) > MOST_RUNS:
         raise InputError(f"{len(runs)} runs are too many for one page: give {MOST_RUNS} or fewer")
-    return [read_record(run, label) for run, label in zip(runs, labels_of(runs), strict=True)]
+    return [read_run(run, label) for run, label in zip(runs, labels_of(runs), strict=True)]
 
 
-def default_out(records: list[Record]) -> Path:
+def default_out(records: list[RunRecord]) -> Path:
     """Beside the run's other files; for several runs in the current folder."""
     return records[0].path / "report.html" if len(records) == 1 else Path("report.html")
 

@@ -4,13 +4,13 @@ import math
 import statistics
 from typing import Any
 
-from cmt_mae.tools.report.page.record import Record, section
-from cmt_mae.tools.report.page.verdict import duration
+from cmt_mae.core.run_reader import RunRecord, section
+from cmt_mae.core.text import duration
 
 Pairs = list[tuple[str, str]]
 
 
-def cost(record: Record) -> Pairs:
+def cost(record: RunRecord) -> Pairs:
     """Label and text of everything that can be said; only what was measured."""
     rows = [row for row in record.log_rows() if row.get("images_per_second", 0) > 0]
     if not rows:
@@ -42,7 +42,7 @@ def cost(record: Record) -> Pairs:
     return pairs
 
 
-def by_stage(record: Record, rows: list[dict[str, float]]) -> dict[str, list[dict[str, float]]]:
+def by_stage(record: RunRecord, rows: list[dict[str, float]]) -> dict[str, list[dict[str, float]]]:
     """The lines of each stage; ``one`` alone where the run has one stage."""
     if not record.switch_step:
         return {"one": rows}
@@ -58,7 +58,7 @@ def rate(rows: list[dict[str, float]]) -> float:
     return statistics.median(row["images_per_second"] for row in rows)
 
 
-def speed(record: Record, rows: list[dict[str, float]]) -> str:
+def speed(record: RunRecord, rows: list[dict[str, float]]) -> str:
     """Median of each stage."""
     parts = by_stage(record, rows)
     if len(parts) == 1:
@@ -69,7 +69,7 @@ def speed(record: Record, rows: list[dict[str, float]]) -> str:
     )
 
 
-def training_seconds(record: Record, rows: list[dict[str, float]]) -> float:
+def training_seconds(record: RunRecord, rows: list[dict[str, float]]) -> float:
     """Wall time of all steps that count: images / (images a second), line by line. 0 where it is not known."""
     batch = record.setting("batch_size")
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
@@ -81,7 +81,7 @@ def training_seconds(record: Record, rows: list[dict[str, float]]) -> float:
     return total
 
 
-def arithmetic(record: Record, rows: list[dict[str, float]]) -> Pairs:
+def arithmetic(record: RunRecord, rows: list[dict[str, float]]) -> Pairs:
     """FLOP/s by the count of multiplications in run.json, and MFU where the machine's peak is known."""
     counts = section(section(record.facts, "cost"), "flop_per_image")
     peak, how = peak_of(record)
@@ -114,7 +114,7 @@ def arithmetic(record: Record, rows: list[dict[str, float]]) -> Pairs:
     return pairs
 
 
-def peak_of(record: Record) -> tuple[float, str]:
+def peak_of(record: RunRecord) -> tuple[float, str]:
     """FLOP/s of one device and where the number is from; 0 where nobody knows."""
     for source in (section(record.facts, "cost"), record.bench):
         peak = section(source, "peak")

@@ -7,13 +7,13 @@ from pathlib import PurePath
 from typing import Any
 
 from cmt_mae.core.indifferent import RESUME_SAFE_SETTINGS
+from cmt_mae.core.run_reader import RunRecord, section
 from cmt_mae.core.text import one_line, printable
-from cmt_mae.tools.report.page.record import Record, section
 
 Pairs = list[tuple[str, str]]
 
 
-def what_ran(record: Record) -> Pairs:
+def what_ran(record: RunRecord) -> Pairs:
     """Method, networks, images, schedule and machine of a run; only what its files say."""
     pairs = [
         ("Method", method(record)),
@@ -28,7 +28,7 @@ def what_ran(record: Record) -> Pairs:
     return [(name, text) for name, text in pairs if text]
 
 
-def method(record: Record) -> str:
+def method(record: RunRecord) -> str:
     """The mask, the targets, and the stages."""
     get = record.setting
     if get("mask.rule") is None:
@@ -54,7 +54,7 @@ def networks(source: Any) -> str:
     return words.get(source, value(source)) if isinstance(source, str) else value(source)
 
 
-def student(record: Record) -> str:
+def student(record: RunRecord) -> str:
     """Preset, size and patch."""
     get = record.setting
     if get("student.preset") is None:
@@ -70,7 +70,7 @@ def student(record: Record) -> str:
     return ", ".join(parts)
 
 
-def teacher(record: Record) -> str:
+def teacher(record: RunRecord) -> str:
     """Name, licence of its weights, digest."""
     facts = section(record.facts, "teacher")
     if not facts:
@@ -82,7 +82,7 @@ def teacher(record: Record) -> str:
     return "; ".join(parts)
 
 
-def images(record: Record) -> str:
+def images(record: RunRecord) -> str:
     """Where, how many, fingerprint."""
     data = section(record.facts, "data")
     path = data.get("path") or record.setting("data.path")
@@ -96,7 +96,7 @@ def images(record: Record) -> str:
     return ", ".join(parts)
 
 
-def schedule(record: Record) -> str:
+def schedule(record: RunRecord) -> str:
     """Epochs, steps, batch, learning rate, seed."""
     get = record.setting
     parts = []
@@ -112,7 +112,7 @@ def schedule(record: Record) -> str:
     return ", ".join(parts)
 
 
-def machine(record: Record) -> str:
+def machine(record: RunRecord) -> str:
     """Device, processor, processes."""
     hardware, placement = section(record.facts, "hardware"), section(record.facts, "placement")
     if not hardware:
@@ -130,13 +130,13 @@ def machine(record: Record) -> str:
     return ", ".join(parts)
 
 
-def versions(record: Record) -> str:
+def versions(record: RunRecord) -> str:
     """Python and the libraries."""
     found = section(record.facts, "versions")
     return ", ".join(f"{one_line(name, 40)} {one_line(text, 40)}" for name, text in found.items())
 
 
-def started(record: Record) -> str:
+def started(record: RunRecord) -> str:
     """Date of the first start, and how often it was continued."""
     dates = [day(start.get("date")) for start in starts(record)]
     if not dates:
@@ -153,13 +153,13 @@ def day(date: Any) -> str:
         return one_line(date, 40)
 
 
-def starts(record: Record) -> list[dict[str, Any]]:
+def starts(record: RunRecord) -> list[dict[str, Any]]:
     """The starts of run.json that can be read."""
     found = record.facts.get("starts")
     return [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
 
 
-def repeat(record: Record) -> list[tuple[str, str]]:
+def repeat(record: RunRecord) -> list[tuple[str, str]]:
     """(what it does, command): the settings in full, and each different command that was given."""
     placement = section(record.facts, "placement")
     processes = placement.get("processes")
@@ -192,7 +192,7 @@ def as_command(words: list[str], launch: str) -> str:
     return one_line(" ".join([program, *map(shlex.quote, words[1:])]), 4000)
 
 
-def differences(records: list[Record]) -> list[dict[str, Any]]:
+def differences(records: list[RunRecord]) -> list[dict[str, Any]]:
     """Settings and facts that are not the same in all runs: name, one text a run, whether it moves the result.
 
     Names of folders (out, the label) always differ and are left out.
@@ -228,7 +228,7 @@ def differences(records: list[Record]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: not row["matters"])
 
 
-def all_settings(records: list[Record]) -> list[dict[str, Any]]:
+def all_settings(records: list[RunRecord]) -> list[dict[str, Any]]:
     """Every setting of every run."""
     names = dict.fromkeys(name for record in records for name in record.settings)
     return [

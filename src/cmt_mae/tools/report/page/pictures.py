@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from cmt_mae.core.run_reader import RunRecord
 from cmt_mae.core.text import one_line
-from cmt_mae.tools.report.page.record import Record
 
 SIDES = (1600, 1000, 640)
 """Longest side in pixels, tried from the left until the picture fits into its share."""
@@ -52,7 +52,7 @@ class Shown:
     """Path below pictures/."""
 
 
-def chosen(record: Record, most: int) -> list[tuple[Path, str, int | None]]:
+def chosen(record: RunRecord, most: int) -> list[tuple[Path, str, int | None]]:
     """(file, kind, step) to show: of each kind the first, the last and evenly between; kinds share ``most``."""
     kinds: dict[str, list[tuple[Path, int | None]]] = {}
     for path in record.pictures:
@@ -79,7 +79,7 @@ def chosen(record: Record, most: int) -> list[tuple[Path, str, int | None]]:
     return shown
 
 
-def embedded(record: Record, budget: int, most: int = 12) -> tuple[list[Shown], list[str]]:
+def embedded(record: RunRecord, budget: int, most: int = 12) -> tuple[list[Shown], list[str]]:
     """Pictures as data: addresses of at most ``budget`` characters together, and a note for each left out."""
     picked = chosen(record, most)
     found: list[Shown] = []
@@ -100,7 +100,7 @@ def embedded(record: Record, budget: int, most: int = 12) -> tuple[list[Shown], 
     return found, notes
 
 
-def linked(record: Record, most: int = 12) -> list[Shown]:
+def linked(record: RunRecord, most: int = 12) -> list[Shown]:
     """Pictures by their address on the server of `watch`."""
     from urllib.parse import quote
 
@@ -119,7 +119,7 @@ def linked(record: Record, most: int = 12) -> list[Shown]:
 
 
 def _shown(
-    record: Record,
+    record: RunRecord,
     path: Path,
     kind: str,
     step: int | None,

@@ -10,13 +10,14 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from cmt_mae.core.run_reader import RunRecord
 from cmt_mae.core.text import printable
-from cmt_mae.tools.report.page import curves, facts
+from cmt_mae.tools.diagnose.verdict import judge
+from cmt_mae.tools.report import charts as chart_list
+from cmt_mae.tools.report.page import facts
 from cmt_mae.tools.report.page.cost import cost
 from cmt_mae.tools.report.page.pictures import Shown, embedded, linked
-from cmt_mae.tools.report.page.record import Record
 from cmt_mae.tools.report.page.results import results_table
-from cmt_mae.tools.report.page.verdict import judge
 
 MAX_BYTES = 5_000_000
 """Of the page."""
@@ -25,7 +26,7 @@ LISTED = 200
 """Bad images and warnings that are listed; the rest is counted."""
 
 
-def page(records: list[Record], live: str = "") -> str:
+def page(records: list[RunRecord], live: str = "") -> str:
     """The page of one run, or of several side by side.
 
     live: the stamp of the files where `watch` serves it: with pictures by address, and updating by itself.
@@ -45,7 +46,7 @@ def page(records: list[Record], live: str = "") -> str:
     return fill(content, pictures)
 
 
-def content_of(records: list[Record], live: str) -> dict[str, Any]:
+def content_of(records: list[RunRecord], live: str) -> dict[str, Any]:
     """Everything that the template shows, but pictures."""
     table = results_table(records)
     runs = []
@@ -67,13 +68,13 @@ def content_of(records: list[Record], live: str) -> dict[str, Any]:
                 "total": record.total_steps,
             }
         )
-    charts = curves.charts(records)
+    charts = chart_list.charts(records)
     return {
         "title": ", ".join(record.label for record in records),
         "live": live,
         "runs": runs,
         "charts": charts,
-        "samples": {c["key"]: [curves.sampled(t) for t in c["tables"]] for c in charts},
+        "samples": {c["key"]: [chart_list.sampled(t) for t in c["tables"]] for c in charts},
         "plot": plot_data(records, charts),
         "ran": side_by_side([facts.what_ran(record) for record in records]),
         "cost": side_by_side([cost(record) for record in records]),
@@ -92,7 +93,7 @@ def side_by_side(pairs: list[list[tuple[str, str]]]) -> list[dict[str, Any]]:
     return [{"name": name, "values": [one.get(name, "") for one in texts]} for name in names]
 
 
-def plot_data(records: list[Record], charts: list[dict[str, Any]]) -> dict[str, Any]:
+def plot_data(records: list[RunRecord], charts: list[dict[str, Any]]) -> dict[str, Any]:
     """What the script draws."""
     switches = []
     for record in records:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from cmt_mae.core.run_reader import RunRecord
 from cmt_mae.core.text import one_line
 from cmt_mae.tools.report.compare import Comparison, collect, tabulate
 from cmt_mae.tools.report.comparison_text import TITLES, footnote_lines, shown
-from cmt_mae.tools.report.page.record import Record
 
 
-def results_table(records: list[Record]) -> dict[str, Any]:
+def results_table(records: list[RunRecord]) -> dict[str, Any]:
     """Columns, rows and footnotes of everything that was evaluated; ``notes`` says what was left out."""
     found, notes = collect([str(record.path) for record in records])
     table = tabulate(found, []) if found else Comparison([], [], {}, [])

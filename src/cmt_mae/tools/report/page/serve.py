@@ -18,8 +18,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.run_reader import PICTURES, files_below, inside, read_run, result_files
 from cmt_mae.core.text import one_line, printable
-from cmt_mae.tools.report.page.record import PICTURES, inside, read_record
 from cmt_mae.tools.report.page.render import page
 
 WATCHED = (
@@ -31,7 +31,6 @@ WATCHED = (
     "bad_images.txt",
     "bench.json",
 )
-FOLDERS = ("pictures", "results", "evaluations")
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -59,7 +58,7 @@ class WatchConfig:
 
 def watch(config: WatchConfig) -> dict[str, Any]:
     """Serve until Ctrl-C. Raises InputError for a folder that is no run and an address that cannot be had."""
-    read_record(config.run)  # refuses what is no run before anything listens
+    read_run(config.run)  # refuses what is no run before anything listens
     server = make_server(config)
     address = address_of(config.host, server.server_address[1])
     with server, contextlib.suppress(KeyboardInterrupt):
@@ -90,7 +89,7 @@ class Server(ThreadingHTTPServer):
         with self.making:
             stamp = stamp_of(self.run)
             if self.made[0] != stamp:
-                self.made = (stamp, page([read_record(str(self.run))], stamp).encode())
+                self.made = (stamp, page([read_run(str(self.run))], stamp).encode())
             return self.made[1]
 
 
@@ -228,9 +227,9 @@ def file_of(run: Path, quoted: str) -> Path | None:
 def stamp_of(run: Path) -> str:
     """Changes whenever a file of the page does: names, sizes and times; and every ten minutes ("no news for")."""
     seen = [str(int(time.time() // 600))]
-    paths = [run / name for name in WATCHED]
-    for folder in FOLDERS:
-        paths += sorted((run / folder).rglob("*"))
+    paths = [run / name for name in WATCHED] + result_files(run)
+    with contextlib.suppress(OSError):  # a folder that leads out of the run is not looked into
+        paths += files_below(run, "pictures")
     for path in paths:
         with contextlib.suppress(OSError):
             info = path.stat()

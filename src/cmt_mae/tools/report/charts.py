@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cmt_mae.tools.report.page.record import Record
+from cmt_mae.core.run_reader import RunRecord
 
 POINTS = 600
 """Points of a chart for one run, and for several together so many more that the page stays small."""
@@ -68,7 +68,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def charts(records: list[Record]) -> list[dict[str, Any]]:
+def charts(records: list[RunRecord]) -> list[dict[str, Any]]:
     """Every chart that has something to show, as the page's script and template take it.
 
     x is in epochs where every run says how many steps make one, else in steps. A chart holds one table a
@@ -103,7 +103,7 @@ def charts(records: list[Record]) -> list[dict[str, Any]]:
     return found
 
 
-def row_of(record: Record) -> list[dict[str, float]]:
+def row_of(record: RunRecord) -> list[dict[str, float]]:
     """One line a step, in order, with alpha of Eqs. 3 and 4, which is a setting and is not logged."""
     alpha = alphas(record)
     by_step: dict[int, dict[str, float]] = {}  # one line a step: k-NN has lines of its own
@@ -114,7 +114,7 @@ def row_of(record: Record) -> list[dict[str, float]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def alphas(record: Record) -> Callable[[int], dict[str, float]] | None:
+def alphas(record: RunRecord) -> Callable[[int], dict[str, float]] | None:
     """Step -> alpha (or alpha_mask and alpha_loss) of the step that ended there; None for a run of one stage."""
     switch, per = record.switch_step, record.plan("steps_per_epoch")
     base = _number(record.setting("alpha"))
