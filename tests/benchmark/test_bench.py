@@ -139,7 +139,7 @@ def test_watching_a_step_changes_neither_its_result_nor_its_modules() -> None:
         after = dict(vars(stepper)), dict(vars(stepper.guides)), dict(vars(measure.cmtmae))
         assert [set(d) for d in after] == [set(d) for d in untouched]
         assert after[0]["model"] is untouched[0]["model"]
-        assert after[2]["sample_mask"] is untouched[2]["hide"]
+        assert after[2]["sample_mask"] is untouched[2]["sample_mask"]
         weights.append(stepper.learner.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

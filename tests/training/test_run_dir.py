@@ -132,3 +132,14 @@ def test_a_folder_that_cannot_be_read_is_one_line(
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(InputError, match="cannot be read: Permission denied"):
         open_run(tmp_path)
+
+
+def test_a_setting_that_a_run_is_older_than_had_its_default(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.claim()
+    run.close()
+    save_checkpoint(run.checkpoints, 1, {"step": 1})
+    now = {"seed": 0, "new": 1}
+    with pytest.raises(InputError, match=r"new: 2 -> 1"):
+        RunDir(str(tmp_path), now, (), writes=True, defaults={"new": 2})
+    RunDir(str(tmp_path), now, (), writes=True, defaults={"new": 1})

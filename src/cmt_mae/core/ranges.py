@@ -59,7 +59,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "heads": ONE,
         "drop_path": RATE,
     },
-    "TeacherConfig": {"last_k": ONE, "channels": ZERO},
+    "TeacherConfig": {"last_k": ONE, "channels": ZERO, "view_size": ZERO, "project_to": ZERO},
     "MaskConfig": {
         "temperature": POSITIVE,
         "hint_share": SHARE,

@@ -42,9 +42,15 @@ class RunDir:
     """
 
     def __init__(
-        self, out: str, settings: dict[str, Any], indifferent: tuple[str, ...], writes: bool
+        self,
+        out: str,
+        settings: dict[str, Any],
+        indifferent: tuple[str, ...],
+        writes: bool,
+        defaults: dict[str, Any] | None = None,
     ) -> None:
-        """settings: nested plain values. indifferent: prefixes of keys that do not affect results.
+        """settings: nested plain values. indifferent: prefixes of keys that do not affect results. defaults: of
+        all settings; a run from before one of them existed had its default.
 
         Raises InputError where the folder holds something else, or a run with other settings.
         """
@@ -52,19 +58,21 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self._lock = Lock(self.path / "run.lock")
         try:
-            self._look(settings, indifferent)
+            self._look(settings, indifferent, defaults or {})
         except OSError as error:
             raise InputError(
                 f"{out} cannot be read: {error.strerror}; make it readable or choose another --out"
             ) from error
 
-    def _look(self, settings: dict[str, Any], indifferent: tuple[str, ...]) -> None:
+    def _look(
+        self, settings: dict[str, Any], indifferent: tuple[str, ...], defaults: dict[str, Any]
+    ) -> None:
         config = self.path / "config.yaml"
         if config.exists():
             # else it never got anywhere: settings may change
             if list_checkpoints(self.checkpoints):
                 before = read_settings(config.read_text(errors="replace"), str(config))
-                refuse_changes(self.path, before, settings, indifferent)
+                refuse_changes(self.path, before, settings, indifferent, defaults)
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise InputError(
                 f"{self.path} is not empty and holds no run: choose a new folder for --out"
@@ -169,10 +177,14 @@ class RunDir:
 
 
 def refuse_changes(
-    run: Path, before: dict[str, Any], now: dict[str, Any], indifferent: tuple[str, ...]
+    run: Path,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    indifferent: tuple[str, ...],
+    defaults: dict[str, Any] | None = None,
 ) -> None:
     """Raise InputError with the differences where a setting that affects results has changed."""
-    old, new = flatten(before), flatten(now)
+    old, new = {**flatten(defaults or {}), **flatten(before)}, flatten(now)
     differences = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted({*old, *new})

@@ -4,8 +4,9 @@ What a sample is (its crop, flip and mask noise) follows from (seed, epoch, inde
 samples make a step from (seed, step) alone. So ranks, workers and restarts cannot change a run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data import jpeg
-from cmt_mae.data.crops import NO_EPOCH, center_crop, crop_box, cut, resize_into, sample_rng
+from cmt_mae.data.crops import NO_EPOCH, Box, center_crop, crop_box, cut, resize_into, sample_rng
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.sources import Source
 from cmt_mae.data.steps import Steps, order
@@ -45,6 +46,8 @@ class CropSettings:
     """Height and width of the crop in pixels."""
     second_size: tuple[int, int] | None = None
     """Height and width of the same crop a second time, for a teacher with another input size."""
+    photo_size: tuple[int, int] | None = None
+    """Height and width to which the whole photo is squeezed, for a teacher that is shown photos."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Range of the crop's share of the image area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -55,6 +58,11 @@ class CropSettings:
     """The same crop and flip of an image in every epoch (the noise still changes)."""
     shrink: bool = False
     """Decode a JPEG at 1/2, 1/4 or 1/8 where its crop is much larger than wanted (`data.jpeg`)."""
+
+    @property
+    def teacher_size(self) -> tuple[int, int] | None:
+        """Height and width at which the teacher is shown a picture, where not at the student's."""
+        return self.photo_size or self.second_size
 
 
 class Batch(TypedDict):
@@ -68,6 +76,13 @@ class Batch(TypedDict):
     """bool (B,): which samples the consumer flips left to right (p = 1/2)."""
     noise: torch.Tensor
     """float32 (B, noise_length), uniform in the open interval (0, 1)."""
+    box: torch.Tensor
+    """float32 (B, 4): top, left, height and width of the crop, before any flip, as shares of the photo's
+    height and width."""
+    photos: torch.Tensor | None
+    """uint8 (K, C, s, s), channels last: whole photos of the samples that `photo_wanted` asks for."""
+    photo_rows: torch.Tensor
+    """int64 (K,): which samples of the batch these are."""
     index: torch.Tensor
     """int64 (B,): the image's number in the source (the replacement's for a broken one)."""
     bad: list[tuple[int, str, str]]
@@ -98,8 +113,15 @@ def _pixels(data: bytes | np.ndarray, channels: int) -> np.ndarray:
 class _Micro:
     """Item: one whole micro-batch, given (epoch, indexes); an InputError is returned (iterate)."""
 
-    def __init__(self, source: Source, crops: CropSettings, noise_length: int, seed: int) -> None:
-        self.source, self.crops = source, crops
+    def __init__(
+        self,
+        source: Source,
+        crops: CropSettings,
+        noise_length: int,
+        seed: int,
+        photo_wanted: Callable[[int], bool] | None,
+    ) -> None:
+        self.source, self.crops, self.photo_wanted = source, crops, photo_wanted
         self.noise_length, self.seed = noise_length, seed
         self.scratch = np.empty(SCRATCH_BYTES, dtype=np.uint8)
 
@@ -121,12 +143,17 @@ class _Micro:
         flip = np.empty(count, dtype=bool)
         noise = np.empty((count, self.noise_length), dtype=np.float32)
         used = np.empty(count, dtype=np.int64)
+        boxes = np.empty((count, 4), dtype=np.float32)
+        photos: dict[int, torch.Tensor] = {}  # by row
         bad: list[tuple[int, str, str]] = []
         rng = None
         for row, index in enumerate(indexes.tolist()):
             rng = sample_rng(self.seed, NO_EPOCH if crops.fixed else epoch, index, again=rng)
             flip[row] = rng.random() < 0.5
-            piece, used[row] = self._read(rng, index, bad)
+            sample, used[row] = self._read(rng, index, bad)
+            piece, boxes[row] = sample.piece, sample.box
+            if sample.photo is not None:
+                photos[row] = sample.photo
             resize_into(piece, images[row : row + 1])
             if second is not None:
                 resize_into(piece, second[row : row + 1])
@@ -139,13 +166,16 @@ class _Micro:
             second=second,
             flip=torch.from_numpy(flip),
             noise=torch.from_numpy(noise),
+            box=torch.from_numpy(boxes),
+            photos=torch.cat(list(photos.values())) if photos else None,
+            photo_rows=torch.tensor(list(photos), dtype=torch.int64),
             index=torch.from_numpy(used),
             bad=bad,
         )
 
     def _read(
         self, rng: np.random.Generator, index: int, bad: list[tuple[int, str, str]]
-    ) -> tuple[torch.Tensor, int]:
+    ) -> tuple["_Sample", int]:
         """A crop of image `index`, or in place of a broken one of another, drawn by the sample."""
         failed: list[tuple[int, str, str]] = []
         while len(failed) < MAX_REPLACED:
@@ -160,28 +190,71 @@ class _Micro:
             f"{MAX_REPLACED} images in a row cannot be read ({named}; ...); check the data"
         )
 
-    def _crop(self, rng: np.random.Generator, index: int) -> torch.Tensor:
-        """A random crop of image `index`, (1, C, h, w) uint8, not yet resized. Raises BadImage.
+    def _crop(self, rng: np.random.Generator, index: int) -> "_Sample":
+        """A random crop of image `index`, and the photo where it is wanted. Raises BadImage.
 
-        Both ways draw the same box; the first decodes only what it needs.
+        A JPEG is decoded only as far as needed; the box is the same as of the decoded picture.
         """
-        crops = self.crops
         data = self.source.read(index)
         header = None
-        if isinstance(data, bytes) and crops.channels == 3:
+        if isinstance(data, bytes) and self.crops.channels == 3:
             header = jpeg.read_header(data, MAX_PIXELS)
         if isinstance(data, bytes) and header is not None:
             before = rng.bit_generator.state
-            box = crop_box(rng, *header.size, crops.scale, crops.ratio)
-            sizes = [crops.size] if crops.second_size is None else [crops.size, crops.second_size]
-            shrink = jpeg.choose_shrink(box, sizes) if crops.shrink else 1
-            piece = jpeg.decode(data, header, box, shrink, self.scratch)
-            if piece is not None:
-                return cut(piece, (0, 0, *piece.shape[:2]))
+            sample = self._cut(rng, index, header.size, partial(self._decode, data, header))
+            if sample is not None:
+                return sample
             rng.bit_generator.state = before  # as if this had not been tried
-        image = _pixels(data, crops.channels)
+        image = _pixels(data, self.crops.channels)
         height, width = image.shape[:2]
-        return cut(image, crop_box(rng, height, width, crops.scale, crops.ratio))
+        sample = self._cut(rng, index, (height, width), lambda box, _: cut(image, box))
+        assert sample is not None
+        return sample
+
+    def _cut(
+        self, rng: np.random.Generator, index: int, size: tuple[int, int], read: "_Read"
+    ) -> "_Sample | None":
+        """Draw a box in a photo of `size` (height, width) and read it; None where `read` cannot."""
+        crops = self.crops
+        box = crop_box(rng, *size, crops.scale, crops.ratio)
+        sizes = [crops.size] if crops.second_size is None else [crops.size, crops.second_size]
+        piece, photo = read(box, sizes), None
+        if piece is None:
+            return None
+        if crops.photo_size and (self.photo_wanted is None or self.photo_wanted(index)):
+            whole = read((0, 0, *size), [crops.photo_size])
+            if whole is None:
+                return None
+            photo = _empty(1, crops.channels, crops.photo_size)
+            resize_into(whole, photo)
+        height, width = size
+        return _Sample(
+            piece, (box[0] / height, box[1] / width, box[2] / height, box[3] / width), photo
+        )
+
+    def _decode(
+        self, data: bytes, header: jpeg.Header, box: Box, sizes: list[tuple[int, int]]
+    ) -> torch.Tensor | None:
+        """A box of a JPEG, (1, C, h, w) uint8; None where it has to be decoded by other means."""
+        shrink = jpeg.choose_shrink(box, sizes) if self.crops.shrink else 1
+        piece = jpeg.decode(data, header, box, shrink, self.scratch)
+        return None if piece is None else cut(piece, (0, 0, *piece.shape[:2]))
+
+
+@dataclass
+class _Sample:
+    """One image of a batch."""
+
+    piece: torch.Tensor
+    """(1, C, h, w) uint8: the crop, not yet resized."""
+    box: tuple[float, float, float, float]
+    """Top, left, height, width of the crop as shares of the photo."""
+    photo: torch.Tensor | None
+    """(1, C, s, s) uint8."""
+
+
+# A box of one photo, and the sizes it is wanted for -> (1, C, h, w) uint8; None: cannot be read so.
+_Read = Callable[[Box, list[tuple[int, int]]], torch.Tensor | None]
 
 
 def _empty(count: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
@@ -204,6 +277,7 @@ def pretrain_batches(
     start_step: int = 0,
     pin_memory: bool = False,
     timeout_s: float = TIMEOUT_S,
+    photo_wanted: Callable[[int], bool] | None = None,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank, beginning with optimizer step `start_step`.
 
@@ -211,6 +285,8 @@ def pretrain_batches(
     through one forward pass; batch_size / (world * micro_batch) micro-batches make a step. An epoch
     is n // batch_size steps; the rest of its order is dropped. The same global batches come for any
     rank count and worker count. timeout_s: a worker silent for so long counts as hung (0: never).
+    photo_wanted: given an image's number, whether its whole photo is to come along (`crops.photo_size`);
+    called in the workers; None: always.
     Raises InputError: sizes that do not divide, fewer images than a batch, too many broken images,
     a worker that died or hung.
     """
@@ -228,7 +304,13 @@ def pretrain_batches(
         raise InputError(f"seed {seed} and step {start_step} must not be negative")
     steps = Steps(len(source), seed, batch_size, micro_batch, rank, world)
     steps.position = start_step * steps.accumulation
-    return _run(_Micro(source, crops, noise_length, seed), steps, workers, pin_memory, timeout_s)
+    return _run(
+        _Micro(source, crops, noise_length, seed, photo_wanted),
+        steps,
+        workers,
+        pin_memory,
+        timeout_s,
+    )
 
 
 def _run(

@@ -9,20 +9,41 @@ from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.last_block import asks_alone, finish, first_norm, last_keys, project
-from cmt_mae.method.vit import LastBlockInput, Vit, has_class_token, num_prefix
+from cmt_mae.method.vit import (
+    LastBlockInput,
+    Vit,
+    block_number,
+    has_class_token,
+    num_prefix,
+    up_to,
+)
 
 Heads = Literal["mean", "max", "minmax_mean"]
 Normalise = Literal["sum", "none", "minmax", "rank", "zscore_softmax"]
+Reading = Literal["class", "column_mean"]
 ROWS_AT_ONCE = (
     64  # column means of networks without class token go through so many queries at a time
 )
 
 
 def attention_map(
-    model: Vit, state: LastBlockInput, heads: Heads = "mean"
+    model: Vit,
+    state: LastBlockInput,
+    heads: Heads = "mean",
+    *,
+    block: int = -1,
+    read: Reading = "class",
 ) -> tuple[Tensor, Tensor]:
-    """Raw attention to each patch (B, L) fp32 and the mass on prefix tokens (B,), averaged over heads."""
-    rows, prefix = attention_rows(model, state), num_prefix(model)
+    """Raw attention to each patch (B, L) fp32 and the mass on prefix tokens (B,), averaged over heads.
+
+    block: as it was given to ``forward_to_last``. read: class (``attention_rows``) | column_mean (how much all
+    tokens together attend to each one).
+    """
+    if state.before is not None:
+        model = up_to(model, block_number(model, block) + 1)
+        state = LastBlockInput(state.before, state.context, [])
+    rows = attention_rows(model, state) if read == "class" else column_means(model, state)
+    prefix = num_prefix(model)
     mass = rows[:, :, :prefix].sum(-1).mean(1)
     return reduce_heads(rows[:, :, prefix:], heads), mass
 

@@ -22,6 +22,7 @@ from cmt_mae.method.decoder import Decoder, DecoderConfig
 from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.masking import GUIDED, Mask, sample_mask
+from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.method.vit import LastBlockInput, encode_visible, forward_to_last, gather_tokens
 
@@ -246,7 +247,7 @@ class FrozenNetworks(nn.Module):
 
         images (B, C, H, W) normalised; noise (B, noise_length) uniform; teacher_images: the same crop at the
         teacher's size where it is cut from the photo again. teacher_output: called in place of the teacher, when
-        it is wanted (``TeacherCache``). random_mask: ignore attention at this step.
+        it is wanted (``TeacherStore``), on the student's grid. random_mask: ignore attention at this step.
         """
         seen = images if teacher_images is None else teacher_images
         look = CachedForwards(self, images, seen, teacher_output)
@@ -369,11 +370,19 @@ class CachedForwards:
         self.states: dict[str, LastBlockInput] = {}
         self.known: TeacherOutput | None = None
 
-    def teacher_said(self) -> TeacherOutput | None:
-        """What the teacher said of these images before, where somebody knows."""
+    def teacher_given(self) -> TeacherOutput | None:
+        """The teacher's outputs where they come as a whole and not from its parts, on the student's grid."""
+        teacher = self.guides.teacher
         if self.known is None and self.teacher_output is not None:
             with self.guides.whole_precision():
                 self.known = self.teacher_output()
+        elif self.known is None and teacher is not None and teacher.grid != self.guides.grid:
+            # made for whole photos and asked about a crop, as for pictures: the crop is its photo
+            with_class = self.guides.target.tokens == "all+cls"
+            with self.guides.whole_precision():
+                whole = teacher.outputs(self.teacher_images, self.guides.mask.heads, with_class)
+            box = self.images.new_tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(self.images), -1)
+            self.known = at_crops(whole, teacher.grid, self.guides.grid, box)
         return self.known
 
     def state(self, name: str) -> LastBlockInput:
@@ -395,7 +404,7 @@ class CachedForwards:
         """Raw map (B, L) and prefix mass (B,) of the named network."""
         if name == "teacher":
             assert self.guides.teacher is not None
-            known = self.teacher_said()
+            known = self.teacher_given()
             if known is not None:
                 return known.attention, known.mass
             return self.guides.teacher.attention(self.state(name), heads)
@@ -403,7 +412,7 @@ class CachedForwards:
 
     def features(self, name: str, ids: Tensor | None, class_token: bool) -> Tensor:
         """Targets before normalisation, (B, N, D)."""
-        known = self.teacher_said() if name == "teacher" else None
+        known = self.teacher_given() if name == "teacher" else None
         if known is not None:
             return known.features if ids is None else gather_tokens(known.features, ids)
         state = self.state(name)

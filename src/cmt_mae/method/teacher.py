@@ -13,6 +13,7 @@ from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.vit import (
     LastBlockInput,
     Vit,
+    block_number,
     forward_to_last,
     grid_of,
     has_class_token,
@@ -39,18 +40,32 @@ class TeacherConfig:
     """resize (the student's crop, resized on the device) | crop (the same crop cut again from the photo) |
     auto (crop where the teacher's input is larger than the student's)."""
     cache: bool = False
-    """Keep the teacher's outputs in OUT/teacher_cache, so that it runs once an image; needs data.crops fixed
-    and about 4 bytes x patches x features an image on the disk."""
+    """view crop: keep the teacher's outputs in OUT/teacher_cache, so that it runs once an image; needs
+    data.crops fixed. (view photo always keeps them.)"""
     cache_folder: str = ""
-    """Keep them below this folder instead, where every run with the same images, crops, order and teacher reads
-    what the first one wrote."""
+    """Keep them below this folder instead, where every run with the same images and teacher (with view crop:
+    the same crops too) reads what another one wrote."""
+    attention_block: int = -1
+    """Block whose attention is the map: -1 the last (as the paper), -2 the one before, or 0, 1, ... from the
+    first."""
+    view: str = "crop"
+    """crop (the teacher sees every crop) | photo (it sees each whole photo once, squeezed to a square; its map
+    and features are kept and read at the box of each crop: an approximation, much faster)."""
+    view_size: int = 0
+    """view photo: side in pixels at which the teacher sees the photos; 0: the size it was trained at."""
+    keep_as: str = "auto"
+    """How features are kept on the disk: fp32 (exact) | fp16 | int8 (with one scale a token) | auto (fp16 with
+    view photo, else fp32)."""
+    project_to: int = 0
+    """The target is the features times a fixed random matrix (orthonormal rows) with so many rows, so that less
+    has to be kept and predicted; 0: the features themselves."""
     channels: list[int] = field(default_factory=list)
     """Which of the student's channels the teacher sees; empty: all three, or a grey channel three times."""
 
 
 @dataclass
 class TeacherOutput:
-    """What the teacher says of a batch; takes the place of its forward pass."""
+    """The teacher's outputs for a batch, in place of a forward pass."""
 
     attention: Tensor
     """(B, L) fp32, raw map on the student's grid."""
@@ -84,6 +99,8 @@ class Teacher(nn.Module):
         self.model: Vit = model.requires_grad_(False).eval()
         self.projection: Tensor | None
         self.feature, self.last_k, self.grid = config.feature, config.last_k, grid
+        self.attention_block = config.attention_block
+        block_number(model, config.attention_block)
         self.channels = teacher_channels(config.channels, len(student_mean))
         fold_normalisation(
             self.model,
@@ -93,7 +110,11 @@ class Teacher(nn.Module):
             ),
             goal=(mean, std),
         )
-        self.register_buffer("projection", projection if config.feature == "projected" else None)
+        if config.feature != "projected":
+            projection = None
+        if config.project_to:
+            projection = random_projection(config.project_to, int(model.embed_dim), projection)
+        self.register_buffer("projection", projection)
         self.input_size = _input_size(model)
         self.own_grid = grid_of(model)
         if config.feature not in ("projected", "tokens", "last_k"):
@@ -113,9 +134,15 @@ class Teacher(nn.Module):
 
     def look(self, images: Tensor) -> LastBlockInput:
         """images (B, C, H, W), normalised for the STUDENT, of any size; resized here where needed."""
-        return forward_to_last(
-            self.model, self.prepared(images), self.last_k - 1 if self.feature == "last_k" else 0
-        )
+        kept = self.last_k - 1 if self.feature == "last_k" else 0
+        return forward_to_last(self.model, self.prepared(images), kept, self.attention_block)
+
+    def outputs(self, images: Tensor, heads: str, class_token: bool) -> TeacherOutput:
+        """Map and features of every token, in one go; images as ``look``."""
+        state = self.look(images)
+        attention, mass = self.attention(state, heads)
+        features = self.features(state, None, class_token)
+        return TeacherOutput(attention.float(), mass.float(), features.float())
 
     def prepared(self, images: Tensor) -> Tensor:
         """The images of ``look`` as the network itself takes them: its channels, size and number type."""
@@ -130,7 +157,7 @@ class Teacher(nn.Module):
 
     def attention(self, state: LastBlockInput, heads: str = "mean") -> tuple[Tensor, Tensor]:
         """Raw map (B, L) on the student's grid, fp32, and the mass on prefix tokens (B,)."""
-        raw, mass = attention_map(self.model, state, heads)  # type: ignore[arg-type]
+        raw, mass = attention_map(self.model, state, heads, block=self.attention_block)  # type: ignore[arg-type]
         if self.own_grid != self.grid:
             raw = resample(raw[:, :, None], self.own_grid, self.grid, "area").squeeze(-1)
         return raw, mass
@@ -156,6 +183,20 @@ class Teacher(nn.Module):
         if class_token:
             patches = torch.cat([tokens[:, :1], patches], dim=1)
         return patches if self.projection is None else patches @ self.projection.T.to(patches.dtype)
+
+
+def random_projection(rows: int, width: int, first: Tensor | None = None) -> Tensor:
+    """A fixed random matrix with orthonormal rows (rows, E), after the projection ``first`` (E, D) if there is
+    one: (rows, D). Raises InputError for more rows than E."""
+    width = width if first is None else first.shape[0]
+    if rows > width:
+        raise InputError(
+            f"teacher.project_to {rows}: the features have {width} channels, give at most so many"
+        )
+    generator = torch.Generator().manual_seed(0)
+    square = torch.linalg.qr(torch.randn(width, rows, generator=generator, dtype=torch.float64))[0]
+    matrix = square.T.float()
+    return matrix if first is None else matrix.to(first) @ first
 
 
 def teacher_channels(wanted: Sequence[int], available: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ The student is a plain timm ``VisionTransformer`` (so its weights load with ``ti
 teacher may also be timm's ``Eva`` (DINOv3, EVA-02) or ``Beit`` (BEiT, data2vec).
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def embed_patches(vit: Vit, images: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass
 class LastBlockInput:
-    """What a network knows just before its last block, and what of that block is there already."""
+    """What enters the last block of a network, and what of that block has been computed already."""
 
     tokens: Tensor
     """(B, P + L, D): prefix tokens (class, registers), then patches."""
@@ -199,24 +200,59 @@ class LastBlockInput:
     """(B, heads, P + L, d) of the last block, once the attention map has made them."""
     finished: Tensor | None = None
     """(B, P + L, D) after last block and final norm, where the attention map needed all of it."""
+    before: Tensor | None = None
+    """(B, P + L, D): what enters the block whose attention is read, where that is not the last one."""
 
 
-def forward_to_last(model: Vit, images: Tensor, keep_outputs: int = 0) -> LastBlockInput:
+def forward_to_last(
+    model: Vit, images: Tensor, keep_outputs: int = 0, attention_block: int = -1
+) -> LastBlockInput:
     """Run all blocks but the last on full images (B, C, H, W).
 
     keep_outputs: how many outputs of the preceding blocks to keep (for the mean of the last K blocks).
+    attention_block: the block whose attention will be read (0 the first, -1 the last).
     Raises InputError for networks that are not timm's VisionTransformer, Eva or Beit, or whose last block is
     not of the plain pre-norm kind.
     """
     tokens, context = _embed(model, images)
     _check_last_block(model)
     blocks = list(model.blocks)
+    read_at = block_number(model, attention_block)
     earlier: list[Tensor] = []
+    before: Tensor | None = None
     for number, block in enumerate(blocks[:-1]):
+        if number == read_at:
+            before = tokens
         tokens = block(tokens, **context)
         if number >= len(blocks) - 1 - keep_outputs:
             earlier.append(tokens)
-    return LastBlockInput(tokens, context, earlier)
+    return LastBlockInput(tokens, context, earlier, before=before)
+
+
+def block_number(model: Vit, block: int) -> int:
+    """Index of a block from 0; negative ones count from the end. Raises InputError for one that is not there."""
+    depth = len(model.blocks)
+    if not -depth <= block < depth:
+        raise InputError(
+            f"attention block {block} is not there: the network has {depth}, give {-depth} to {depth - 1}"
+        )
+    return block % depth
+
+
+def up_to(model: Vit, layer: int) -> Vit:
+    """The network as if block ``layer`` (from 1; 0: all) were its last; weights are shared.
+
+    Raises InputError for a block that it does not have.
+    """
+    depth = len(model.blocks)
+    if not 0 <= layer <= depth:
+        raise InputError(f"layer {layer} is not there: give 1..{depth}, or 0 for the last")
+    if layer in (0, depth):
+        return model
+    cut = copy.copy(model)
+    cut._modules = dict(model._modules)
+    cut.blocks = model.blocks[:layer]
+    return cut
 
 
 def _check_last_block(model: Vit) -> None:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +18,9 @@ from cmt_mae.data.sources import Source
 from cmt_mae.method.cmtmae import FrozenNetworks, StudentWithDecoder
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher, TeacherConfig
-from cmt_mae.method.vit import Vit, build_student
+from cmt_mae.method.vit import Vit, block_number, build_student, grid_of
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.teacher_cache import TeacherCache
+from cmt_mae.pretraining.teacher_store import TeacherStore
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -51,10 +51,18 @@ def build_teacher(
 def make_teacher(
     config: TeacherConfig, grid: tuple[int, int], stats: Statistics
 ) -> tuple[Teacher, Backbone]:
-    """A frozen teacher for a student with this grid (rows, columns) and normalisation."""
+    """A frozen teacher for a student with this grid (rows, columns) and normalisation.
+
+    With view photo its own grid stays: its outputs are read at the boxes of crops.
+    """
     backbone = load_backbone(config.name)
     vit: Vit = backbone.model
-    if config.grid_align == "input":
+    if config.view == "photo":
+        side = config.view_size or max(backbone.img_size)
+        if (side, side) != tuple(backbone.img_size):
+            backbone = load_backbone(config.name, img_size=(side, side))
+        grid = grid_of(backbone.model)
+    elif config.grid_align == "input":
         rows, columns = vit.patch_embed.patch_size
         size = (grid[0] * int(rows), grid[1] * int(columns))
         if size != tuple(backbone.img_size):
@@ -125,55 +133,76 @@ def build_guides(
     )  # fmt: skip
 
 
-def teacher_cache(
+def teacher_store(
     config: PretrainConfig,
     teacher: Teacher | None,
     source: Source,
     accelerator: Accelerator,
     backbone: Backbone | None,
-) -> TeacherCache | None:
+) -> TeacherStore | None:
     """Where the teacher's outputs of this run are kept, or None. Raises InputError over several machines."""
-    if not config.teacher.cache or teacher is None or backbone is None:
+    kept = config.teacher.cache or config.teacher.view == "photo"
+    if not kept or teacher is None or backbone is None:
         return None
     if int(os.environ.get("WORLD_SIZE", 1)) != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         raise InputError(
-            "teacher.cache works on one machine: set it to false, or start one machine"
+            "the teacher's outputs can be kept on one machine only: set teacher.cache to false and "
+            "teacher.view to crop, or start one machine"
         )
-    folder = Path(config.out) / "teacher_cache"
-    if config.teacher.cache_folder:
-        folder = Path(config.teacher.cache_folder) / cache_key(
-            config, source, accelerator, backbone.digest
-        )
-    return TeacherCache(
-        folder, teacher, images=len(source), heads=config.mask.heads,
-        class_token=config.target.tokens == "all+cls", rank=accelerator.process_index,
+    made_by = what_outputs_follow_from(config, teacher, source, accelerator, backbone.digest)
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.teacher.cache_folder or Path(config.out) / "teacher_cache") / key
+    return TeacherStore(
+        folder, teacher, pictures=len(source), heads=config.mask.heads,
+        class_token=needs_class_token(config), keep_as=made_by["keep_as"], made_by=made_by,
     )  # fmt: skip
 
 
-def cache_key(config: PretrainConfig, source: Source, accelerator: Accelerator, digest: str) -> str:
-    """16 hex digits of everything that the teacher's outputs follow from, to the last bit.
+def needs_class_token(config: PretrainConfig) -> bool:
+    """Whether the teacher's feature at its class token is a target."""
+    return config.target.tokens == "all+cls"
 
-    Order and batch belong to it: with the same ones a run reads exactly what it would have computed.
-    """
-    teacher, data, student = asdict(config.teacher), asdict(config.data), config.student
-    for place in ("name", "cache", "cache_folder"):
-        del teacher[place]
-    for indifferent in ("path", "workers", "timeout_s", "max_bad"):
-        del data[indifferent]
-    what = [
-        digest, source.fingerprint(), teacher, data, student.size(), student.patch_size, student.in_chans,
-        config.mask.heads, config.target.tokens == "all+cls", config.seed, config.batch_size,
-        config.runtime.micro_batch, config.precision, config.frozen_precision, accelerator.num_processes,
-        accelerator.device.type, config.runtime.compile,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+def what_outputs_follow_from(
+    config: PretrainConfig, teacher: Teacher, source: Source, accelerator: Accelerator, digest: str
+) -> dict[str, Any]:
+    """Everything that the teacher's outputs follow from; runs that agree in it share one store."""
+    settings, student, data = config.teacher, config.student, config.data
+    photo = settings.view == "photo"
+    made_by: dict[str, Any] = {
+        "teacher": digest,
+        "images": source.fingerprint(),
+        "view": settings.view,
+        "input_size": teacher.input_size,
+        "grid": teacher.grid,
+        "attention_block": block_number(teacher.model, settings.attention_block),
+        "heads": config.mask.heads,
+        "feature": [settings.feature, settings.last_k if settings.feature == "last_k" else 0],
+        "project_to": settings.project_to,
+        "class_token": needs_class_token(config),
+        "keep_as": settings.keep_as if settings.keep_as != "auto" else "fp16" if photo else "fp32",
+        "channels": teacher.channels,
+        "shrink": data.shrink,
+        # the same settings give other last bits elsewhere
+        "computed": [
+            config.precision, config.frozen_precision, config.runtime.compile, accelerator.device.type
+        ],
+    }  # fmt: skip
+    if not photo:
+        made_by["crops"] = [
+            config.seed, data.scale, data.flip, student.size(), settings.pixels, settings.grid_align, data.mean,
+            data.std,
+        ]  # fmt: skip
+    return made_by
 
 
 def crop_settings(config: PretrainConfig, teacher: Teacher | None) -> CropSettings:
     """How images are cut; with a second size where the teacher looks at the photo itself."""
     size = config.student.size()
-    second = None
-    if teacher is not None:
+    second = photo = None
+    if teacher is not None and config.teacher.view == "photo":
+        photo = teacher.input_size
+    elif teacher is not None:
         larger = teacher.input_size[0] > size[0] or teacher.input_size[1] > size[1]
         if config.teacher.pixels == "crop" or (config.teacher.pixels == "auto" and larger):
             second = teacher.input_size
@@ -186,7 +215,7 @@ def crop_settings(config: PretrainConfig, teacher: Teacher | None) -> CropSettin
             f"data.scale {config.data.scale}: give least and most share of the area, e.g. [0.2, 1]"
         )
     return CropSettings(
-        size=size, second_size=second, scale=(config.data.scale[0], config.data.scale[1]),
+        size=size, second_size=second, photo_size=photo, scale=(config.data.scale[0], config.data.scale[1]),
         channels=config.student.in_chans, fixed=config.data.crops == "fixed", shrink=config.data.shrink,
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What a run costs, for run.json: multiplications of a step, and the peak of the device where it is known."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def cost_of(stepper: Stepper) -> dict[str, Any]:
             sizes = step_of(stepper.learner, stepper.guides, stepper.weights_at(step), plan.n_mask)
         except (AttributeError, TypeError):  # a teacher built in a way that cannot be counted
             continue
+        if stepper.store is not None:  # after the first epoch the teacher no longer runs
+            sizes = replace(sizes, teacher=None)
         flop[name] = 2 * sum(step_macs(sizes).values())
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {"flop_per_image": flop, "peak": data_sheet(gpu, stepper.precision)}

@@ -27,7 +27,7 @@ def draw_attention(
     photos = Subset(source, readable(source, channels, PICTURED))
     if not len(photos):
         return
-    sizes = [config.student.size(), *([crops.second_size] if crops.second_size else [])]
+    sizes = [config.student.size(), *([crops.teacher_size] if crops.teacher_size else [])]
     shown = [
         next(iter(eval_batches(photos, size=s, channels=channels, batch_size=PICTURED)))[0]
         for s in sizes

@@ -60,7 +60,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     source = open_split(config.data.path, "train")
     plan = make_plan(config, len(source), accelerator.num_processes)
     run = RunDir(
-        config.out, plain(config), RESUME_SAFE_SETTINGS, writes=accelerator.is_main_process
+        config.out,
+        plain(config),
+        RESUME_SAFE_SETTINGS,
+        writes=accelerator.is_main_process,
+        defaults=plain(PretrainConfig()),
     )
     try:
         with stopping_with_the_others(accelerator, run.path):
@@ -108,7 +112,7 @@ class Training:
         config, plan, runtime = self.config, self.plan, self.config.runtime
         probe = OnlineProbe.open(runtime.probe_data)
         self.resume(probe)
-        self.open_cache()
+        self.open_store()
         self.announce()
         if self.stepper.no_compiler:
             self.watch.warn(
@@ -195,6 +199,7 @@ class Training:
             start_step=self.step,
             pin_memory=self.accelerator.device.type == "cuda",
             timeout_s=self.config.data.timeout_s,
+            photo_wanted=None if self.stepper.store is None else self.stepper.store.wanted(),
         )
 
     def falls_due(self, every: float) -> bool:
@@ -268,8 +273,6 @@ class Training:
         student, average = self.stepper.whole_student(), self.stepper.whole_momentum()
         bad = {index: list(entry) for index, entry in self.watch.all_bad().items()}
         state = self.stepper.state_dict()
-        if self.stepper.cache is not None:
-            self.stepper.cache.save()
         if self.run.writes:
             self.run.settle()
             # before the checkpoint: a kill between would leave a finished run with an older student
@@ -289,27 +292,28 @@ class Training:
             save_checkpoint(self.run.checkpoints, self.step, {**place, **state})
             self.tidy()
         self.accelerator.wait_for_everyone()
-        if self.stepper.cache is not None:
-            self.stepper.cache.read_kept()  # in the next epoch an image may come to another process
 
-    def open_cache(self) -> None:
-        """The teacher's outputs of this run so far, if it keeps them."""
-        cache = assemble.teacher_cache(
+    def open_store(self) -> None:
+        """The teacher's outputs so far, where they are kept."""
+        store = assemble.teacher_store(
             self.config,
             self.stepper.guides.teacher,
             self.source,
             self.accelerator,
             self.teacher_backbone,
         )
-        if cache is None:
+        if store is None:
             return
         if self.run.writes:
-            # a folder of several runs is named by what made its outputs: they stay true
-            own = not self.config.teacher.cache_folder
-            cache.create(from_the_start=own and self.step == 0)
+            store.create()
         self.accelerator.wait_for_everyone()
-        cache.open()
-        self.stepper.cache = cache
+        store.open()
+        self.stepper.store = store
+        say(
+            self.accelerator,
+            f"the teacher's outputs of {store.pictures} pictures take {store.bytes / 1e9:.2f} GB in "
+            f"{store.folder}; {store.count()} are there",
+        )
 
     def tidy(self) -> None:
         """What follows from a checkpoint, again at a start, as a kill may have come between: mark and rotate."""

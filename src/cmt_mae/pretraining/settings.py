@@ -169,9 +169,10 @@ class PretrainConfig:
             raise InputError(
                 f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"
             )
-        if self.teacher.cache and self.data.crops != "fixed":
+        if self.teacher.cache and self.data.crops != "fixed" and self.teacher.view == "crop":
             raise InputError(
-                "teacher.cache keeps what the teacher says of one crop an image: set data.crops to fixed"
+                "teacher.cache keeps the teacher's outputs for one crop an image: set data.crops to fixed, or "
+                "teacher.view to photo"
             )
         for name, word, choices in self._choices():
             if word not in choices:
@@ -204,6 +205,8 @@ class PretrainConfig:
             ("teacher.feature", self.teacher.feature, ("projected", "tokens", "last_k")),
             ("teacher.grid_align", self.teacher.grid_align, ("input", "resample")),
             ("teacher.pixels", self.teacher.pixels, ("auto", "resize", "crop")),
+            ("teacher.view", self.teacher.view, ("crop", "photo")),
+            ("teacher.keep_as", self.teacher.keep_as, ("auto", "fp32", "fp16", "int8")),
             ("decoder.kind", self.decoder.kind, ("mae", "prompting")),
             ("momentum.schedule", self.momentum.schedule, ("cosine", "linear", "constant")),
             ("data.crops", self.data.crops, ("random", "fixed")),

@@ -24,9 +24,11 @@ from cmt_mae.engine.schedules import learning_rate, momentum
 from cmt_mae.engine.sharding import whole_tensor
 from cmt_mae.method.cmtmae import Alphas, FrozenNetworks, StudentWithDecoder
 from cmt_mae.method.masking import count_masked
+from cmt_mae.method.photo_view import at_crops
+from cmt_mae.method.teacher import TeacherOutput
 from cmt_mae.method.vit import build_student
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.teacher_cache import TeacherCache
+from cmt_mae.pretraining.teacher_store import TeacherStore
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Stepper:
             None  # made at the first stage; from then on the networks are cut
         )
         self.model: nn.Module = self.learner
-        self.cache: TeacherCache | None = None
+        self.store: TeacherStore | None = None
         self.waited = 0.0  # seconds spent waiting for images since somebody set it to 0
         self.no_compiler = compiling.why_not(self.device) if config.runtime.compile else ""
         """Why the blocks are not compiled although they should be."""
@@ -238,11 +240,11 @@ class Stepper:
             shown["teacher_image_mean"] = teacher_images.mean()
         weights, mask_config = self.weights_at(step), self.config.mask
         share = step / self.plan.total_steps
-        said = None
-        # a replacement has the crop of what it replaces
-        if self.cache is not None and not batch["bad"]:
-            seen = images if teacher_images is None else teacher_images
-            said = partial(self.cache.look, seen, batch["index"])
+        seen = images if teacher_images is None else teacher_images
+        # a crop that replaces a broken image's is not the one that would be kept under its number
+        stored = self.store is not None and (
+            self.config.teacher.view == "photo" or not batch["bad"]
+        )
         with self.accelerator.autocast():
             mask, targets, logs = self.guides(
                 images,
@@ -250,7 +252,7 @@ class Stepper:
                 self.plan.n_mask,
                 weights,
                 teacher_images=teacher_images,
-                teacher_output=said,
+                teacher_output=partial(self.stored_outputs, batch, seen) if stored else None,
                 random_mask=step < mask_config.random_until_epoch * self.plan.steps_per_epoch,
                 guided_share=mask_config.mix_random_start
                 + (mask_config.mix_random_end - mask_config.mix_random_start) * share,
@@ -258,6 +260,22 @@ class Stepper:
             loss, more = self.model(images, mask, targets, weights.loss)
         self.meters.add({**shown, **logs, **more}, step + 1, 1 / self.plan.accumulation)
         return loss
+
+    def stored_outputs(self, batch: Batch, seen: Tensor) -> TeacherOutput:
+        """The teacher's outputs for a batch, on the student's grid, out of the store; what is missing there is
+        computed from the photos that came along, or from the crops ``seen`` by the teacher."""
+        store, teacher = self.store, self.guides.teacher
+        assert store is not None
+        assert teacher is not None
+        if self.config.teacher.view != "photo":
+            return store.outputs(batch["index"], seen, torch.arange(len(seen)))
+        photos = batch["photos"]
+        if photos is not None:
+            photos = self.normalise(photos.to(self.device, non_blocking=True))
+        found = store.outputs(batch["index"], photos, batch["photo_rows"])
+        boxes = batch["box"].to(self.device, non_blocking=True)
+        flip = batch["flip"].to(self.device, non_blocking=True) if self.config.data.flip else None
+        return at_crops(found, teacher.grid, self.guides.grid, boxes, flip)
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """uint8 to the device; flipped and normalised (for the student) there."""

@@ -132,6 +132,7 @@ def settle(plan: Plan, out: Path) -> Plan:
                     run.settings,
                     known[run.name].settings,
                     RESUME_SAFE_SETTINGS,
+                    plain(PretrainConfig()),
                 )
         new = {run.name for run in plan.runs}
         plan.runs += [run for run in before.runs if run.name not in new]
@@ -167,7 +168,8 @@ def settings_of(run: PlannedRun, out: Path) -> PretrainConfig:
     content = {k: v for k, v in run.settings.items() if k != "out"}
     config: PretrainConfig = parse(f"run {run.name}", PretrainConfig, [], drop_none(content))
     config.out = os.path.join(out, "runs", run.name)
-    if config.teacher.cache and not config.teacher.cache_folder:
+    kept = config.teacher.cache or config.teacher.view == "photo"
+    if kept and not config.teacher.cache_folder:
         config.teacher.cache_folder = os.path.join(out, "teacher")  # one for all runs of a seed
     return config
 

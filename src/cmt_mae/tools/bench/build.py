@@ -94,6 +94,9 @@ def synthetic_batches(
         second=None if crops.second_size is None else pixels(crops.second_size),
         flip=torch.rand(images, generator=generator) < 0.5,
         noise=noise.clamp_min(2**-25),
+        box=torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(images, -1),
+        photos=None,
+        photo_rows=torch.empty(0, dtype=torch.int64),
         index=torch.arange(images),
         bad=[],
     )

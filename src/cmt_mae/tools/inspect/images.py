@@ -123,7 +123,7 @@ def starts(source: Source, count: int) -> list[int]:
 def cut(photos: Sequence[Photo], networks: Networks) -> Inputs:
     """The largest centre crop of each photo that has the proportions of the networks' input."""
     size = networks.size
-    second = assemble.crop_settings(networks.config, networks.teacher).second_size
+    second = assemble.crop_settings(networks.config, networks.teacher).teacher_size
     times = max(1, -(-SHOWN_SIDE // min(size)))
 
     def stack(goal: tuple[int, int]) -> Tensor:

@@ -1,7 +1,5 @@
 """What the networks make of a few images. Each forward pass runs once, when something first asks for it."""
 
-import copy
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +23,7 @@ from cmt_mae.method.vit import (
     forward_to_last,
     grid_of,
     num_prefix,
+    up_to,
 )
 from cmt_mae.tools.inspect.images import Inputs
 from cmt_mae.tools.inspect.networks import Networks, Who
@@ -191,22 +190,6 @@ class Inspector:
             said = said * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
         whole = T.unpatchify(torch.where(mask.mask[:, :, None], said, true), side, networks.grid)
         return (whole * networks.guides.std + networks.guides.mean).clamp(0, 1)
-
-
-def up_to(model: Vit, layer: int) -> Vit:
-    """The network as if block ``layer`` (from 1; 0: all) were its last; weights are shared.
-
-    Raises InputError for a block that it does not have.
-    """
-    depth = len(model.blocks)
-    if not 0 <= layer <= depth:
-        raise InputError(f"layer {layer} is not there: give 1..{depth}, or 0 for the last")
-    if layer in (0, depth):
-        return model
-    cut = copy.copy(model)
-    cut._modules = dict(model._modules)
-    cut.blocks = model.blocks[:layer]
-    return cut
 
 
 def draw_noise(rule: str, grid: tuple[int, int], images: int, seed: int = 0) -> Tensor:
