@@ -90,7 +90,7 @@ def measure(backbone: str, data: str, work: Path, size: int | None = None) -> di
         "backbone": backbone, "data": data, "out": str(work / "measured" / Path(backbone).stem), "size": size,
         "workers": 0, "cache": str(work / "features"), "pools": ("mean", "cls"),
     }  # fmt: skip
-    knn, linear = evaluate_knn(KnnConfig(**common)), evaluate_linear(LinearConfig(**common))
+    knn, linear = evaluate_knn(KnnConfig(**common)), evaluate_linear(LinearConfig(**common, protocol="mae"))
     print(Path(backbone).stem, knn.metrics, linear.metrics, flush=True)
     return {
         "knn_mean": round(knn.metrics["mean/k20/top1"], 2),

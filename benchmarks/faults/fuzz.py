@@ -264,7 +264,8 @@ def case_of_work(files: "Files", tally: Tally) -> Callable[[st.DataObject], None
         "export": ["export", "--backbone", str(files.run), "--out", "o/x.safetensors"],
         "pack": ["pack", "--data", str(files.images), "--out", "o", "--size", "16", "--workers", "0"],
     }
-    for task, more in {"knn": [], "linear": ["--epochs=1"], "finetune": ["--epochs=1", "--batch_size=8"]}.items():
+    tasks = {"knn": [], "linear": [], "finetune": ["--epochs=1", "--batch_size=8"]}
+    for task, more in tasks.items():
         base = ["--backbone", str(files.run), "--data", str(files.images), "--out", "o", "--device", "cpu"]
         started[task] = ["evaluate", task, *base, "--workers", "0", *more]
 

@@ -91,7 +91,7 @@ class Tiny:
         """Words of a linear probe."""
         return [
             "evaluate", "linear", f"--backbone={self.backbone}", f"--data={self.packed}", f"--out={out}",
-            "--device=cpu", "--workers=0", "--epochs=150", f"--cache={out}/cache", *more,
+            "--device=cpu", "--workers=0", "--protocol=mae", "--epochs=150", f"--cache={out}/cache", *more,
         ]  # fmt: skip
 
 

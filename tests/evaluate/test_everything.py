@@ -49,9 +49,9 @@ def calls(monkeypatch):
     for module, name in ((knn, "evaluate_knn"), (linear, "evaluate_linear")):
         real = getattr(module, name)
 
-        def spy(settings, bar=None, real=real, name=name):
+        def spy(settings, real=real, name=name):
             called.append(name.removeprefix("evaluate_"))
-            return real(settings, bar)
+            return real(settings)
 
         monkeypatch.setattr(module, name, spy)
     return called
@@ -60,9 +60,8 @@ def calls(monkeypatch):
 @pytest.fixture(autouse=True)
 def few_epochs(monkeypatch):
     """The linear probe of these tests trains for one epoch."""
-    task = everything.TASKS["linear"]
-    presets = {name: {**more, "epochs": 1} for name, more in task.presets.items()}
-    monkeypatch.setitem(everything.TASKS, "linear", replace(task, presets=presets))
+    task = replace(everything.TASKS["linear"], quick={"protocol": "mae", "epochs": 1})
+    monkeypatch.setitem(everything.TASKS, "linear", task)
 
 
 def test_each_result_is_that_of_its_own_command(config, vit, pictures, tmp_path, capsys, calls):
@@ -289,12 +288,11 @@ def test_all_six_tasks_on_generated_scenes(tmp_path, root, config, monkeypatch, 
     write_davis(root / "scenes-davis", 1, 3)
     for name, more in SMALL.items():
         task = everything.TASKS[name]
-        presets = {"quick": {**task.presets["quick"], **more}}
-        monkeypatch.setitem(everything.TASKS, name, replace(task, presets=presets))
+        monkeypatch.setitem(everything.TASKS, name, replace(task, quick={**task.quick, **more}))
     vit = deeper_vit(tmp_path / "deep.safetensors")
     whole = config(backbone=vit, tasks=None)
     results = evaluate_all(whole)
-    assert [result.task for result in results] == list(everything.TASKS)
+    assert [r.task for r in results] == ["knn", "linear", "davis", "finetune", "coco", "ade20k"]
     assert set(everything.TASKS) == set(METRICS)
     out = tmp_path / "out"
     assert len(list((out / "results").glob("*.json"))) == 6

@@ -10,14 +10,17 @@ from torch import nn
 
 from cmt_mae.evaluate.features import Features
 from cmt_mae.evaluate.lars import LARS
-from cmt_mae.evaluate.protocols import Protocol, fit_training, make_heads, published
 from cmt_mae.evaluate.sweep import (
     Head,
     Heads,
+    LinearProtocol,
     Training,
     cached_steps,
+    fit_training,
     head_accuracy,
     head_losses,
+    make_heads,
+    published,
     train_heads,
     warmup_cosine,
 )
@@ -225,7 +228,7 @@ def test_published_numbers():
 
 
 def test_fit_to_the_set():
-    def fit(n: int, cached: bool = True, own: Protocol | None = None, **given) -> Training:
+    def fit(n: int, cached: bool = True, own: LinearProtocol | None = None, **given) -> Training:
         settings = {"epochs": None, "batch_size": None} | given
         return fit_training(own or published("mae", 768, True), n, cached=cached, **settings)
 

@@ -1,4 +1,7 @@
-"""The progress bar of long work."""
+"""The progress bar of long work, or plain lines where there is no terminal."""
+
+import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -11,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from cmt_mae.core.text import printable
 
 
 class RateColumn(ProgressColumn):
@@ -39,3 +44,51 @@ def training_bar(show: bool) -> Progress:
         disable=not show,
         refresh_per_second=2,
     )
+
+
+LINE_SECONDS = 5.0
+"""Between two lines about a work's progress in a file or pipe."""
+
+
+class _Lines(Progress):
+    """Prints ``description: 120 of 400`` to the console every LINE_SECONDS, and no bar."""
+
+    last = 0.0
+
+    def start(self) -> None:
+        """Nothing is drawn; the first line comes after LINE_SECONDS."""
+        self.last = time.monotonic()
+
+    def stop(self) -> None:
+        """Nor here."""
+
+    def refresh(self) -> None:
+        """Nor here."""
+
+    def update(self, task_id: Any, **changes: Any) -> None:
+        """As rich's, and the line if it is time."""
+        super().update(task_id, **changes)
+        self._say(task_id)
+
+    def advance(self, task_id: Any, advance: float = 1) -> None:
+        """As rich's, and the line if it is time."""
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: Any) -> None:
+        if self.disable or time.monotonic() - self.last < LINE_SECONDS:
+            return
+        self.last = time.monotonic()
+        task = self._tasks[task_id]
+        total = "" if task.total is None else f" of {task.total:.0f}"
+        self.console.out(f"{printable(task.description)}: {task.completed:.0f}{total}")
+
+
+def evaluation_progress(show: bool) -> Progress:
+    """What an evaluation says on stderr about how far it is: a bar, or lines where that is no terminal."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20))
+    if console.is_terminal:
+        rest = (MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+        return Progress(*columns, *rest, console=console, transient=True, disable=not show)
+    return _Lines(console=console, auto_refresh=False, disable=not show)

@@ -7,29 +7,24 @@ import hashlib
 import json
 import os
 import shlex
-import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import Progress
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import write_json
 from cmt_mae.core.text import printable
 from cmt_mae.data.workers import TIMEOUT_S
-from cmt_mae.evaluate.features import start_processes
-from cmt_mae.evaluate.layouts import Found, Layout, find_data, folder_fingerprint
-from cmt_mae.evaluate.result import Result
-
-Preset = Literal["quick", "paper"]
+from cmt_mae.evaluate.features import FrozenSettings, start_processes
+from cmt_mae.evaluate.layouts import Found, find_data, folder_fingerprint
+from cmt_mae.evaluate.result import Result, results_folder
+from cmt_mae.evaluate.tasks import TASKS, Preset
 
 LEDGER = "evaluate_all.json"
 
@@ -59,73 +54,6 @@ class EvaluateAllConfig:
     """Of everything random in the evaluations."""
     key: str | None = None
     """`momentum` evaluates the momentum student of a run."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where a task is implemented and what it needs."""
-
-    module: str
-    """Below cmt_mae.evaluate."""
-    settings: str
-    """Name of its settings."""
-    function: str
-    """Name of its function, settings -> Result."""
-    layout: Layout
-    """The kind of data it needs."""
-    presets: dict[Preset, dict[str, Any]]
-    """Settings of each preset."""
-    trains: bool = False
-    """Whether ``out`` is the run directory of a training of its own."""
-    own_bar: bool = True
-    """Whether it makes its progress bar itself."""
-
-
-# frozen features first: their numbers are there soon
-TASKS = {
-    "knn": Task(
-        "knn", "KnnConfig", "evaluate_knn", "labelled", {"quick": {}, "paper": {}}, own_bar=False
-    ),
-    "linear": Task(
-        "linear",
-        "LinearConfig",
-        "evaluate_linear",
-        "labelled",
-        {"quick": {"augment": False}, "paper": {"augment": True}},
-        own_bar=False,
-    ),
-    "davis": Task(
-        "video.evaluate",
-        "DavisConfig",
-        "evaluate_davis",
-        "davis",
-        {"quick": {"protocol": "dino"}, "paper": {"protocol": "dino"}},
-    ),
-    "finetune": Task(
-        "finetune",
-        "FinetuneConfig",
-        "evaluate_finetune",
-        "labelled",
-        {"quick": {"preset": "quick"}, "paper": {"preset": "mae"}},
-        trains=True,
-    ),
-    "ade20k": Task(
-        "segmentation",
-        "Ade20kConfig",
-        "evaluate_ade20k",
-        "ade20k",
-        {"quick": {"preset": "quick"}, "paper": {"preset": "paper"}},
-        trains=True,
-    ),
-    "coco": Task(
-        "detection",
-        "CocoConfig",
-        "evaluate_coco",
-        "coco",
-        {"quick": {"preset": "quick"}, "paper": {"preset": "1x"}},
-        trains=True,
-    ),
-}
 
 
 @dataclass
@@ -202,7 +130,7 @@ def run_jobs(
             continue
         say(f"[{number}/{len(jobs)}] {name} ...")
         try:
-            result = run_job(job, show_bar=rank == 0 and sys.stderr.isatty())
+            result = TASKS[job.task].load_function()(job.config)
         except Stopped:
             raise
         except Exception as error:  # the other tasks do not depend on this one
@@ -219,7 +147,7 @@ def run_jobs(
 
 
 def check_tasks(tasks: tuple[str, ...] | None) -> list[str]:
-    """The wanted tasks in the order of TASKS.
+    """The wanted tasks, those on frozen features first: their numbers are there soon.
 
     Raises:
         InputError: an unknown one, or none.
@@ -231,7 +159,8 @@ def check_tasks(tasks: tuple[str, ...] | None) -> list[str]:
             raise InputError(f"task '{task}' is unknown{hint}: use {', '.join(TASKS)}")
     if tasks is not None and not tasks:
         raise InputError(f"no task is left to evaluate: use {', '.join(TASKS)}")
-    return [task for task in TASKS if tasks is None or task in tasks]
+    found = [task for task in TASKS if tasks is None or task in tasks]
+    return sorted(found, key=lambda task: TASKS[task].trains)
 
 
 def output_folder(config: EvaluateAllConfig) -> Path:
@@ -242,11 +171,9 @@ def output_folder(config: EvaluateAllConfig) -> Path:
     """
     if config.preset not in ("quick", "paper"):
         raise InputError(f"preset '{config.preset}' is unknown: use quick or paper")
-    if config.out is not None:
-        return Path(config.out).expanduser()
-    run = Path(config.backbone).expanduser()
-    if any((run / file).is_file() for file in ("config.yaml", "run.json")):
-        return run
+    folder = results_folder(config.out, config.backbone)
+    if folder is not None:
+        return folder
     raise InputError(f"{config.backbone} is no run directory, so results have no place: give --out")
 
 
@@ -262,8 +189,7 @@ def make_job(
 ) -> Job:
     """Settings of one task for one data set."""
     task = TASKS[name]
-    module = import_module(f"cmt_mae.evaluate.{task.module}")
-    kind = getattr(module, task.settings)
+    kind = task.load_settings()
     common = {
         "backbone": config.backbone,
         "data": str(data),
@@ -274,9 +200,8 @@ def make_job(
         "key": config.key,
     }
     known = {field.name for field in fields(kind)}  # not every task has loader processes
-    settings = kind(
-        **{k: v for k, v in common.items() if k in known}, **task.presets[config.preset]
-    )
+    preset = task.quick if config.preset == "quick" else task.paper
+    settings = kind(**{k: v for k, v in common.items() if k in known}, **preset)
     key = job_key(name, settings, backbone, data)
     settings.out = str(out)
     if task.trains:
@@ -296,6 +221,8 @@ def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
     before the work.
     """
     kept = {k: v for k, v in asdict(settings).items() if k not in RESUME_SAFE_SETTINGS}
+    if isinstance(settings, FrozenSettings):
+        del kept["progress"]
     network = [backbone.digest, backbone.architecture, backbone.kwargs]
     entry = [backbone.mean, backbone.std, backbone.img_size]
     what = [task, kept, network, entry, folder_fingerprint(data)]
@@ -331,19 +258,6 @@ def read_ledger(out: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def run_job(job: Job, show_bar: bool) -> Result:
-    """Call the task, with a bar if it makes none itself."""
-    task = TASKS[job.task]
-    function: Callable[..., Result] = getattr(
-        import_module(f"cmt_mae.evaluate.{task.module}"), task.function
-    )
-    if task.own_bar:
-        return function(job.config)
-    bar = Progress(console=Console(stderr=True), transient=True) if show_bar else None
-    with bar or nullcontext():
-        return function(job.config, bar)
 
 
 def numbers_of(result: Result) -> str:

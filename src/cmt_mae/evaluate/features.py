@@ -36,6 +36,38 @@ WIDEST_GAP = 1000  # labels from here on must not be ten times as many as the cl
 
 
 @dataclass
+class FrozenSettings:
+    """What evaluations on frozen features of labelled images have in common."""
+
+    backbone: str
+    """Run directory, checkpoint file, timm name or `embedded`."""
+    data: str
+    """Labelled data set with a train and a val split."""
+    out: str | None = None
+    """Folder for results/*.json. Default: the run directory, if the backbone is one."""
+    pools: tuple[str, ...] | None = None
+    """Features: cls, mean, cls+mean, blocksK. Default: the protocol's."""
+    size: int | None = None
+    """Input size in pixels. Default: the backbone's own."""
+    key: str | None = None
+    """`momentum` evaluates the momentum student of a run."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: Precision = "fp32"
+    """Of the backbone's forward pass: fp32 or bf16. What is trained on top is always fp32."""
+    workers: int = 2
+    """Processes that decode images, for each process that computes."""
+    timeout_s: float = TIMEOUT_S
+    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
+    cache: str | None = None
+    """Folder that keeps features, so the same backbone and data need no second pass."""
+    progress: bool = True
+    """Say on stderr how far it is."""
+    seed: int = 0
+    """Of everything that is drawn; recorded with the result where nothing is."""
+
+
+@dataclass
 class Features:
     """Features of N images, in the order of the data set, on the CPU."""
 
@@ -51,6 +83,10 @@ class Features:
 def default_pools(backbone: Backbone) -> tuple[str, ...]:
     """``cls``, ``mean`` and both side by side; only ``mean`` without a class token."""
     return ("cls", "mean", "cls+mean") if backbone.has_cls else ("mean",)
+
+
+CENTRE_CROP = "centre crop, shorter side 256/224 of the size, bicubic"
+"""How ``extract`` takes an image, in the words of a result's protocol."""
 
 
 class Where(NamedTuple):
@@ -290,6 +326,34 @@ def extract(
                 if part in files:
                     _write_cache(files[part], found[part], labels)
     return Features(join_parts(found, pools), labels)
+
+
+def extract_split(
+    settings: FrozenSettings,
+    backbone: Backbone,
+    source: Source,
+    split: str,
+    pools: tuple[str, ...],
+    where: Where,
+    batch_size: int,
+    progress: Progress,
+) -> Features:
+    """``extract`` as the settings say. split: its name beside the progress bar."""
+    return extract(
+        backbone,
+        source,
+        device=where.device,
+        pools=pools,
+        batch_size=batch_size,
+        workers=settings.workers,
+        timeout_s=settings.timeout_s,
+        cache=Path(settings.cache) if settings.cache else None,
+        rank=where.rank,
+        world=where.world,
+        precision=settings.precision,
+        progress=progress,
+        title=f"features of {split}",
+    )
 
 
 def _forward_all(

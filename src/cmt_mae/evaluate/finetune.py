@@ -49,7 +49,7 @@ from cmt_mae.evaluate.finetune_protocols import (
     published,
     resolve,
 )
-from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.evaluate.result import Result, backbone_name, make_result, save_where
 
 MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
 
@@ -204,10 +204,9 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     # the part of a few-shot run goes by its seed: results of several seeds are of the same data
     part = train if isinstance(train, Subset) else None
     data = describe_data(config.data, part.source if part else train, val) | {"train": len(train)}
-    name = f"{config.backbone} ({config.key})" if config.key else config.backbone
     facts = {
         "task": "finetune",
-        "backbone": {"name": name, "digest": backbone.digest},
+        "backbone": {"name": backbone_name(config), "digest": backbone.digest},
         "data": data,
     }
     try:
@@ -217,13 +216,12 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         history = [row for row in rows[0] if "val_top1" in row]
         best = max(history, key=lambda row: row["val_top1"])
         result = make_result(
-            task="finetune",
+            "finetune",
+            config,
+            backbone,
             metrics={**last.metrics, "best_top1": best["val_top1"]},
             protocol=describe(config, recipe, backbone, train, accelerator, said),
-            name=name,
-            backbone=backbone,
             data=data,
-            seed=config.seed,
             device=accelerator.device,
             processes=accelerator.num_processes,
             started=started,

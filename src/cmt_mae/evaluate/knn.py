@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,60 +13,37 @@ from torch import Tensor
 from cmt_mae.backbones import load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
-from cmt_mae.data.workers import TIMEOUT_S
+from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import (
+    CENTRE_CROP,
     Features,
-    Precision,
+    FrozenSettings,
     count_classes,
     default_pools,
     describe_data,
-    extract,
+    extract_split,
     open_labelled,
     start_processes,
 )
 from cmt_mae.evaluate.result import Result, make_result, save_where
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 SIMILARITIES = 2**25  # entries of the similarity matrix held at a time: 128 MiB
 
 
 @dataclass
-class KnnConfig:
-    """Settings of the k-NN evaluation. It trains nothing, so it has no random part."""
+class KnnConfig(FrozenSettings):
+    """Settings of the k-NN evaluation. It trains nothing, so it has no random part.
 
-    backbone: str
-    """Run directory, checkpoint file, timm name or `embedded`."""
-    data: str
-    """Labelled data set with a train and a val split."""
-    out: str | None = None
-    """Folder for results/*.json. Default: the run directory, if the backbone is one."""
+    Its features, where none are given, are cls, mean and cls+mean; mean alone without a class token. The first
+    one is the headline's.
+    """
+
     k: tuple[int, ...] = (10, 20)
     """Numbers of neighbours. The last one is the headline's."""
     temperature: float = 0.07
     """A neighbour's vote is exp(cosine similarity / temperature)."""
-    pools: tuple[str, ...] | None = None
-    """Features: cls, mean, cls+mean, blocksK. Default: the first three; mean without a class
-    token. The first one is the headline's."""
-    size: int | None = None
-    """Input size in pixels. Default: the backbone's own."""
-    key: str | None = None
-    """`momentum` evaluates the momentum student of a run."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: Precision = "fp32"
-    """Of the backbone's forward pass: fp32 or bf16."""
     batch_size: int = 64
     """Images in a forward pass of one process. Does not change the result."""
-    workers: int = 2
-    """Processes that decode images, for each process that computes."""
-    timeout_s: float = TIMEOUT_S
-    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
-    cache: str | None = None
-    """Folder that keeps features, so the same backbone and data need no second pass."""
-    seed: int = 0
-    """Recorded with the result; nothing here is random."""
 
 
 def knn_predict(
@@ -173,7 +148,7 @@ def knn_accuracy(
     return metrics
 
 
-def evaluate_knn(config: KnnConfig, progress: Progress | None = None) -> Result:
+def evaluate_knn(config: KnnConfig) -> Result:
     """k-NN accuracy of a frozen backbone. Every process may call it; the first one saves.
 
     Raises:
@@ -181,38 +156,28 @@ def evaluate_knn(config: KnnConfig, progress: Progress | None = None) -> Result:
     """
     check_ranges(config)
     started = time.perf_counter()
-    device, rank, world = start_processes(config.device)
+    where = start_processes(config.device)
     train, val = open_labelled(config.data)
     _check(config.k, config.temperature, len(train))
     backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
     pools = tuple(config.pools or default_pools(backbone))
-    features = [
-        extract(
-            backbone,
-            source,
-            device=device,
-            pools=pools,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            cache=Path(config.cache) if config.cache else None,
-            rank=rank,
-            world=world,
-            precision=config.precision,
-            progress=progress,
-            title=f"features of {split}",
+    with evaluation_progress(config.progress and where.rank == 0) as progress:
+        of_train, of_val = (
+            extract_split(config, backbone, one, split, pools, where, config.batch_size, progress)
+            for split, one in (("train", train), ("val", val))
         )
-        for split, source in (("train", train), ("val", val))
-    ]
     metrics = knn_accuracy(
-        *features,
+        of_train,
+        of_val,
         k=config.k,
         temperature=config.temperature,
         classes=count_classes(train),
-        device=device,
+        device=where.device,
     )
     result = make_result(
-        task="knn",
+        "knn",
+        config,
+        backbone,
         metrics=metrics,
         protocol={
             "name": "dino",
@@ -222,17 +187,14 @@ def evaluate_knn(config: KnnConfig, progress: Progress | None = None) -> Result:
             "similarity": "cosine",
             "pools": pools,
             "size": backbone.img_size,
-            "crop": "centre crop, shorter side 256/224 of the size, bicubic",
+            "crop": CENTRE_CROP,
             "precision": config.precision,
         },
-        name=f"{config.backbone} ({config.key})" if config.key else config.backbone,
-        backbone=backbone,
         data=describe_data(config.data, train, val),
-        seed=config.seed,
-        device=device,
-        processes=world,
+        device=where.device,
+        processes=where.world,
         started=started,
     )
-    if rank == 0:
+    if where.rank == 0:
         save_where(result, config.out, config.backbone)
     return result

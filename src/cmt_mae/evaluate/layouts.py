@@ -6,13 +6,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.sources import has_splits
 from cmt_mae.evaluate.features import open_labelled
-
-Layout = Literal["labelled", "coco", "ade20k", "davis"]
+from cmt_mae.evaluate.tasks import Layout
 
 
 @dataclass

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +15,15 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
 from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.sources import Source
-from cmt_mae.data.workers import TIMEOUT_S
+from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import (
-    Features,
-    Precision,
+    CENTRE_CROP,
+    FrozenSettings,
     Where,
     count_classes,
+    default_pools,
     describe_data,
-    extract,
+    extract_split,
     forward_parts,
     gather_rows,
     join_parts,
@@ -32,38 +32,38 @@ from cmt_mae.evaluate.features import (
     pool_parts,
     start_processes,
 )
-from cmt_mae.evaluate.protocols import (
+from cmt_mae.evaluate.logistic import describe_logistic, logistic_probe
+from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.evaluate.sweep import (
     IMAGES_SEEN,
-    Protocol,
+    LinearProtocol,
     ProtocolName,
+    Step,
+    Training,
+    cached_steps,
     fit_training,
+    head_accuracy,
     make_heads,
     published,
+    train_heads,
 )
-from cmt_mae.evaluate.result import Result, make_result, save_where
-from cmt_mae.evaluate.sweep import Step, Training, cached_steps, head_accuracy, train_heads
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
 @dataclass
-class LinearConfig:
+class LinearConfig(FrozenSettings):
     """Settings of the linear probe. Lists: the first entry makes the default head."""
 
-    backbone: str
-    """Run directory, checkpoint file, timm name or `embedded`."""
-    data: str
-    """Labelled data set with a train and a val split."""
-    out: str | None = None
-    """Folder for results/*.json. Default: the run directory, if the backbone is one."""
-    protocol: ProtocolName = "mae"
-    """mae: LARS and BatchNorm, 90 epochs (50 for ViT-L and larger). milan: the same with 100 epochs
-    and a lower rate. dino: SGD at one rate. ibot: the best of 45 rates on the val images. sweep:
+    protocol: ProtocolName = "logistic"
+    """logistic: regularised logistic regression; features and strength are chosen by cross-validation on
+    the training images. mae: LARS and BatchNorm, 90 epochs (50 for ViT-L and larger). milan: the same with
+    100 epochs and a lower rate. dino: SGD at one rate. ibot: the best of 45 rates on the val images. sweep:
     rates x weight decays x features x BatchNorm; the default head counts, the best is told too."""
     augment: bool = False
     """New random crops and flips for every epoch, as published (a forward pass an image an epoch).
-    Off: one centre crop an image, forwarded once; the protocol is then called NAME-cached."""
+    Off: one centre crop an image, forwarded once; a published protocol is then called NAME-cached."""
     epochs: int | None = None
     """Default: the protocol's; with cached features raised until 3 million images are seen."""
     batch_size: int | None = None
@@ -72,26 +72,161 @@ class LinearConfig:
     """Learning rates at a batch of 256. Default: the protocol's."""
     weight_decay: tuple[float, ...] | None = None
     """Default: the protocol's."""
-    pools: tuple[str, ...] | None = None
-    """Features: cls, mean, cls+mean, blocksK. Default: the protocol's."""
-    size: int | None = None
-    """Input size in pixels. Default: the backbone's own."""
-    key: str | None = None
-    """`momentum` evaluates the momentum student of a run."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: Precision = "fp32"
-    """Of the backbone's forward pass: fp32 or bf16. Heads are always fp32."""
     forward_batch: int = 64
     """Images in a forward pass of one process."""
-    workers: int = 2
-    """Processes that decode images, for each process that computes."""
-    timeout_s: float = TIMEOUT_S
-    """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
-    cache: str | None = None
-    """Folder that keeps features, so the same backbone and data need no second pass."""
-    seed: int = 0
-    """Of first weights, order and crops."""
+
+
+def evaluate_linear(config: LinearConfig) -> Result:
+    """Linear-probe accuracy of a frozen backbone. Every process may call it; the first one saves.
+
+    ``metrics``: ``top1`` and (with more than 5 classes) ``top5`` of the classifier that the protocol
+    quotes, in percent; ``POOL/top1`` on each feature when there are several. Published protocols with
+    several heads also give ``default/top1`` and ``best/top1``. ``details["heads"]`` lists every head.
+
+    Raises:
+        InputError: unusable backbone, data or setting, in one line.
+    """
+    check_ranges(config)
+    refuse_training(config)
+    started = time.perf_counter()
+    where = start_processes(config.device)
+    train, val = open_labelled(config.data)
+    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
+    with evaluation_progress(config.progress and where.rank == 0) as progress:
+        if config.protocol == "logistic":
+            protocol, metrics, details = by_logistic(config, backbone, train, val, where, progress)
+        else:
+            protocol, metrics, details = by_heads(config, backbone, train, val, where, progress)
+    result = make_result(
+        "linear",
+        config,
+        backbone,
+        metrics=metrics,
+        protocol=protocol
+        | {"size": backbone.img_size, "crop": CENTRE_CROP, "precision": config.precision},
+        data=describe_data(config.data, train, val),
+        device=where.device,
+        processes=where.world,
+        started=started,
+        details=details,
+    )
+    if where.rank == 0:
+        save_where(result, config.out, config.backbone)
+    return result
+
+
+def refuse_training(config: LinearConfig) -> None:
+    """Raise InputError where settings of trained heads are given to protocol logistic, which has no schedule."""
+    given = [
+        name
+        for name in ("augment", "epochs", "batch_size", "blr", "weight_decay")
+        if getattr(config, name) not in (None, False)
+    ]
+    if config.protocol == "logistic" and given:
+        raise InputError(
+            f"linear probe: --{given[0]} is of the protocols that train heads, and logistic regression has no "
+            "schedule: leave it out, or add --protocol mae"
+        )
+
+
+def by_logistic(
+    config: LinearConfig,
+    backbone: Backbone,
+    train: Source,
+    val: Source,
+    where: Where,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Protocol, metrics and details of the result of protocol logistic."""
+    pools = tuple(config.pools or default_pools(backbone))
+    of_train, of_val = (
+        extract_split(config, backbone, one, split, pools, where, config.forward_batch, progress)
+        for split, one in (("train", train), ("val", val))
+    )
+    classes = count_classes(train)
+    metrics, details = logistic_probe(
+        of_train, of_val, classes, config.seed, where.device, progress
+    )
+    return describe_logistic(pools, len(train)), metrics, details
+
+
+def by_heads(
+    config: LinearConfig,
+    backbone: Backbone,
+    train: Source,
+    val: Source,
+    where: Where,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """The same for the protocols that train heads."""
+    protocol, training = plan(config, backbone, len(train), where.world)
+    table = probe(config, protocol, training, backbone, train, val, where, progress)
+    described = describe(config, protocol, training, len(train))
+    return described, summary(table, protocol), {"heads": table, "best": best_head(table)}
+
+
+def plan(
+    config: LinearConfig, backbone: Backbone, n: int, world: int
+) -> tuple[LinearProtocol, Training]:
+    """The published protocol with the user's changes, and its training for ``n`` images."""
+    model: Any = backbone.model
+    protocol = published(config.protocol, model.embed_dim, backbone.has_cls)
+    protocol = replace(
+        protocol,
+        pools=tuple(config.pools or protocol.pools),
+        blrs=tuple(config.blr or protocol.blrs),
+        weight_decays=tuple(config.weight_decay or protocol.weight_decays),
+    )
+    training = fit_training(
+        protocol,
+        n,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        cached=not config.augment,
+    )
+    if config.augment:
+        whole = micro_batch(config, training.batch_size, world) * world
+        training = replace(training, batch_size=training.batch_size // whole * whole)
+    return protocol, training
+
+
+def probe(
+    config: LinearConfig,
+    protocol: LinearProtocol,
+    training: Training,
+    backbone: Backbone,
+    train: Source,
+    val: Source,
+    where: Where,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Train every head and measure it on all val images: one row a head, the default one first."""
+    pools, batch = protocol.pools, config.forward_batch
+    of_val = extract_split(config, backbone, val, "val", pools, where, batch, progress)
+    if config.augment:
+        steps = augmented_steps(config, training, backbone, train, pools, where)
+    else:
+        of_train = extract_split(config, backbone, train, "train", pools, where, batch, progress)
+        steps = cached_steps(of_train, training, config.seed)
+    heads = make_heads(protocol)
+    per_epoch = len(train) // training.batch_size
+    total = training.epochs * per_epoch
+    steps = iter(progress.track(steps, total=total, description=f"linear probe ({len(heads)})"))
+    trained, losses = train_heads(
+        heads,
+        training,
+        steps,
+        dims={pool: values.shape[1] for pool, values in of_val.pools.items()},
+        classes=count_classes(train),
+        steps_per_epoch=per_epoch,
+        seed=config.seed,
+        device=where.device,
+    )
+    accuracy = head_accuracy(trained, of_val, where.device)
+    return [
+        {**asdict(head), "lr": head.blr * training.batch_size / 256, **hit, "train_loss": loss}
+        for head, hit, loss in zip(heads, accuracy, losses, strict=True)
+    ]
 
 
 def micro_batch(config: LinearConfig, batch: int, world: int) -> int:
@@ -150,126 +285,12 @@ def augmented_steps(
         yield join_parts(whole, pools), whole["labels"]
 
 
-def evaluate_linear(config: LinearConfig, progress: Progress | None = None) -> Result:
-    """Linear-probe accuracy of a frozen backbone. Every process may call it; the first one saves.
-
-    ``metrics``: ``top1`` and (with more than 5 classes) ``top5`` of the head that the protocol
-    quotes, in percent; ``default/top1`` and ``best/top1`` when there are several heads;
-    ``POOL/top1`` of the default settings on each feature. ``details["heads"]`` lists every head.
-
-    Raises:
-        InputError: unusable backbone, data or setting, in one line.
-    """
-    check_ranges(config)
-    started = time.perf_counter()
-    where = start_processes(config.device)
-    train, val = open_labelled(config.data)
-    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
-    protocol, training = plan(config, backbone, len(train), where.world)
-    table = probe(config, protocol, training, backbone, train, val, where, progress)
-    result = make_result(
-        task="linear",
-        metrics=summary(table, protocol),
-        protocol=describe(config, protocol, training, backbone, len(train)),
-        name=f"{config.backbone} ({config.key})" if config.key else config.backbone,
-        backbone=backbone,
-        data=describe_data(config.data, train, val),
-        seed=config.seed,
-        device=where.device,
-        processes=where.world,
-        started=started,
-        details={"heads": table, "best": best_head(table)},
-    )
-    if where.rank == 0:
-        save_where(result, config.out, config.backbone)
-    return result
-
-
-def plan(config: LinearConfig, backbone: Backbone, n: int, world: int) -> tuple[Protocol, Training]:
-    """The published protocol with the user's changes, and its training for ``n`` images."""
-    model: Any = backbone.model
-    protocol = published(config.protocol, model.embed_dim, backbone.has_cls)
-    protocol = replace(
-        protocol,
-        pools=tuple(config.pools or protocol.pools),
-        blrs=tuple(config.blr or protocol.blrs),
-        weight_decays=tuple(config.weight_decay or protocol.weight_decays),
-    )
-    training = fit_training(
-        protocol,
-        n,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        cached=not config.augment,
-    )
-    if config.augment:
-        whole = micro_batch(config, training.batch_size, world) * world
-        training = replace(training, batch_size=training.batch_size // whole * whole)
-    return protocol, training
-
-
-def probe(
-    config: LinearConfig,
-    protocol: Protocol,
-    training: Training,
-    backbone: Backbone,
-    train: Source,
-    val: Source,
-    where: Where,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """Train every head and measure it on all val images: one row a head, the default one first."""
-
-    def features(source: Source, split: str) -> Features:
-        return extract(
-            backbone,
-            source,
-            device=where.device,
-            pools=protocol.pools,
-            batch_size=config.forward_batch,
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            cache=Path(config.cache) if config.cache else None,
-            rank=where.rank,
-            world=where.world,
-            precision=config.precision,
-            progress=progress,
-            title=f"features of {split}",
-        )
-
-    of_val = features(val, "val")
-    if config.augment:
-        steps = augmented_steps(config, training, backbone, train, protocol.pools, where)
-    else:
-        steps = cached_steps(features(train, "train"), training, config.seed)
-    heads = make_heads(protocol)
-    per_epoch = len(train) // training.batch_size
-    if progress is not None:
-        total = training.epochs * per_epoch
-        steps = iter(progress.track(steps, total=total, description=f"linear probe ({len(heads)})"))
-    trained, losses = train_heads(
-        heads,
-        training,
-        steps,
-        dims={pool: values.shape[1] for pool, values in of_val.pools.items()},
-        classes=count_classes(train),
-        steps_per_epoch=per_epoch,
-        seed=config.seed,
-        device=where.device,
-    )
-    accuracy = head_accuracy(trained, of_val, where.device)
-    return [
-        {**asdict(head), "lr": head.blr * training.batch_size / 256, **hit, "train_loss": loss}
-        for head, hit, loss in zip(heads, accuracy, losses, strict=True)
-    ]
-
-
 def best_head(table: list[dict[str, Any]]) -> dict[str, Any]:
     """The head with the highest top1; the earlier one (the default first) among equals."""
     return max(table, key=lambda row: row["top1"])
 
 
-def summary(table: list[dict[str, Any]], protocol: Protocol) -> dict[str, float]:
+def summary(table: list[dict[str, Any]], protocol: LinearProtocol) -> dict[str, float]:
     """The metrics of a Result from the table of heads; the default head is its first row."""
     quoted = best_head(table) if protocol.takes_best else table[0]
     metrics: dict[str, float] = {key: quoted[key] for key in ("top1", "top5") if key in quoted}
@@ -284,9 +305,9 @@ def summary(table: list[dict[str, Any]], protocol: Protocol) -> dict[str, float]
 
 
 def describe(
-    config: LinearConfig, protocol: Protocol, training: Training, backbone: Backbone, n: int
+    config: LinearConfig, protocol: LinearProtocol, training: Training, n: int
 ) -> dict[str, Any]:
-    """``Result.protocol``: every setting that moves the number."""
+    """``Result.protocol`` of trained heads: every setting that moves the number."""
     count = len(make_heads(protocol))
     quoted = "the only head"
     if protocol.takes_best:
@@ -305,14 +326,13 @@ def describe(
         "weight_decay": protocol.weight_decays,
         "batch_norm": protocol.norms,
         "augment": config.augment,
-        "size": backbone.img_size,
-        "crop": "centre crop, shorter side 256/224 of the size, bicubic",
-        "precision": config.precision,
         "differs": differences(config, protocol, training, n),
     }
 
 
-def differences(config: LinearConfig, protocol: Protocol, training: Training, n: int) -> list[str]:
+def differences(
+    config: LinearConfig, protocol: LinearProtocol, training: Training, n: int
+) -> list[str]:
     """In words, where this run leaves the published protocol."""
     own, said = protocol.training, []
     if not config.augment:

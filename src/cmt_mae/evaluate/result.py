@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_text
@@ -114,24 +114,35 @@ class Result:
             raise InputError(f"{path} is not a result of cmt-mae evaluate: {error}") from None
 
 
+class Evaluated(Protocol):
+    """Settings of an evaluation: how the backbone was named, and the seed."""
+
+    backbone: str
+    key: str | None
+    seed: int
+
+
+def backbone_name(settings: Evaluated) -> str:
+    """What the user called the backbone."""
+    return f"{settings.backbone} ({settings.key})" if settings.key else settings.backbone
+
+
 def make_result(
-    *,
     task: str,
+    settings: Evaluated,
+    backbone: Backbone,
+    *,
     metrics: dict[str, float],
     protocol: dict[str, Any],
-    name: str,
-    backbone: Backbone,
     data: dict[str, Any],
-    seed: int,
     device: torch.device,
     processes: int,
     started: float,
     details: dict[str, Any] | None = None,
 ) -> Result:
-    """Fill in what every task says alike: the backbone, versions, hardware, time and date.
+    """Fill in what is alike for every task: the backbone, versions, hardware, time and date.
 
     Args:
-        name: what the user called the backbone.
         started: ``time.perf_counter()`` at the start of the evaluation.
     """
     return Result(
@@ -139,7 +150,7 @@ def make_result(
         metrics=metrics,
         protocol=protocol,
         backbone={
-            "name": name,
+            "name": backbone_name(settings),
             "architecture": backbone.architecture,
             "digest": backbone.digest,
             "source": backbone.source,
@@ -147,7 +158,7 @@ def make_result(
             "img_size": backbone.img_size,
         },
         data=data,
-        seed=seed,
+        seed=settings.seed,
         versions=versions(),
         hardware=hardware(device, processes),
         seconds=round(time.perf_counter() - started, 2),
@@ -156,11 +167,18 @@ def make_result(
     )
 
 
-def save_where(result: Result, out: str | None, backbone: str) -> Path | None:
-    """Save to ``out``; without it to the backbone's run directory; without that nowhere (None)."""
+def results_folder(out: str | None, backbone: str) -> Path | None:
+    """Where results go: ``out``; without it the run directory that the backbone is; else nowhere."""
     if out is not None:
-        return result.save(out)
-    return result.save(backbone) if is_run(Path(backbone)) else None
+        return Path(out).expanduser()
+    run = Path(backbone).expanduser()
+    return run if is_run(run) else None
+
+
+def save_where(result: Result, out: str | None, backbone: str) -> Path | None:
+    """Save to ``results_folder``; None where there is none."""
+    folder = results_folder(out, backbone)
+    return None if folder is None else result.save(folder)
 
 
 def versions() -> dict[str, str]:

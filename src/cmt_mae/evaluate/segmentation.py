@@ -31,7 +31,7 @@ from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
 from cmt_mae.evaluate.pyramid import default_taps, sync_norms
-from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.evaluate.result import Result, backbone_name, make_result, save_where
 from cmt_mae.evaluate.segmentation_pictures import segmentation_picture
 from cmt_mae.evaluate.segmentation_protocols import (
     WEIGHTS,
@@ -154,7 +154,6 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     if accelerator.is_main_process:
         for line in said:
             print(f"ade20k, preset {config.preset}: {line}", file=sys.stderr)
-    name = f"{config.backbone} ({config.key})" if config.key else config.backbone
     about = {
         "path": config.data,
         "fingerprint": data.fingerprint,
@@ -164,19 +163,18 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     }
     facts = {
         "task": "ade20k",
-        "backbone": {"name": name, "digest": given.digest},
+        "backbone": {"name": backbone_name(config), "digest": given.digest},
         "data": about,
     }
     try:
         last = fit(config, job, accelerator, run, facts)
         result = make_result(
-            task="ade20k",
+            "ade20k",
+            config,
+            given,
             metrics=last.metrics,
             protocol=describe(config, recipe, backbone, job, accelerator, said),
-            name=name,
-            backbone=given,
             data=about,
-            seed=config.seed,
             device=accelerator.device,
             processes=accelerator.num_processes,
             started=started,

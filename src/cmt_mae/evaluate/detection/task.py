@@ -89,13 +89,12 @@ def evaluate_coco(config: CocoConfig) -> Result:
         precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
         settings = describe(config, protocol, changed, precision) | {"steps": job.total_steps}
         result = make_result(
-            task="coco",
+            "coco",
+            config,
+            backbone,
             metrics=evaluation.metrics,
             protocol=settings,
-            name=f"{config.backbone} ({config.key})" if config.key else config.backbone,
-            backbone=backbone,
             data=data,
-            seed=config.seed,
             device=accelerator.device,
             processes=accelerator.num_processes,
             started=started,

@@ -15,9 +15,9 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
 from cmt_mae.data.davis import VideoSequence, open_davis
-from cmt_mae.engine.progress import training_bar
+from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import Where, start_processes
-from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.evaluate.result import Result, make_result, results_folder, save_where
 from cmt_mae.evaluate.video.features import Extractor, make_extractor, patch_of
 from cmt_mae.evaluate.video.metrics import statistics
 from cmt_mae.evaluate.video.pictures import draw_strips
@@ -121,12 +121,12 @@ class DavisConfig:
     threads: int = 2
     """Threads that read frames and score masks. Does not change the result."""
     progress: bool = True
-    """Show a bar."""
+    """Say on stderr how far it is."""
     seed: int = 0
     """Recorded with the result; nothing here is random."""
 
 
-def evaluate_davis(config: DavisConfig, progress: Progress | None = None) -> Result:
+def evaluate_davis(config: DavisConfig) -> Result:
     """J and F of label propagation. Every process may call it, each takes a share; the first saves.
 
     ``details`` holds the table of sequences, that of objects, and objects that vanish at grid size.
@@ -139,7 +139,7 @@ def evaluate_davis(config: DavisConfig, progress: Progress | None = None) -> Res
     protocol = choose_protocol(config)
     where = start_processes(config.device)
     sequences = open_davis(config.data, config.sequences)
-    keep = folder_to_keep(config)
+    keep = results_folder(config.out, config.backbone)
     drawn = sequences[: config.pictures] if keep is not None and config.save_masks else []
     backbone = load_backbone(config.backbone, key=config.key)
     check_sizes(sequences, protocol, backbone)
@@ -152,21 +152,19 @@ def evaluate_davis(config: DavisConfig, progress: Progress | None = None) -> Res
         other = load_backbone(config.compare, key=config.compare_key)
         check_sizes(drawn, protocol, other)
         rivals.append((config.compare, config.compare_key, other, drawn))
-    bar = progress or training_bar(config.progress and where.rank == 0)
     outcomes = []
-    with bar:
+    with evaluation_progress(config.progress and where.rank == 0) as bar:
         for name, key, native, todo in rivals:
             shelf = make_shelf(keep, native, protocol, config.save_masks)
             runner = Runner(name, key, native, protocol, where, config, shelf)
             outcomes.append(runner.run(todo, bar))
     result = make_result(
-        task="davis",
+        "davis",
+        config,
+        backbone,
         metrics=summarise(outcomes[0]),
         protocol=describe_protocol(protocol),
-        name=label(config.backbone, config.key),
-        backbone=backbone,
         data=describe_sequences(config.data, sequences),
-        seed=config.seed,
         device=where.device,
         processes=where.world,
         started=started,
@@ -202,15 +200,6 @@ def choose_protocol(config: DavisConfig) -> VideoProtocol:
             raise InputError(f"DAVIS: {name} is {value}; it must be {low} or more")
     names = [field.name for field in fields(VideoProtocol) if field.name != "name"]
     return choose(config.protocol, **{name: getattr(config, name) for name in names})
-
-
-def folder_to_keep(config: DavisConfig) -> Path | None:
-    """Where masks and scores go: --out, else the run directory, else nowhere."""
-    if config.out is not None:
-        return Path(config.out)
-    run = Path(config.backbone)
-    is_run = any((run / file).is_file() for file in ("config.yaml", "run.json"))
-    return run if is_run else None
 
 
 def label(name: str, key: str | None) -> str:
@@ -306,7 +295,7 @@ class Runner:
         patch = patch_of(self.native)
         extractor: Extractor | None = None
         total = sum(map(len, share))
-        task = bar.add_task(self.protocol.name, total=total, images_per_step=1)
+        task = bar.add_task(self.protocol.name, total=total)
         with ThreadPoolExecutor(self.config.threads) as pool:
             for sequence in share:
                 bar.update(task, description=f"{self.protocol.name} {sequence.name}")

@@ -18,6 +18,7 @@ from cmt_mae.core.files import make_folder
 from cmt_mae.core.parsing import hint
 from cmt_mae.data.sources import has_splits
 from cmt_mae.engine.signals import StopRequest
+from cmt_mae.evaluate.tasks import TASKS
 from cmt_mae.tools.ablate.grid import Grid, load_grid
 from cmt_mae.tools.ablate.one import (
     check_evaluations,
@@ -138,8 +139,6 @@ def absolute_recipe(names: str) -> str:
 
 def evaluations(config: AblateConfig, grid: Grid, data: str) -> list[Evaluation]:
     """What every run gets: the grid's evaluations on the training data's labels, then those asked for."""
-    from cmt_mae.evaluate.everything import TASKS
-
     found = []
     if has_splits(data):
         found = [

@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import make_folder, write_json
 from cmt_mae.core.lock import Lock
 from cmt_mae.core.text import one_line
+from cmt_mae.evaluate.tasks import TASKS
 from cmt_mae.pretraining import assemble
 from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun, read_plan, settings_of
 from cmt_mae.tools.ablate.share import borrow_stage_one
@@ -90,15 +90,7 @@ def work(run: PlannedRun, plan: Plan, out: Path) -> tuple[str, list[str]]:
 def evaluate(evaluation: Evaluation, run: PlannedRun, folder: Path, features: Path) -> str:
     """One evaluation of one run, unless it was made before; its result file below the run directory."""
     from cmt_mae.backbones import load_backbone
-    from cmt_mae.evaluate.everything import (
-        TASKS,
-        Job,
-        job_key,
-        known_result,
-        read_ledger,
-        remember,
-        run_job,
-    )
+    from cmt_mae.evaluate.everything import job_key, known_result, read_ledger, remember
 
     settings = settings_of_task(evaluation, run, folder)
     key = job_key(evaluation.task, settings, load_backbone(str(folder)), Path(evaluation.data))
@@ -110,7 +102,7 @@ def evaluate(evaluation: Evaluation, run: PlannedRun, folder: Path, features: Pa
         settings.out = str(folder / "evaluations" / name)
     if hasattr(settings, "cache"):  # k-NN and linear probe look at the same features
         settings.cache = str(features)
-    result = run_job(Job(evaluation.task, settings, key), show_bar=False)
+    result = TASKS[evaluation.task].load_function()(settings)
     remember(folder, key, result)
     print(f"{evaluation.task} on {evaluation.data}: {result.headline:.2f}", file=sys.stderr)
     return str(read_ledger(folder)[key]["result"])
@@ -119,16 +111,19 @@ def evaluate(evaluation: Evaluation, run: PlannedRun, folder: Path, features: Pa
 def settings_of_task(evaluation: Evaluation, run: PlannedRun, folder: Path) -> Any:
     """Settings of the task: its quick preset, then those of the plan. Raises InputError for what it lacks."""
     from cmt_mae.core.parsing import parse
-    from cmt_mae.evaluate.everything import TASKS
 
     task = TASKS[evaluation.task]
-    kind = getattr(import_module(f"cmt_mae.evaluate.{task.module}"), task.settings)
+    kind = task.load_settings()
     known = {field.name for field in fields(kind)}
     common = {
         "backbone": str(folder), "data": evaluation.data, "seed": run.seed, "workers": 0, "progress": False,
         "device": run.settings["runtime"]["device"],
     }  # fmt: skip
-    content = {**{k: v for k, v in common.items() if k in known}, **task.presets["quick"]}
+    content = {**{k: v for k, v in common.items() if k in known}, **task.quick}
+    if (
+        evaluation.task == "linear"
+    ):  # what plans meant before there was a choice; a column holds one protocol
+        content["protocol"] = "mae"
     return parse(f"evaluation {evaluation.task}", kind, [], {**content, **evaluation.settings})
 
 

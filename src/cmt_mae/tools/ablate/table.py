@@ -13,6 +13,7 @@ from cmt_mae.core.files import write_json, write_text
 from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import environment
 from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.tasks import TASKS
 from cmt_mae.tools.ablate.one import is_done, read_status
 from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun
 from cmt_mae.tools.ablate.statistics import (
@@ -24,17 +25,7 @@ from cmt_mae.tools.ablate.statistics import (
     pooled_spread,
     spread,
 )
-from cmt_mae.tools.report.compare import METRICS
 from cmt_mae.tools.report.paper import SOURCE, paper_numbers
-
-TITLES = {
-    "knn": "k-NN",
-    "linear": "linear",
-    "finetune": "fine-tuning",
-    "coco": "COCO",
-    "ade20k": "",
-    "davis": "DAVIS",
-}
 
 
 @dataclass
@@ -113,7 +104,11 @@ def metrics_of(result: Result) -> dict[str, float]:
             if name.endswith("/top1") and not name.startswith(("default/", "best/"))
         }
         return pools or {"": result.headline}
-    named = [m for m in METRICS.get(result.task, ()) if m in result.metrics]
+    named = [
+        m
+        for m in (TASKS[result.task].columns if result.task in TASKS else ())
+        if m in result.metrics
+    ]
     found = {name: result.metrics[name] for name in named} or {"": result.headline}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
@@ -122,7 +117,7 @@ def title_of(evaluation: Evaluation, metric: str, plan: Plan) -> str:
     """E.g. "k-NN mean"; with the data set's name where it is not the first one."""
     data = Path(evaluation.data).name
     where = "" if evaluation.data == plan.evaluations[0].data else data
-    return " ".join(part for part in (TITLES[evaluation.task], metric, where) if part)
+    return " ".join(part for part in (TASKS[evaluation.task].title, metric, where) if part)
 
 
 def judge(column: Column, plan: Plan) -> None:

@@ -14,20 +14,14 @@ from typing import Any, Literal
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.run_reader import is_run, result_files
 from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.tasks import TASKS
 from cmt_mae.tools.report.paper import PROTOCOLS, SOURCE, PaperNumber, paper_numbers
 
 Format = Literal["table", "markdown", "json"]
 Column = tuple[str, str]  # task, metric
 
-# Columns in this order; after them what only the results themselves name.
-METRICS = {
-    "knn": ("top1",),
-    "linear": ("top1",),
-    "finetune": ("top1",),
-    "coco": ("box/AP", "mask/AP"),
-    "ade20k": ("mIoU",),
-    "davis": ("J&F", "J_mean", "F_mean"),
-}
+METRICS = {name: task.columns for name, task in TASKS.items()}
+"""Columns of each task; after them what only the results themselves name."""
 
 MAX_BYTES = 256 << 20
 """A result file of more bytes than this is none; one with every class of ImageNet has about 0.2 MB."""

@@ -19,18 +19,13 @@ from rich.text import Text
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
 from cmt_mae.core.text import printable
+from cmt_mae.evaluate.tasks import TASKS
 from cmt_mae.tools.report.paper import SOURCE
 
 if TYPE_CHECKING:
     from cmt_mae.tools.report.compare import Column, Comparison, Number, Row
 
-TITLES = {
-    "knn": "k-NN",
-    "linear": "linear probe",
-    "finetune": "fine-tuning",
-    "coco": "COCO",
-    "ade20k": "ADE20K",
-    "davis": "DAVIS",
+TITLES = {name: task.title for name, task in TASKS.items()} | {
     "top1": "top-1",
     "box/AP": "AP box",
     "mask/AP": "AP mask",
