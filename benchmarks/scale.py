@@ -1,159 +1,155 @@
-"""What scaling rests on, measured on two CPU cores: processes, gradients, checkpoints, loader, tar index.
+"""What scaling rests on, on two CPU cores: growth of a step, processes, checkpoints, loader, tar index.
 
-    python -m benchmarks.scale                     # about 3 minutes, on an idle machine
+    python -m benchmarks.scale                     # about 10 minutes, on an idle machine
+    python -m benchmarks.scale --parts growth      # some parts; the others keep their earlier numbers
     python -m benchmarks.scale --quick --out DIR   # does it work? (no measurement)
 
-writes docs/results/scale.json and, from it, the tables of docs/scale.md (benchmarks/scale_model.py).
+writes docs/results/scale.json; the tables of docs/scale.md come from it (python -m benchmarks.scale_model).
 """
 
 import argparse
-import contextlib
 import io
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.gpu_data import loader_rate
-from benchmarks.gpu_photos import make_tars
-from benchmarks.gpu_variants import VARIANTS, settings
-from benchmarks.ladder import REPOSITORY, RESULTS
+from benchmarks import steps
+from benchmarks.photos import make_tars
+from benchmarks.steps import settings
+from benchmarks.timing import RESULTS, Contestant, Step, alternate_processes, exponent
 from cmt_mae.core.checkpoint import load_checkpoint, save_checkpoint
 from cmt_mae.core.files import write_json
 from cmt_mae.core.runs import environment
-from cmt_mae.data.loader import CropSettings
+from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.pack import PackConfig, pack
+from cmt_mae.data.packed import FORMAT
+from cmt_mae.data.sources import open_source
 from cmt_mae.data.steps import order
 from cmt_mae.data.tar import TarSource
-from cmt_mae.tools.bench.build import make_stepper
 from cmt_mae.tools.bench.measure import spread
 
-DEFAULT_BUCKET = 25.0  # torch's
-BUCKETS = (1.0, DEFAULT_BUCKET, 100.0)  # MB of gradients that travel together
+# --- growth ----------------------------------------------------------------------------------------------
+
+AXES: dict[str, dict[int, dict[str, Any]]] = {
+    # axis: size -> settings of cmt, stage two, beside the small preset (width 128, depth 6, 64 px, 16 images)
+    "images a step": {n: {"batch_size": n} for n in (8, 16, 32, 64)},
+    "image size, px": {px: {"student.img_size": [px]} for px in (32, 64, 96, 128)},
+    "width": {w: {"student.width": w, "student.heads": w // 32} for w in (64, 128, 256, 384)},
+    "depth": {d: {"student.depth": d} for d in (2, 4, 8, 16)},
+}
+STORES = (1_000, 10_000, 100_000, 1_000_000)
+"""Images in a packed data set that a batch is read from."""
 
 
-class Group:
-    """Worker processes that wait for commands; a waiting one takes no CPU time."""
-
-    def __init__(self, processes: int, images: int, size: str) -> None:
-        self.images = images * processes
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.workers = []
-        for rank in range(processes):
-            setup = {"OMP_NUM_THREADS": "1"}
-            if processes > 1:
-                setup |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
-            words = [str(images), str(processes), size]
-            command = [sys.executable, "-m", "benchmarks.scale_worker", *words]
-            self.workers.append(
-                subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                    cwd=REPOSITORY, env={**os.environ, **setup},
-                )
-            )  # fmt: skip
-        self.facts = [self._answer(worker) for worker in self.workers][-1]
-
-    def __enter__(self) -> "Group":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers:
-            assert worker.stdin
-            with contextlib.suppress(BrokenPipeError):  # of a worker that is gone
-                worker.stdin.close()
-        for worker in self.workers:
-            worker.wait(timeout=60)
-
-    def tell(self, **command: Any) -> float:
-        """Seconds of the slowest."""
-        for worker in self.workers:
-            assert worker.stdin
-            worker.stdin.write(json.dumps(command) + "\n")
-            worker.stdin.flush()
-        return max(float(self._answer(worker)["seconds"]) for worker in self.workers)
-
-    @staticmethod
-    def _answer(worker: "subprocess.Popen[str]") -> dict[str, Any]:
-        assert worker.stdout
-        line = worker.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended with status {worker.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-def loopback_bytes() -> int:
-    """Bytes that this machine has sent to itself."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, numbers = line.partition(":")
-        if name.strip() == "lo":
-            return int(numbers.split()[8])
-    return 0
-
-
-def processes(rounds: int, count: int, images: int, size: str) -> dict[str, Any]:
-    """Images/s of 1 process and of 2, with and without the exchange of gradients, in turns."""
-    with ExitStack() as stack:
-        one = stack.enter_context(Group(1, images, size))
-        two = stack.enter_context(Group(2, images, size))
-        ways: dict[str, tuple[Group, float | None]] = {  # and the MB of a bucket; None: no exchange
-            "1 process": (one, None),
-            "2 processes, no exchange": (two, None),
-            **{f"2 processes, buckets of {b:g} MB": (two, b) for b in BUCKETS},
+def growth(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
+    """Seconds and memory of a step along each axis, and value = constant * size ** power fitted to both."""
+    found = {}
+    for axis, points in list(AXES.items())[: 1 if quick else None]:
+        chosen = dict(list(points.items())[: 2 if quick else None])
+        preset = "micro" if quick else "small"
+        contestants = {
+            str(at): Contestant(partial(steps.ours, settings("two", preset, **more), "two"))
+            for at, more in chosen.items()
         }
-        seconds: dict[str, list[float]] = {name: [] for name in [*ways, "exchange alone"]}
-        sent: list[float] = []
-        for number in range(-1, rounds):  # one round to warm up
-            names = list(ways)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                group, bucket = ways[name]
-                if bucket is not None:
-                    group.tell(do="wrap", bucket_mb=bucket)
-                before = loopback_bytes()
-                sync = bucket is not None
-                taken = group.tell(do="steps", count=count, sync=sync) / count
-                if number >= 0:
-                    seconds[name].append(taken)
-                    if bucket == DEFAULT_BUCKET:
-                        sent.append((loopback_bytes() - before) / count)
-            alone = two.tell(do="all_reduce", count=count) / count
-            if number >= 0:
-                seconds["exchange alone"].append(alone)
-        rates = {
-            name: spread([ways[name][0].images / s for s in times])
-            for name, times in seconds.items()
-            if name in ways
-        }
-        facts = one.facts
+        found[axis] = fitted(contestants, rounds)
+    if not quick:
+        stores = {str(n): Contestant(partial(read_packed, folder / f"store{n}", n)) for n in STORES}
+        found["images in the data set"] = fitted(stores, rounds)
+    return {
+        "what": "one optimizer step of cmt, stage two, small preset, in a process of its own (data set: reading "
+        "32 random crops of 32 px of a packed one), in turns; value = constant * size ** power",
+        "rounds": rounds, "axes": found,
+    }  # fmt: skip
+
+
+def fitted(contestants: dict[str, Contestant], rounds: int) -> dict[str, Any]:
+    """Times and memory of an axis, and their exponents."""
+    turns = alternate_processes(contestants, rounds)
+    sizes = [float(name) for name in contestants]
+    seconds = {name: spread(times) for name, times in turns.seconds.items()}
+    memory = {name: turns.facts[name]["above_start_gb"] for name in contestants}
+    return {
+        "seconds": seconds, "memory_gb": memory,
+        "of_time": exponent(sizes, [row["median"] for row in seconds.values()]),
+        "of_memory": exponent(sizes, [max(gb, 1e-6) for gb in memory.values()]),
+    }  # fmt: skip
+
+
+def read_packed(path: Path, count: int) -> Step:
+    """Batches of a packed data set of so many black images of 32 px; what was never written takes no disk."""
+    path.mkdir()
+    images = np.lib.format.open_memmap(
+        path / "images.npy", mode="w+", dtype=np.uint8, shape=(count, 32, 32, 3)
+    )
+    del images
+    np.save(path / "labels.npy", np.full(count, -1))
+    names = [f"{number}.png" for number in range(count)]
+    meta = {
+        "format": FORMAT, "names": names, "classes": None, "count": count, "size": 32, "channels": 3,
+        "source": "none", "source_fingerprint": "none", "bad": [],
+    }  # fmt: skip
+    (path / "meta.json").write_text(json.dumps(meta))
+    stream = pretrain_batches(
+        open_source(str(path)), CropSettings((32, 32)), noise_length=0, seed=0, batch_size=32, micro_batch=32,
+        workers=0,
+    )  # fmt: skip
+    return Step(lambda: next(stream))
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+def processes(rounds: int, images: int, size: str, quick: bool) -> dict[str, Any]:
+    """Images/s of 1 process and of 2, with and (unless quick) without the exchange of gradients, in turns."""
+    alone = settings("two", size, batch_size=images)
+    both = settings("two", size, batch_size=2 * images)
+    ways = {
+        "1 process": Contestant(partial(steps.ours, alone, "two")),
+        "2 processes, no exchange": Contestant(partial(unshared, both), processes=2),
+        "2 processes": Contestant(partial(steps.ours, both, "two"), processes=2),
+    }
+    if quick:
+        del ways["2 processes, no exchange"]
+    turns = alternate_processes(ways, rounds)
+    rates = {
+        name: spread([ways[name].processes * images / s for s in times])
+        for name, times in turns.seconds.items()
+    }
     return {
         "what": f"optimizer steps of cmt, stage two, {size}, {images} images a process, 1 thread each, gloo",
-        "rounds": rounds, "steps_per_round": count, "images_per_process": images,
-        "gradient_bytes": facts["gradient_bytes"], "seconds": seconds, "images_per_second": rates,
-        "loopback_bytes_per_step": statistics.median(sent),
+        "rounds": rounds, "images_per_process": images,
+        "gradient_bytes": turns.facts["1 process"]["gradient_bytes"],
+        "seconds": turns.seconds, "images_per_second": rates,
+        "loopback_bytes_per_step": statistics.median(turns.sent["2 processes"]),
     }  # fmt: skip
+
+
+def unshared(config: Any) -> Step:
+    """Our step without the exchange of gradients (that of the guard against NaN stays)."""
+    stepper, batches, at = steps.our_stepper(config, "two")
+    real = stepper.synchronised
+    stepper.synchronised = lambda _: real(False)  # type: ignore[method-assign]
+    return Step(lambda: stepper.step(batches, at))
+
+
+# --- checkpoints, loader, index ------------------------------------------------------------------------------
 
 
 def checkpoints(rounds: int, size: str, folder: Path) -> dict[str, Any]:
     """Bytes and seconds of a real checkpoint of stage two, optimizer state included."""
-    run = settings(size, "two", VARIANTS["eager"], 4, precision="fp32")
-    run.runtime.device, run.teacher.name = "cpu", "embedded"
-    stepper, _ = make_stepper(run)
-    stepper.enter_stage(stepper.plan.switch_step)
+    run = settings("two", size, **{"teacher.name": "embedded"})
+    stepper, _, _ = steps.our_stepper(run, "two")
     for parameter in stepper.learner.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -169,7 +165,8 @@ def checkpoints(rounds: int, size: str, folder: Path) -> dict[str, Any]:
         loaded.append(time.perf_counter() - begin)
         size_now = path.stat().st_size
         path.unlink()
-    return {"size": size, "bytes": size_now, "write_s": spread(written), "read_s": spread(loaded)}
+    preset = run.student.preset
+    return {"size": preset, "bytes": size_now, "write_s": spread(written), "read_s": spread(loaded)}
 
 
 def loader(count: int, photo: tuple[int, int], crop: int, folder: Path) -> dict[str, Any]:
@@ -177,14 +174,31 @@ def loader(count: int, photo: tuple[int, int], crop: int, folder: Path) -> dict[
     total = make_tars(folder / "tar", count, 1, photo)
     side = min(256, photo[1])
     pack(PackConfig(data=str(folder / "tar"), out=str(folder / "packed"), size=side, workers=0))
-    crops = CropSettings((crop, crop))
-    batches = max(1, count // 20)
+    rates = {
+        kind: loader_rate(str(folder / kind), CropSettings((crop, crop)), min(20, count), 0, max(1, count // 20))
+        for kind in ("tar", "packed")
+    }  # fmt: skip
+    return {"photo": list(photo), "mean_bytes": total / count, "packed_bytes": 3 * side**2, **rates}
+
+
+def loader_rate(
+    path: str, crops: CropSettings, batch: int, workers: int, count: int
+) -> dict[str, Any]:
+    """Images/s of the loader alone, after the first batches: what the workers can deliver."""
+    source = open_source(path)
+    batch = min(batch, len(source))
+    stream = pretrain_batches(
+        source, crops, noise_length=196, seed=0, batch_size=batch, micro_batch=batch, workers=workers
+    )  # fmt: skip
+    with closing(stream) as batches:  # type: ignore[type-var]
+        for _ in range(1 + workers):  # workers make whole batches, side by side
+            next(batches)
+        begin = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        seconds = time.perf_counter() - begin
     return {
-        "photo": list(photo), "mean_bytes": total / count, "packed_bytes": 3 * side**2,
-        **{
-            kind: loader_rate(str(folder / kind), crops, min(20, count), 0, batches)
-            for kind in ("tar", "packed")
-        },
+        "images_per_second": batch * count / seconds, "workers": workers, "batch": batch, "batches": count,
     }  # fmt: skip
 
 
@@ -211,31 +225,36 @@ def index(members: int, images: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# --- the command -----------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "index": lambda folder, quick: index(*((200, 1000) if quick else (50_000, 20_000_000)), folder / "index"),
+    "loader": lambda folder, quick: loader(*((4, (64, 48), 32) if quick else (200, (500, 375), 224)), folder),
+    "checkpoint": lambda folder, quick: checkpoints(*((1, "micro") if quick else (3, "vitb16")), folder),
+    "processes": lambda _, quick: processes(*((1, 4, "micro") if quick else (9, 16, "small")), quick),
+    "growth": lambda folder, quick: growth(1 if quick else 7, folder, quick),
+}  # fmt: skip
+
+
 def main(words: list[str] | None = None) -> dict[str, Any]:
-    """Measure everything, writing as it goes."""
+    """Measure what is asked for, writing as it goes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--quick", action="store_true", help="smoke run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for scale.json")
     given = parser.parse_args(words)
+    for part in given.parts.split(","):
+        if part not in PARTS:
+            parser.error(f"'{part}' is unknown: use {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    quick, path = given.quick, given.out / "scale.json"
-    content: dict[str, Any] = {
-        "command": "python -m benchmarks.scale",
-        "quick": quick,
-        **environment(),
-    }
+    path = given.out / "scale.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    content |= {"command": "python -m benchmarks.scale", "quick": given.quick, **environment()}
     with tempfile.TemporaryDirectory(prefix="cmt_scale_", dir=given.out) as name:
-        folder = Path(name)
-        parts: dict[str, Any] = {
-            "index": lambda: index(200 if quick else 50_000, 1000 if quick else 20_000_000, folder / "index"),
-            "loader": lambda: loader(4, (64, 48), 32, folder) if quick else loader(200, (500, 375), 224, folder),
-            "checkpoint": lambda: checkpoints(1 if quick else 3, "micro" if quick else "base", folder),
-            "processes": lambda: processes(1, 1, 4, "micro") if quick else processes(9, 3, 16, "small"),
-        }  # fmt: skip
-        for part, work in parts.items():
-            content[part] = work()
+        for part in given.parts.split(","):
+            content[part] = PARTS[part](Path(name), given.quick)
             write_json(path, content)
             print(part, "done", file=sys.stderr, flush=True)
     return content

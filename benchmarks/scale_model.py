@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.ladder import REPOSITORY, RESULTS
+from benchmarks.timing import REPOSITORY, RESULTS, markdown
 from cmt_mae.core.files import write_atomically
 from cmt_mae.method.vit import PRESETS
 from cmt_mae.tools.bench.flops import OURS, Guide, Net, Step, step_macs
@@ -178,13 +178,8 @@ def tables(measured: dict[str, Any], machine: Machine | None = None) -> dict[str
         "billion": runs_table(BILLION, 1, {8: BATCH, 64: BATCH, 512: 16384}, machine),
         "index": index_table(measured),
         "checkpoint": checkpoint_table(measured, machine),
+        "growth": growth_table(measured),
     }
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table; the first column is text, the others numbers."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def sizes_table() -> str:
@@ -212,9 +207,9 @@ def measured_table(measured: dict[str, Any]) -> str:
     runs, saved = measured["processes"], measured["checkpoint"]
     rates = {name: spread["median"] for name, spread in runs["images_per_second"].items()}
     one, apart = rates["1 process"], rates["2 processes, no exchange"]
-    both = rates["2 processes, buckets of 25 MB"]
-    median = {n: sorted(v)[len(v) // 2] for n, v in runs["seconds"].items()}
-    exchange = median["2 processes, buckets of 25 MB"] - median["2 processes, no exchange"]
+    both = rates["2 processes"]
+    median = {name: sorted(times)[len(times) // 2] for name, times in runs["seconds"].items()}
+    exchange = median["2 processes"] - median["2 processes, no exchange"]
     # loopback counts what both processes send
     wanted, sent = 2 * all_reduce_bytes(runs["gradient_bytes"], 2), runs["loopback_bytes_per_step"]
     size = checkpoint_bytes(saved["size"]) if saved["size"] in SIZES else None
@@ -222,12 +217,8 @@ def measured_table(measured: dict[str, Any]) -> str:
         ["images/s of 1 process, 1 thread", "", f"{one:.1f}"],
         ["images/s of 2 processes without exchange", f"{2 * one:.1f}", f"{apart:.1f}"],
         ["images/s of 2 processes, DDP over gloo", f"{2 * one:.1f}", f"{both:.1f}"],
-        *[
-            [f"the same, buckets of {b} MB", "", f"{rates[f'2 processes, buckets of {b} MB']:.1f}"]
-            for b in (1, 100)
-        ],
-        ["seconds of the exchange alone, and its part that shows in a step", "",
-         f"{median['exchange alone']:.4f}, {exchange:.4f} of {median['2 processes, buckets of 25 MB']:.4f}"],
+        ["seconds of a step of 2 processes, and the part that the exchange adds", "",
+         f"{median['2 processes']:.3f}, {exchange:.3f}"],
         ["bytes sent in a step by both processes", f"{wanted / 1e6:.2f} MB", f"{sent / 1e6:.2f} MB"],
         [f"checkpoint, {SIZES.get(saved['size'], saved['size'])} stage two",
          "" if size is None else f"{size / 1e9:.3f} GB", f"{saved['bytes'] / 1e9:.3f} GB"],
@@ -313,6 +304,24 @@ def checkpoint_table(measured: dict[str, Any], machine: Machine) -> str:
         "stage two", "checkpoint", f"written at {rate / 1e6:.0f} MB/s", "epoch of ImageNet-1K on 64 GPUs",
         "lost with one every epoch", "with one an hour",
     ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def growth_table(measured: dict[str, Any]) -> str:
+    """Powers by which time and memory of a step grow; a line that says so where they were not measured yet."""
+    if "growth" not in measured:
+        return "Not measured yet: `python -m benchmarks.scale --parts growth` on an idle machine."
+    rows = []
+    for axis, found in measured["growth"]["axes"].items():
+        sizes = list(found["seconds"])
+        time, memory = found["of_time"], found["of_memory"]
+        first, last = (found["seconds"][size]["median"] for size in (sizes[0], sizes[-1]))
+        rows.append(
+            [f"{axis}, {sizes[0]} to {sizes[-1]}", f"{first:.3g} to {last:.3g}", f"{time['power']:.2f}",
+             f"{time['r2']:.3f}", f"{found['memory_gb'][sizes[0]]:.2f} to {found['memory_gb'][sizes[-1]]:.2f}",
+             f"{memory['power']:.2f}", f"{memory['r2']:.3f}"]
+        )  # fmt: skip
+    head = ["axis", "seconds", "power of time", "R2", "memory, GB", "power of memory", "R2"]
     return markdown(head, rows)
 
 

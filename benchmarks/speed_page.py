@@ -1,10 +1,6 @@
-"""docs/results/speed.md from docs/results/speed.json: python -m benchmarks.speed_page."""
+"""docs/results/speed.md from docs/results/speed.json (python -m benchmarks.side_by_side --page)."""
 
-import json
 from typing import Any
-
-from benchmarks.ladder import RESULTS
-from cmt_mae.core.files import write_atomically
 
 TITLES = {
     "mae": "MAE's step",
@@ -176,13 +172,3 @@ def known(entry: dict[str, Any]) -> str:
         for k, v in facts.items()
     ]
     return "; " + ", ".join(texts) if texts else ""
-
-
-def main() -> None:
-    """Write the page again from the numbers there are."""
-    text = page(json.loads((RESULTS / "speed.json").read_text()))
-    write_atomically(RESULTS / "speed.md", lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import scale
 from benchmarks import scale_model as model
-from benchmarks.gpu_variants import VARIANTS, settings
-from benchmarks.scale import Group
+from benchmarks.steps import settings
+from benchmarks.timing import exponent
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ class TeacherWidth:
 
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_parameters_are_those_of_the_real_modules(size: str) -> None:
-    run = settings(size, "two", VARIANTS["eager"], 8)
+    run = settings("two", {"base": "vitb16", "large": "vitl16"}[size])
     with torch.device("meta"):
         learner = build_learner(run, TeacherWidth())  # type: ignore[arg-type]
     learnt = sum(p.numel() for p in learner.parameters() if p.requires_grad)
@@ -127,20 +128,27 @@ def test_the_measured_checkpoint_and_traffic_are_near_the_model() -> None:
     assert runs["rounds"] >= 7
 
 
-def test_two_real_processes_take_turns_and_exchange_and_a_dead_one_is_an_error() -> None:
-    with Group(2, 2, "micro") as two:
-        assert two.images == 4
-        assert two.facts["gradient_bytes"] > 1e6
-        assert two.tell(do="wrap", bucket_mb=1.0) > 0
-        for sync in (True, False):
-            assert 0 < two.tell(do="steps", count=1, sync=sync) < 60
-        assert two.tell(do="all_reduce", count=1) > 0
-        first, second = two.workers
-        second.kill()
-        second.wait()
-        with pytest.raises((RuntimeError, BrokenPipeError)):
-            two.tell(do="steps", count=1, sync=False)
-        first.kill()
+def test_powers_are_those_of_the_law() -> None:
+    found = exponent([1, 2, 4, 8], [3 * n**1.5 for n in (1, 2, 4, 8)])
+    assert found == {"power": pytest.approx(1.5), "constant": pytest.approx(3), "r2": pytest.approx(1)}
+    noisy = exponent([1, 10, 100], [5, 4.9, 5.1])
+    assert abs(noisy["power"]) < 0.02
+    assert noisy["r2"] < 0.5
+
+
+def test_growth_and_two_real_processes_are_measured(tmp_path: Path) -> None:
+    """A dead contestant is an error, not a hang."""
+    content = scale.main(["--quick", "--out", str(tmp_path), "--parts", "growth,processes"])
+    assert content["growth"]["axes"]["images a step"]["memory_gb"]["8"] > 0
+    table = model.growth_table(content)
+    assert "| images a step, 8 to 16 |" in table
+    runs = content["processes"]
+    wanted = 2 * model.all_reduce_bytes(runs["gradient_bytes"], 2)
+    assert runs["loopback_bytes_per_step"] == pytest.approx(wanted, rel=0.3)
+    assert set(runs["seconds"]) == {"1 process", "2 processes"}
+    with pytest.raises(RuntimeError, match="a process of a contestant ended"):
+        scale.alternate_processes({"gone": scale.Contestant(sys.exit)}, 1)
+    assert scale.read_packed(tmp_path / "store", 1000).run()["images"].shape == (32, 3, 32, 32)  # type: ignore
 
 
 def test_the_launch_lines_name_commands_that_exist() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import side_by_side, speed_timing
-from benchmarks.speed_data import ours, timm_loader, torchvision_loader
+from benchmarks import side_by_side, timing
+from benchmarks.readings import clusters, ours, plain_head, timm_loader, torchvision_loader
+from benchmarks.side_by_side import Options
 from benchmarks.speed_page import page
-from benchmarks.speed_readout import clusters, plain_head
-from benchmarks.speed_steps import naive_model, our_step, settings, transformers_step
-from benchmarks.speed_timing import OURS, Comparison, Options, alternate, alternate_processes
+from benchmarks.steps import naive_model, our_stepper, settings, transformers, transformers_model
+from benchmarks.timing import OURS, Comparison, Contestant, Step, alternate, alternate_processes
 from PIL import Image
 
 from cmt_mae.evaluate.features import Features
@@ -27,9 +28,9 @@ def learned(module: Any) -> int:
 
 
 def test_naive_has_our_parameters_and_our_frozen_networks() -> None:
-    config = settings("cmt", "small", quick=True)
+    config = settings("two", "small", batch_size=2)
     backbone = frozen_backbone(config)
-    stepper, _ = our_step(config, "two", backbone)
+    stepper, _, _ = our_stepper(config, "two", backbone)
     naive = naive_model(config, backbone, "last")
     naive.start_stage_two()
     assert learned(naive) == learned(stepper.learner)
@@ -42,16 +43,16 @@ def test_naive_has_our_parameters_and_our_frozen_networks() -> None:
     assert naive.alpha == config.alpha
 
 
-def test_transformers_has_our_parameters() -> None:
-    config = settings("mae", "small", quick=True)
-    stepper, _ = our_step(config, "one")
-    step: Any = transformers_step(config)
+def test_transformers_has_our_parameters_and_learns() -> None:
+    config = settings("mae", "micro")
+    stepper, _, _ = our_stepper(config, "one")
+    assert learned(transformers_model(config)) == learned(stepper.learner)
+    step: Any = transformers(config)
     (model,) = [
-        cell.cell_contents for cell in step.__closure__ if hasattr(cell.cell_contents, "vit")
+        cell.cell_contents for cell in step.run.__closure__ if hasattr(cell.cell_contents, "vit")
     ]
-    assert learned(model) == learned(stepper.learner)
     before = model.vit.layers[0].mlp.fc1.weight.clone()
-    step()
+    step.run()
     assert not torch.equal(before, model.vit.layers[0].mlp.fc1.weight)
 
 
@@ -94,7 +95,7 @@ def test_loaders_hand_over_equal_work(tmp_path: Path) -> None:
 def test_contestants_take_turns_and_each_begins() -> None:
     calls: list[str] = []
     names = ("a", "b", "c")
-    seconds = alternate({n: lambda n=n: calls.append(n) for n in names}, 3, "test")
+    seconds = alternate({n: lambda n=n: calls.append(n) for n in names}, 3)
     assert [len(times) for times in seconds.values()] == [3, 3, 3]
     rounds = ["".join(calls[i : i + 3]) for i in range(0, 12, 3)]
     assert rounds == ["cab", "abc", "bca", "cab"]  # the first is not counted
@@ -148,13 +149,13 @@ def test_a_quick_run_has_two_rounds_of_the_small_size(monkeypatch: pytest.Monkey
     assert isinstance(quick, Options)
 
 
-def counting() -> Any:
-    """A contestant that takes longer at every run."""
+def counting() -> Step:
+    """A contestant that takes longer at every run, and holds 100 MB while it runs."""
     runs = itertools.count(1)
-    return lambda: time.sleep(0.02 * next(runs))
+    return Step(lambda: bytearray(100_000_000) and time.sleep(0.02 * next(runs)), {"who": os.getpid()})
 
 
-def noting(path: Path) -> Any:
+def noting(path: Path) -> Step:
     """A short contestant that leaves a byte a run."""
 
     def run() -> None:
@@ -162,28 +163,23 @@ def noting(path: Path) -> Any:
             file.write(b".")
         time.sleep(0.01)
 
-    return run
+    return Step(run)
 
 
-def test_a_turn_of_short_runs_takes_several_the_same_for_all(
+def test_contestants_in_processes_of_their_own_keep_their_state_and_their_memory_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(speed_timing, "REST_S", 0.0)
-    monkeypatch.setattr(speed_timing, "TURN_S", 0.2)
-    makers = {name: partial(noting, tmp_path / name) for name in ("a", "b")}
-    seconds = alternate_processes(makers, 2, "test", warm=1)
-    runs = [(tmp_path / name).stat().st_size for name in makers]
-    assert runs[0] == runs[1] >= 1 + 2 * 2
-    assert all(took >= 0.01 for times in seconds.values() for took in times)
-
-
-def test_contestants_in_processes_of_their_own_keep_their_state(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(speed_timing, "REST_S", 0.0)
-    monkeypatch.setattr(speed_timing, "TURN_S", 0.02)
-    seconds = alternate_processes({"a": counting, "b": counting}, 2, "test", warm=1)
-    for times in seconds.values():
+    monkeypatch.setattr(timing, "REST_S", 0.0)
+    contestants = {name: Contestant(counting) for name in ("a", "b")}
+    turns = alternate_processes(contestants, 2, warm=1, turn_s=0)
+    for times in turns.seconds.values():
         assert len(times) == 2
         assert times[0] >= 0.04
         assert times[1] >= 0.06
+    assert len({os.getpid(), *(turns.facts[name]["who"] for name in "ab")}) == 3
+    if turns.facts["a"]["of_steps_alone"]:
+        assert 0.09 < turns.facts["a"]["above_start_gb"] < 0.5
+    short = {name: Contestant(partial(noting, tmp_path / name)) for name in ("a", "b")}
+    turns = alternate_processes(short, 2, warm=1, turn_s=0.2)
+    runs = [(tmp_path / name).stat().st_size for name in short]
+    assert runs[0] == runs[1] >= 1 + 2 * 2  # several a turn, the same for all

@@ -29,15 +29,16 @@ def photo(seed: int, size: tuple[int, int] = PHOTO) -> bytes:
 def make_tars(folder: Path, count: int, processes: int, size: tuple[int, int] = PHOTO) -> int:
     """``count`` photos in shards of at most 1,000; bytes of all photos."""
     folder.mkdir(parents=True)
-    total = 0
     context = multiprocessing.get_context("spawn")  # CUDA may be in use, a fork of it may not
-    with context.Pool(processes) as pool:
-        made = pool.starmap(photo, [(seed, size) for seed in range(count)], chunksize=16)
+    if processes > 1:
+        with context.Pool(processes) as pool:
+            made = pool.starmap(photo, [(seed, size) for seed in range(count)], chunksize=16)
+    else:
+        made = [photo(seed, size) for seed in range(count)]
     for start in range(0, count, 1000):
         with tarfile.open(folder / f"{start // 1000:05d}.tar", "w") as tar:
             for number in range(start, min(count, start + 1000)):
                 info = tarfile.TarInfo(f"{number:07d}.jpg")
                 info.size = len(made[number])
                 tar.addfile(info, io.BytesIO(made[number]))
-                total += info.size
-    return total
+    return sum(map(len, made))
