@@ -2,7 +2,6 @@
 
 import shutil
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.tools.inspect.command import MAKERS, explain
 from cmt_mae.tools.inspect.images import Album
-from cmt_mae.tools.inspect.networks import Run, read_config
-from cmt_mae.tools.inspect.of_files import alpha_rows
 from cmt_mae.tools.inspect.settings import KINDS, ExplainConfig
 from cmt_mae.tools.report import canvas
 
@@ -93,18 +90,6 @@ def test_the_same_picture_is_the_same_file(cmt_run: Path, photos: Path, tmp_path
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_alpha_begins_at_the_recorded_switch_however_sparse_the_metrics(cmt_run: Path) -> None:
-    """5 + 5 steps: alpha is 0 up to step 5 and the run's own from step 6 on."""
-    rows = alpha_rows(read_config(cmt_run), Run(cmt_run).plan, 10)
-    assert [row["step"] for row in rows] == list(range(1, 11))
-    assert [row["alpha_mask"] for row in rows] == [0.0] * 5 + [0.3] * 5
-    long = replace(Run(cmt_run).plan, switch_step=50_001, total_steps=100_000)
-    found = {row["step"]: row["alpha_loss"] for row in alpha_rows(read_config(cmt_run), long, 100_000)}
-    assert found[50_001] == 0.0
-    assert found[50_002] == 0.3
-    assert len(found) < 400, "few enough to be drawn as they are"
-
-
 def test_images_files_all_and_folders_evenly(photos: Path, tmp_path: Path) -> None:
     """A broken image of a folder makes place for the next; a broken file that was named is refused."""
     files = sorted(photos.rglob("*.png")) or sorted(photos.rglob("*.webp"))
@@ -135,7 +120,7 @@ def test_images_files_all_and_folders_evenly(photos: Path, tmp_path: Path) -> No
         (["--run", "x", "--alpha", "2"], "give a weight in 0..1"),
         (["--run", "x", "--formats", "gif"], "use png, svg, pdf"),
         (["--run", "x", "--size", "1", "2", "3"], "give one side, or height and width"),
-        (["--run", "no/such/run", "--what", "curves"], "is no run directory"),
+        (["--run", "no/such/run", "--what", "curves"], "no such run directory"),
         (["--results", "no.json", "--what", "ladder", "--out", "x"], "cannot be read"),
     ],
 )

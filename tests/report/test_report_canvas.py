@@ -1,4 +1,4 @@
-"""Honest colours, curves and bars; galleries from files."""
+"""Honest colours and bars."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import with_lists
-from cmt_mae.tools.report import canvas, curves
+from cmt_mae.tools.report import canvas
 from cmt_mae.tools.report.attention import attention_sheet, in_units
 from cmt_mae.tools.report.canvas import (
     COVER,
@@ -86,30 +86,6 @@ def test_sheets_fit_a_page_and_the_shape(
     assert box.height / box.width == pytest.approx(height / width, rel=0.03)
     assert Image.open(file).width <= 350
     assert Sheet(1, 40, 1.0, "many heads").figure.get_figwidth() > 7
-
-
-def test_curves_keep_the_mean_and_name_each_network() -> None:
-    long = np.arange(1001.0)
-    thin = curves.thinned(long)
-    assert len(thin) <= curves.MOST_POINTS
-    np.testing.assert_allclose(thin[0], long[:3].mean())
-    np.testing.assert_allclose(thin[-1], long[3 * (len(thin) - 1) :].mean())
-    rows = [
-        {"step": s, "loss": 1.0, "loss_teacher": 2.0, "entropy_teacher": 0.5, "knn_top1": None}
-        for s in range(1, 5)
-    ]
-    found = curves.curves(rows, curves.PANELS[0], 2.0)
-    assert list(found) == ["loss_teacher"]  # the same as the whole where it is alone
-    assert found["loss_teacher"][0].tolist() == [0.5, 1, 1.5, 2]
-    rows[3]["loss_momentum"] = 3.0
-    assert list(curves.curves(rows, curves.PANELS[0], 2.0)) == [
-        "loss",
-        "loss_teacher",
-        "loss_momentum",
-    ]
-    figure = curves.curves_figure(rows, 2.0, 2, "run")
-    shown = [axis.get_title() for axis in figure.axes if axis.get_visible()]
-    assert shown == ["loss", "entropy of attention / uniform"]
 
 
 def test_bars_of_the_ladder_are_means_over_seeds(tmp_path: Path) -> None:

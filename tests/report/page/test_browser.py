@@ -90,7 +90,7 @@ def test_the_keyboard_reads_zooms_and_hides(chromium: Any, two: str) -> None:
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     said = chart.get_attribute("aria-valuetext")
-    assert said.startswith("epoch 2, step 20: a: loss_teacher 1.5")
+    assert said.startswith("epoch 2, step 20: a: teacher loss 1.5")
     assert "b 1.5" in said
     # the other charts follow
     assert page.inner_text("#chart-lr .at") == "epoch 2, step 20"

@@ -5,13 +5,15 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmt_mae.core.run_reader import RunRecord, read_run
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.stepping import Stepper
-from cmt_mae.tools.report.charts import alphas, charts, thinned
+from cmt_mae.tools.report.charts import alphas, charts, label_of, thinned
+from cmt_mae.tools.report.curves import curves_figure
 
 from .conftest import Write
 
@@ -24,13 +26,13 @@ def test_every_chart_of_the_issue_is_there(write: Write) -> None:
     assert "skipped" not in found  # every value is 0
     loss = found["loss"]["tables"][0]
     # the whole loss is that of the teacher here, and is left out
-    assert [line["name"] for line in loss["lines"]] == ["loss_teacher", "loss_momentum"]
+    assert [line["label"] for line in loss["lines"]] == ["teacher loss", "momentum student loss"]
     assert loss["x"][0] == 1
     assert loss["steps"][0] == 10
     assert found["knn"]["tables"][0]["steps"] == [0, 100]
-    assert [line["name"] for line in found["alpha"]["tables"][0]["lines"]] == [
-        "alpha_mask",
-        "alpha_loss",
+    assert [line["label"] for line in found["alpha"]["tables"][0]["lines"]] == [
+        "mask (Eq. 3)",
+        "loss (Eq. 4)",
     ]
     json.dumps(list(found.values()), allow_nan=False)
 
@@ -67,6 +69,38 @@ def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> N
     if finite:
         left = [values[place] for place in kept if math.isfinite(values[place])]
         assert (min(left), max(left)) == (min(finite), max(finite))
+
+
+@pytest.mark.parametrize(("every", "total", "switch"), [(10, 100, 53), (20, 60_000, 30_007)])
+def test_alpha_rises_at_the_recorded_switch_however_sparse_the_metrics(
+    write: Write, every: int, total: int, switch: int
+) -> None:
+    run = write(done=total, total=total, switch=switch, every=every)
+    found = {chart["key"]: chart for chart in charts([read_run(str(run))])}
+    (table,) = found["alpha"]["tables"]
+    values = dict(zip(table["steps"], table["lines"][0]["values"], strict=True))
+    assert {step: value for step, value in values.items() if switch <= step <= switch + 1} == {
+        switch: 0,
+        switch + 1: 0.3,
+    }
+    assert {value for step, value in values.items() if step < switch} == {0}
+    assert {value for step, value in values.items() if step > switch} == {0.3}
+
+
+def test_labels_are_words() -> None:
+    names = (
+        "loss", "loss_hog", "spread_prediction_teacher", "spread_student", "rank_target_momentum", "x_of_mine",
+    )  # fmt: skip
+    assert [label_of(name) for name in names] == [
+        "whole loss", "HOG loss", "predicted teacher targets", "student output", "momentum student targets",
+        "x of mine",
+    ]  # fmt: skip
+
+
+def test_the_figure_of_explain_has_the_same_charts(write: Write) -> None:
+    record = read_run(str(write(knn={0: 20.0, 100: 30.0})))
+    shown = [axis.get_title() for axis in curves_figure(record, "a $run").axes if axis.get_visible()]
+    assert [title.partition(",")[0] for title in shown] == [chart["title"] for chart in charts([record])]
 
 
 def test_one_long_run_stays_small(write: Write) -> None:

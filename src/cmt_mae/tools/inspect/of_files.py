@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-from cmt_mae.core.run_reader import read_metrics
+from cmt_mae.core.run_reader import read_run
 from cmt_mae.data.ade20k import open_ade20k
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis
-from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Plan, weights_at
 from cmt_mae.tools.inspect.desk import Desk, NotHere
-from cmt_mae.tools.inspect.networks import read_config, read_plan
 from cmt_mae.tools.report.curves import curves_figure
 from cmt_mae.tools.report.galleries import (
     Output,
@@ -21,38 +18,15 @@ from cmt_mae.tools.report.galleries import (
 )
 from cmt_mae.tools.report.ladder import ladder_figure, read_ladder
 
-ALPHA_POINTS = 200
-"""Of the curve of alpha."""
-
 
 def curves(desk: Desk) -> None:
     """The run's metrics over epochs."""
     if not desk.config.run:
         raise NotHere("a plain backbone has no curves: give --run")
-    folder = Path(desk.config.run)
-    settings, plan = read_config(folder), read_plan(folder)
-    rows = read_metrics(folder)
-    if not rows:
-        raise NotHere(f"{folder}/metrics.jsonl has no lines yet")
-    per_epoch, switch = 1.0, None
-    if plan is not None:
-        per_epoch = plan.steps_per_epoch
-        switch = plan.switch_step if 0 < plan.switch_step < plan.total_steps else None
-        if settings.needs_momentum():
-            rows += alpha_rows(settings, plan, rows[-1]["step"])
-    title = f"{folder.name}: {max(row['step'] for row in rows)} steps"
-    desk.save(curves_figure(rows, per_epoch, switch, title), "curves")
-
-
-def alpha_rows(settings: PretrainConfig, plan: Plan, last: int) -> list[dict[str, float]]:
-    """alpha of Eqs. 3 and 4 up to step ``last``, exact at the switch of stages between two lines of metrics."""
-    steps = {round(last * part / ALPHA_POINTS) for part in range(1, ALPHA_POINTS + 1)}
-    steps |= {step for step in (plan.switch_step, plan.switch_step + 1) if 0 < step <= last}
-    rows = []
-    for step in sorted(steps - {0}):
-        alphas = weights_at(settings, plan, step - 1)  # those of the step that came last
-        rows.append({"step": step, "alpha_mask": alphas.mask, "alpha_loss": alphas.loss})
-    return rows
+    run = read_run(desk.config.run)
+    if not run.rows:
+        raise NotHere(f"{run.path}/metrics.jsonl has no lines yet")
+    desk.save(curves_figure(run, f"{run.label}: {run.last_step} steps"), "curves")
 
 
 def ladder(desk: Desk) -> None:

@@ -1,4 +1,7 @@
-"""The charts of the page: which numbers of metrics.jsonl belong together, thinned to what a screen can show."""
+"""The charts of a run: which numbers of metrics.jsonl belong together, and what they mean.
+
+The page of `report` and `watch` and the figure of `explain` draw these.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmt_mae.core.run_reader import RunRecord
+from cmt_mae.core.text import one_line
 
 POINTS = 600
 """Points of a chart for one run, and for several together so many more that the page stays small."""
@@ -17,12 +21,12 @@ SAME = (*((f"loss_{name}", "loss") for name in ("teacher", "momentum", "pixel", 
 
 
 @dataclass(frozen=True)
-class Kind:
+class Chart:
     """A chart that a run may have."""
 
     key: str
     title: str
-    says: str
+    reading: str
     """One sentence on how to read it."""
     names: tuple[str, ...]
     """Of metrics; one that ends with ``_`` stands for all that begin with it."""
@@ -34,38 +38,68 @@ class Kind:
     """Left out where every value is 0."""
 
 
-KINDS = (
-    Kind("loss", "Loss", "Lower is better within a stage; the stages predict different things and do not compare.",
-         ("loss", "loss_")),
-    Kind("knn", "k-NN accuracy while training", "Votes of the nearest features; nothing is trained.",
-         ("knn_top1",), "%"),
-    Kind("val", "Validation while training", "On the images that are held out.", ("val_",)),
-    Kind("lr", "Learning rate", "Warm-up, then a cosine to the end.", ("lr",)),
-    Kind("alpha", "Weight of the momentum student (alpha)",
-         "0 in stage one: the teacher alone. From the switch on, Eqs. 3 (mask) and 4 (loss).",
-         ("alpha", "alpha_mask", "alpha_loss")),
-    Kind("overlap", "Overlap of the two attentions",
-         "Share of the teacher's most attended quarter of patches that the student attends to most as well.",
-         ("overlap",), chance=0.25),
-    Kind("entropy", "Entropy of attention", "1 = spread evenly over all patches; near 0 = one patch takes all.",
-         ("entropy_",)),
-    Kind("spread", "Spread of features", "Near 0 = collapse: every token has the same feature.", ("spread_",)),
-    Kind("rank", "Effective rank of the targets", "1 = all targets on one line: nothing left to predict.",
-         ("rank_target_",)),
-    Kind("image_share", "Share of the variance among images",
-         "Near 0 = the features say where a patch is, not what is on it.", ("image_share_",)),
-    Kind("class_mass", "Attention of the class token to itself",
-         "What it does not spend on patches: a high share leaves little to guide the mask.", ("class_mass_",)),
-    Kind("gradient", "Norm of the gradient", "Peaks stand for steps that hurt.", ("gradient_norm",)),
-    Kind("speed", "Images a second", "Of all processes together.", ("images_per_second",)),
-    Kind("wait", "Share of time spent waiting for data", "High = the loader is too slow: more workers, or pack.",
-         ("data_wait_share",), "%", 100.0),
-    Kind("memory", "Peak memory", "Of the GPU, or of the process on a CPU.", ("peak_memory_gb",), "GB"),
-    Kind("skipped", "Steps skipped", "Their loss or gradient was not finite.",
-         ("skipped_steps",), only_if_any=True),
-    Kind("signs", "Signs of collapse", "How many of the numbers above are below their healthy least.",
-         ("collapse_signs",), only_if_any=True),
+CHARTS = (
+    Chart("loss", "Loss",
+          "Lower is better within a stage; the stages predict different things and do not compare.",
+          ("loss", "loss_")),
+    Chart("knn", "k-NN accuracy while training", "Votes of the nearest features; nothing is trained.",
+          ("knn_top1",), "%"),
+    Chart("val", "Validation while training", "On the images that are held out.", ("val_",)),
+    Chart("lr", "Learning rate", "Warm-up, then a cosine to the end.", ("lr",)),
+    Chart("alpha", "Weight of the momentum student (alpha)",
+          "0 in stage one: the teacher alone. From the switch on, Eqs. 3 (mask) and 4 (loss).",
+          ("alpha", "alpha_mask", "alpha_loss")),
+    Chart("overlap", "Overlap of the two attentions",
+          "Share of the teacher's most attended quarter of patches that the student attends to most as well.",
+          ("overlap",), chance=0.25),
+    Chart("entropy", "Entropy of attention",
+          "1 = spread evenly over all patches; near 0 = one patch takes all.", ("entropy_",)),
+    Chart("spread", "Spread of features", "Near 0 = collapse: every token has the same feature.", ("spread_",)),
+    Chart("rank", "Effective rank of the targets", "1 = all targets on one line: nothing left to predict.",
+          ("rank_target_",)),
+    Chart("image_share", "Share of the variance among images",
+          "Near 0 = the features say where a patch is, not what is on it.", ("image_share_",)),
+    Chart("class_mass", "Attention of the class token to itself",
+          "What it does not spend on patches: a high share leaves little to guide the mask.", ("class_mass_",)),
+    Chart("gradient", "Norm of the gradient", "Peaks stand for steps that hurt.", ("gradient_norm",)),
+    Chart("speed", "Images a second", "Of all processes together.", ("images_per_second",)),
+    Chart("wait", "Share of time spent waiting for data", "High = the loader is too slow: more workers, or pack.",
+          ("data_wait_share",), "%", 100.0),
+    Chart("memory", "Peak memory", "Of the GPU, or of the process on a CPU.", ("peak_memory_gb",), "GB"),
+    Chart("skipped", "Steps skipped", "Their loss or gradient was not finite.",
+          ("skipped_steps",), only_if_any=True),
+    Chart("signs", "Signs of collapse", "How many of the numbers above are below their healthy least.",
+          ("collapse_signs",), only_if_any=True),
 )  # fmt: skip
+
+NETWORKS = {
+    "teacher": "teacher", "momentum": "momentum student", "student": "student", "decoder": "decoder",
+    "collab": "both", "pixel": "pixel", "hog": "HOG",
+}  # fmt: skip
+"""What numbers are of -> word in a legend."""
+LABELS = {
+    "loss": "whole loss", "lr": "learning rate", "knn_top1": "k-NN top-1", "alpha_mask": "mask (Eq. 3)",
+    "alpha_loss": "loss (Eq. 4)", "overlap": "teacher and momentum student",
+    "images_per_second": "images a second", "data_wait_share": "waiting",
+    "peak_memory_gb": "peak memory", "collapse_signs": "signs",
+}  # fmt: skip
+OF_NETWORKS = (
+    ("loss_", "{} loss"), ("spread_target_", "{} targets"), ("spread_prediction_", "predicted {} targets"),
+    ("rank_target_", "{} targets"), ("entropy_", "{}"), ("spread_", "{} output"), ("image_share_", "{}"),
+    ("class_mass_", "{}"),
+)  # fmt: skip
+"""Beginning of a metric's name -> its label, with the network's word."""
+
+
+def label_of(name: str) -> str:
+    """``spread_prediction_teacher`` -> ``predicted teacher targets``; an unknown name without its underscores."""
+    if name in LABELS:
+        return LABELS[name]
+    for start, words in OF_NETWORKS:
+        network = NETWORKS.get(name.removeprefix(start)) if name.startswith(start) else None
+        if network is not None:
+            return words.format(network)
+    return one_line(name.replace("_", " "), 60)
 
 
 def charts(records: list[RunRecord]) -> list[dict[str, Any]]:
@@ -75,56 +109,53 @@ def charts(records: list[RunRecord]) -> list[dict[str, Any]]:
     run: ``x``, ``steps`` and the values of each name, null where there is none.
     """
     in_epochs = all(record.plan("steps_per_epoch") for record in records)
-    every = [row_of(record) for record in records]
+    every = [rows_of(record) for record in records]
     points = min(POINTS, max(60, ALL_POINTS // len(records)))
     found = []
-    for kind in KINDS:
+    for chart in CHARTS:
         tables = []
         for place, (record, rows) in enumerate(zip(records, every, strict=True)):
-            table = table_of(kind, rows, points)
+            table = table_of(chart, rows, points, record.switch_step)
             if table is None:
                 continue
             per = record.plan("steps_per_epoch") if in_epochs else 1
             table["run"], table["x"] = place, [round(step / per, 5) for step in table["steps"]]
-            table["says"] = [in_words(one, table["steps"], kind.unit) for one in table["lines"]]
+            table["words"] = [in_words(one, table["steps"], chart.unit) for one in table["lines"]]
             tables.append(table)
         if tables:
-            found.append(
-                {
-                    "key": kind.key,
-                    "title": kind.title,
-                    "says": kind.says,
-                    "unit": kind.unit,
-                    "chance": kind.chance,
-                    "x_name": "epoch" if in_epochs else "step",
-                    "tables": tables,
-                }
-            )
+            about = {
+                name: getattr(chart, name) for name in ("key", "title", "reading", "unit", "chance")
+            }
+            found.append({**about, "x_name": "epoch" if in_epochs else "step", "tables": tables})
     return found
 
 
-def row_of(record: RunRecord) -> list[dict[str, float]]:
-    """One line a step, in order, with alpha of Eqs. 3 and 4, which is a setting and is not logged."""
-    alpha = alphas(record)
+def rows_of(record: RunRecord) -> list[dict[str, float]]:
+    """One line a step, in order, with alpha of Eqs. 3 and 4, which is a setting and is not logged.
+
+    Both sides of the switch of stages are there, so that a line of alpha rises where it did.
+    """
+    alpha, switch = alphas(record), record.switch_step
     by_step: dict[int, dict[str, float]] = {}  # one line a step: k-NN has lines of its own
     for row in record.rows:
         step = int(row["step"])
         logged = {} if alpha is None or "knn_top1" in row else alpha(step)
         by_step.setdefault(step, {}).update({**row, **logged})
+    if alpha is not None and switch is not None:
+        for step in (switch, switch + 1):
+            if 0 < step <= record.last_step:
+                by_step.setdefault(step, {"step": step}).update(alpha(step))
     return [by_step[step] for step in sorted(by_step)]
 
 
 def alphas(record: RunRecord) -> Callable[[int], dict[str, float]] | None:
     """Step -> alpha (or alpha_mask and alpha_loss) of the step that ended there; None for a run of one stage."""
     switch, per = record.switch_step, record.plan("steps_per_epoch")
-    base = _number(record.setting("alpha"))
-    if switch is None or base is None or not per:
+    base = record.number("alpha")
+    if switch is None or math.isnan(base) or not per:
         return None
-    ramp = (_number(record.setting("alpha_ramp_epochs")) or 0.0) * per
-    full = {}
-    for name in ("alpha_mask", "alpha_loss"):
-        own = _number(record.setting(name))
-        full[name] = base if own is None else own
+    ramp = record.number("alpha_ramp_epochs", 0.0) * per
+    full = {name: record.number(name, base) for name in ("alpha_mask", "alpha_loss")}
     if full["alpha_mask"] == full["alpha_loss"]:
         full = {"alpha": full["alpha_mask"]}
 
@@ -136,21 +167,22 @@ def alphas(record: RunRecord) -> Callable[[int], dict[str, float]] | None:
     return at
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def table_of(kind: Kind, rows: list[dict[str, float]], points: int) -> dict[str, Any] | None:
-    """Steps and lines of one chart of one run; None where it has nothing to show."""
-    names = names_of(kind, rows)
+def table_of(
+    chart: Chart, rows: list[dict[str, float]], points: int, switch: int | None = None
+) -> dict[str, Any] | None:
+    """Steps and lines of one chart of one run, the switch kept; None where it has nothing to show."""
+    names = names_of(chart, rows)
     having = [row for row in rows if any(name in row for name in names)]
-    if not names or (kind.only_if_any and not any(row.get(n) for row in having for n in names)):
+    if not names or (chart.only_if_any and not any(row.get(n) for row in having for n in names)):
         return None
-    kept = [having[place] for place in thinned(having, names, points)]
+    sides = () if switch is None else (switch, switch + 1)
+    places = {place for place, row in enumerate(having) if row["step"] in sides}
+    kept = [having[place] for place in sorted(places | {*thinned(having, names, points)})]
     lines = [
-        {"name": name, "values": [short(row.get(name, math.nan) * kind.factor) for row in kept]}
+        {
+            "label": label_of(name),
+            "values": [short(row.get(name, math.nan) * chart.factor) for row in kept],
+        }
         for name in names
     ]
     lines = [line for line in lines if any(value is not None for value in line["values"])]
@@ -159,13 +191,13 @@ def table_of(kind: Kind, rows: list[dict[str, float]], points: int) -> dict[str,
     return {"steps": [int(row["step"]) for row in kept], "lines": lines}
 
 
-def names_of(kind: Kind, rows: list[dict[str, float]]) -> list[str]:
+def names_of(chart: Chart, rows: list[dict[str, float]]) -> list[str]:
     """The metrics of a chart that occur, in the order in which the chart lists them, then in their own."""
     there: dict[str, None] = {}
     for row in rows:
         there.update(dict.fromkeys(row))
     found: list[str] = []
-    for wanted in kind.names:
+    for wanted in chart.names:
         for name in there:
             fits = name.startswith(wanted) if wanted.endswith("_") else name == wanted
             if fits and len(name) <= 60 and name.isprintable() and name not in found:
@@ -210,18 +242,18 @@ def short(value: float) -> float | None:
 
 
 def in_words(line: dict[str, Any], steps: list[int], unit: str) -> str:
-    """``loss: 1.58 at step 4, 0.39 at step 60, least 0.37 (step 56), most 1.58 (step 4)``."""
+    """``whole loss: 1.58 at step 4, 0.39 at step 60, least 0.37 (step 56), most 1.58 (step 4)``."""
     pairs = [(s, v) for s, v in zip(steps, line["values"], strict=True) if v is not None]
     (first, begin), (last, end) = pairs[0], pairs[-1]
     unit = f" {unit}" if unit else ""
     if len(pairs) == 1:
-        return f"{line['name']}: {shown(end)}{unit} at step {last}"
+        return f"{line['label']}: {shown(end)}{unit} at step {last}"
     low, high = min(pairs, key=lambda p: p[1]), max(pairs, key=lambda p: p[1])
     text = (
-        f"{line['name']}: {shown(begin)}{unit} at step {first}, {shown(end)}{unit} at step {last}"
+        f"{line['label']}: {shown(begin)}{unit} at step {first}, {shown(end)}{unit} at step {last}"
     )
     if low[1] == high[1]:
-        return f"{line['name']}: {shown(end)}{unit} throughout"
+        return f"{line['label']}: {shown(end)}{unit} throughout"
     return f"{text}; least {shown(low[1])} (step {low[0]}), most {shown(high[1])} (step {high[0]})"
 
 

@@ -27,7 +27,7 @@
       table.lines.forEach((line, place) => {
         const number = several ? table.run : place;
         const only = table.lines.length === 1;
-        const label = several ? (only ? data.runs[table.run] : `${data.runs[table.run]}: ${line.name}`) : line.name;
+        const label = several ? (only ? data.runs[table.run] : `${data.runs[table.run]}: ${line.label}`) : line.label;
         const turn = several && only ? number : place; // told apart without colour, and where they lie on each other
         lines.push({ label, stroke: colour(`--s${number % 8}`), dash: DASHES[turn % DASHES.length], run: table.run });
       });
