@@ -191,7 +191,7 @@ def test_the_first_image_is_one_of_the_runs(tmp_path: Path, image: str) -> None:
     with Image.open(found) as shown, Image.open(image) as own:
         assert np.array_equal(np.asarray(shown), np.asarray(own.convert("RGB")))
     with Image.open(first_image([str(gone)], tmp_path)) as scene:
-        assert scene.size == (224, 224)
+        assert scene.size == (96, 96)
 
 
 @pytest.fixture
