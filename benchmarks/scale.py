@@ -36,7 +36,7 @@ from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.packed import FORMAT
 from cmt_mae.data.sources import open_source
 from cmt_mae.data.steps import order
-from cmt_mae.data.tar import TarSource
+from cmt_mae.data.tar import open_tar
 from cmt_mae.tools.bench.measure import spread
 
 # --- growth ----------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def loader_rate(
 
 
 def index(members: int, images: int, folder: Path) -> dict[str, Any]:
-    """Seconds and bytes a sample that TarSource takes at the start, and that the order of an epoch takes."""
+    """Seconds and bytes a sample that open_tar takes at the start, and that the order of an epoch takes."""
     folder.mkdir()
     shard, tiny = folder / "00000.tar", b"\xff\xd8" + bytes(62)
     with tarfile.open(shard, "w") as tar:
@@ -212,9 +212,10 @@ def index(members: int, images: int, folder: Path) -> dict[str, Any]:
             info.size = len(tiny)
             tar.addfile(info, io.BytesIO(tiny))
     begin = time.perf_counter()
-    source = TarSource([shard])
+    source = open_tar([shard])
     seconds = time.perf_counter() - begin
-    arrays = (source._where, source._offsets, source._sizes, source._labels, source._names._ends)
+    members = source._reader
+    arrays = (members._where, members._offsets, members._sizes, source._labels, source._names._ends)
     held = sum(a.nbytes for a in arrays) + len(source._names._blob)
     begin = time.perf_counter()
     permutation = order(images, 0, 0)

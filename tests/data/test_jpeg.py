@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from cmt_mae.data import jpeg
 from cmt_mae.data.crops import crop_box, cut, resize, sample_rng
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
-from cmt_mae.data.folder import FolderSource
+from cmt_mae.data.folder import open_folder
 from cmt_mae.data.loader import CropSettings, order, pretrain_batches
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -286,7 +286,7 @@ def test_scaled_crops_of_photos_are_near_the_reference(shared: Path, k: int) -> 
 
 def loader_batches(folder: Path, count: int, crops: CropSettings) -> list[Any]:
     stream = pretrain_batches(
-        FolderSource(folder), crops, noise_length=3, seed=4, batch_size=8, micro_batch=8
+        open_folder(folder), crops, noise_length=3, seed=4, batch_size=8, micro_batch=8
     )
     return list(islice(stream, count))
 

@@ -1,115 +1,130 @@
-"""Images as files under a folder, and the compact list of names that the other sources share."""
+"""Images as files under a folder."""
 
-import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.text import printable
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
+from cmt_mae.data.source import Names, Source, shown
 
 # An image file above this is not an image: memory stays bounded whatever lies in the folder.
 MAX_BYTES = 2**30
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test"))
+_LITTER = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "desktop.ini"))
 
 
-class Names:
-    """A list of file names in two flat buffers.
-
-    A list of a million str objects would be copied page by page into every forked loader worker as
-    soon as reference counts change; two buffers stay shared.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        parts = [os.fsencode(name) for name in names]
-        self._blob = b"".join(parts)
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def raw(self, index: int) -> bytes:
-        """The name as the file system has it."""
-        start = int(self._ends[index - 1]) if index else 0
-        return self._blob[start : int(self._ends[index])]
-
-    def __getitem__(self, index: int) -> str:
-        """The name for people, on one line: what is not UTF-8 or cannot be printed is escaped."""
-        return shown(self.raw(index))
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is left out everywhere: hidden ones (.ipynb_checkpoints, the
+    ._NAME that a Mac puts beside each file) and what systems and archives leave behind."""
+    return name.startswith(".") or name.lower() in _LITTER
 
 
-def shown(name: str | bytes) -> str:
-    """A file's name as it can be printed."""
-    return printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
-
-
-def fingerprint_of(names: Names, sizes: Iterable[int]) -> str:
-    """sha256 over the count and, image by image, name and size in bytes. Reads no pixels."""
-    digest = hashlib.sha256(f"{len(names)}\n".encode())
-    for index, size in enumerate(sizes):
-        digest.update(names.raw(index) + f"\0{size}\n".encode())
-    return digest.hexdigest()
-
-
-class FolderSource:
+def open_folder(root: str | Path, classes: list[str] | None = None) -> Source:
     """Every image under `root`, in sorted order, with labels when the folder is an ImageFolder.
 
     Labels are given when every image lies in a class folder one level down (root/class/x.jpg) and
-    those folders are not named like splits; otherwise label(i) is None. `classes` fixes the list of
-    class names (so that val/ counts as train/ does). Raises InputError: no image, unknown class.
+    those folders are not named like splits. `classes` fixes the list of class names (so that val/ counts as
+    train/ does). Raises InputError: no image, unknown class.
     """
+    top = os.path.abspath(root)
+    found, left_out = _walk(top)
+    if not found:
+        raise InputError(
+            f"{root}: no image found{left_out_of(0, left_out)} (suffixes {' '.join(sorted(IMAGE_SUFFIXES))}); "
+            "give a folder of images, tar or parquet files, or a folder made by cmt-mae pack"
+        )
+    names = Names(found)
+    labels, known = _labels(root, found, classes)
+    looked_for = "one folder a class, directly below it, with every image in one"
+    return Source(names, Files(top, names), labels, known, left_out, looked_for)
 
-    def __init__(self, root: str | Path, classes: list[str] | None = None) -> None:
-        self.root = os.path.abspath(root)
-        found = _walk(self.root)
-        if not found:
-            raise InputError(
-                f"{root}: no image found (suffixes {' '.join(sorted(IMAGE_SUFFIXES))}); give a "
-                "folder of images, tar or parquet files, or a folder made by cmt-mae pack"
-            )
-        self._names = Names(found)
-        self.classes: list[str] | None = None
-        self._labels = np.full(len(found), -1, dtype=np.int64)
-        split_up = [name.split("/") for name in found]
-        if all(len(parts) == 2 for parts in split_up):
-            present = sorted({parts[0] for parts in split_up})
-            if not SPLIT_NAMES.issuperset(present):
-                known = classes if classes is not None else present
-                unknown = sorted(set(present) - set(known))
-                if unknown:
-                    raise InputError(
-                        f"{root}: class folder {shown(unknown[0])!r} is not in the training split; "
-                        "both splits need the same class names"
-                    )
-                self.classes = [shown(name) for name in known]
-                number = {name: i for i, name in enumerate(known)}
-                self._labels[:] = [number[parts[0]] for parts in split_up]
 
-    def __len__(self) -> int:
-        return len(self._names)
+def _labels(
+    root: str | Path, found: list[str], classes: list[str] | None
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """Of an ImageFolder; else None."""
+    split_up = [name.split("/") for name in found]
+    folders = sorted({parts[0] for parts in split_up})
+    if any(len(parts) != 2 for parts in split_up) or SPLIT_NAMES.issuperset(folders):
+        return None, None
+    present = [shown(name) for name in folders]
+    known = classes if classes is not None else present
+    unknown = sorted(set(present) - set(known))
+    if unknown:
+        raise InputError(
+            f"{root}: class folder {unknown[0]!r} has no images in the training split; both splits need "
+            "the same class names"
+        )
+    number = {name: i for i, name in enumerate(known)}
+    numbers = {name: number[shown(name)] for name in folders}
+    return np.array([numbers[parts[0]] for parts in split_up], dtype=np.int64), known
 
-    def name(self, index: int) -> str:
-        """Path below the root."""
-        return self._names[index]
 
-    def label(self, index: int) -> int | None:
-        """Class number, None without labels."""
-        return int(self._labels[index]) if self.classes is not None else None
+def left_out_of(images: int, left_out: Counter[str]) -> str:
+    """ ": 90 of 100 files left out: 90 .heic (...)", empty where there are none."""
+    count = left_out.total()
+    if not count:
+        return ""
+    hints = {
+        ".heic": "pip install pillow-heif reads them",
+        ".heif": "pip install pillow-heif reads them",
+        ".jxl": "pip install pillow-jxl-plugin reads them",
+        ".dcm": "pip install pydicom reads them",
+    }
+    kinds = []
+    for kind, number in left_out.most_common(4):
+        kinds.append(f"{number} {kind}" + (f" ({hints[kind]})" if kind in hints else ""))
+    rest = count - sum(number for _, number in left_out.most_common(4))
+    kinds += [f"{rest} others"] if rest else []
+    return f": {count} of {images + count} files left out: {', '.join(kinds)}"
+
+
+class Files:
+    """Files below a folder, by number (`source.Reader`)."""
+
+    def __init__(self, root: str, names: Names) -> None:
+        self.root, self.names = os.fsencode(root), names
+
+    def path(self, index: int) -> bytes:
+        """As the file system has it."""
+        return os.path.join(self.root, self.names.raw(index))
 
     def read(self, index: int) -> bytes:
         """The file's bytes. Raises BadImage when it is gone, unreadable or far too large."""
-        return read_file(os.path.join(os.fsencode(self.root), self._names.raw(index)))
+        return read_file(self.path(index))
 
-    def fingerprint(self) -> str:
-        """sha256 over count, names below the root and file sizes (-1 where a file is gone)."""
-        root = os.fsencode(self.root)
-        paths = (os.path.join(root, self._names.raw(i)) for i in range(len(self)))
-        return fingerprint_of(self._names, map(_size, paths))
+    def piece(self, index: int, start: int, length: int) -> bytes:
+        """Some of them."""
+        try:
+            with open_file(self.path(index)) as file:
+                return os.pread(file.fileno(), length, start)
+        except (BadImage, OSError):
+            return b""
+
+    def sizes(self) -> Iterator[int]:
+        """Of the files."""
+        for index in range(len(self.names)):
+            try:
+                yield os.stat(self.path(index)).st_size
+            except OSError:
+                yield -1
+
+    def changed_since(self, seconds: float) -> list[int]:
+        """Files whose content was last changed after this moment (seconds since 1970)."""
+        changed = []
+        for index in range(len(self.names)):
+            try:
+                if os.stat(self.path(index)).st_mtime > seconds:
+                    changed.append(index)
+            except OSError:
+                continue
+        return changed
 
 
 def open_file(path: str | bytes | Path) -> BinaryIO:
@@ -136,22 +151,13 @@ def read_file(path: str | bytes | Path, limit: int = MAX_BYTES) -> bytes:
             raise BadImage(error.strerror or type(error).__name__) from None
 
 
-def _size(path: bytes) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def _walk(root: str) -> tuple[list[str], Counter[str]]:
+    """Relative paths of all image files under `root`, sorted, and how many other files there are, by suffix.
 
-
-def class_folders(root: str | Path) -> list[str]:
-    """Names of the visible folders directly under `root`, sorted."""
-    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-
-
-def _walk(root: str) -> list[str]:
-    """Relative paths of all image files under `root`, sorted; links are followed, each real folder
-    is visited once, so a loop of links ends. Hidden files and folders are left out."""
+    Links are followed, each real folder is visited once, so a loop of links ends.
+    """
     found: list[str] = []
+    left_out: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -165,19 +171,23 @@ def _walk(root: str) -> list[str]:
             entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except OSError as error:
             raise InputError(
-                f"{shown(folder)}: {error.strerror}; mend its permissions or remove it"
+                f"{shown(folder)}: {error.strerror}; change its permissions or remove it"
             ) from None
         folders = []
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_litter(entry.name):
                 continue
             path = below + "/" + entry.name if below else entry.name
             if _is_folder(entry):
                 folders.append(path)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and _is_file(entry):
-                found.append(path)
+            elif _is_file(entry):
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if suffix in IMAGE_SUFFIXES:
+                    found.append(path)
+                else:
+                    left_out[shown(suffix)[:16] or "without suffix"] += 1
         pending.extend(reversed(folders))
-    return sorted(found)
+    return sorted(found), left_out
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

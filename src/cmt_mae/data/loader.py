@@ -16,7 +16,7 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.data import jpeg
 from cmt_mae.data.crops import NO_EPOCH, Box, center_crop, crop_box, cut, resize_into, sample_rng
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Limits, Source
 from cmt_mae.data.steps import Steps, order
 from cmt_mae.data.workers import TIMEOUT_S, few, iterate
 
@@ -92,13 +92,13 @@ class Batch(TypedDict):
 def load_image(source: Source, index: int, channels: int) -> np.ndarray:
     """Image `index` as uint8 (H, W, channels). Raises BadImage; InputError for a pack made with
     other channels."""
-    return _pixels(source.read(index), channels)
+    return _pixels(source.read(index), channels, source.limits)
 
 
-def _pixels(data: bytes | np.ndarray, channels: int) -> np.ndarray:
+def _pixels(data: bytes | np.ndarray, channels: int, limits: Limits | None) -> np.ndarray:
     """What a source read as uint8 (H, W, channels)."""
     if isinstance(data, bytes):
-        return decode_image(data, channels)
+        return decode_image(data, channels, limits=limits)
     have = data.shape[2]
     if have == 1 and channels == 3:
         return np.repeat(data, 3, axis=2)
@@ -205,7 +205,7 @@ class _Micro:
             if sample is not None:
                 return sample
             rng.bit_generator.state = before  # as if this had not been tried
-        image = _pixels(data, self.crops.channels)
+        image = _pixels(data, self.crops.channels, self.source.limits)
         height, width = image.shape[:2]
         sample = self._cut(rng, index, (height, width), lambda box, _: cut(image, box))
         assert sample is not None

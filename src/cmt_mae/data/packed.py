@@ -11,7 +11,8 @@ import numpy as np
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import one_line
 from cmt_mae.data.decode import BadImage
-from cmt_mae.data.folder import Names, open_file, read_file
+from cmt_mae.data.folder import open_file, read_file
+from cmt_mae.data.source import Names, Source
 
 FORMAT = "cmt-mae pack 1"
 
@@ -50,80 +51,81 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-class PackedSource:
-    """The images of a folder made by `cmt-mae pack`, memory-mapped. read(i): (S, S, C) uint8.
+def open_packed(root: str | Path) -> Source:
+    """The images of a folder made by `cmt-mae pack`, memory-mapped; read(i): (S, S, C) uint8.
 
     Raises InputError when arrays and meta.json disagree.
     """
+    folder = Path(root).absolute()
+    meta = read_meta(folder)
+    try:
+        names = Names(meta.pop("names"))
+    except UnicodeEncodeError:  # half a character, which JSON can hold
+        raise InputError(f"{folder}/meta.json: a name is no text; pack again") from None
+    reader = Mapped(folder, meta)
+    wanted = (len(names), meta["size"], meta["size"], meta["channels"])
+    if reader.images.shape != wanted or reader.images.dtype != np.uint8:
+        raise InputError(
+            f"{folder}/images.npy: holds {reader.images.dtype} {reader.images.shape} but "
+            f"meta.json says uint8 {wanted}; pack again"
+        )
+    labels = np.array(_mapped(folder, "labels.npy", "r"))
+    if labels.shape != wanted[:1] or labels.dtype != np.int64:
+        raise InputError(
+            f"{folder}/labels.npy: holds {labels.dtype} {labels.shape} for {wanted[0]} images; pack again"
+        )
+    most = len(meta["classes"]) if meta["classes"] is not None else 10**9
+    if wanted[0] and not -1 <= labels.min() <= labels.max() < most:
+        raise InputError(f"{folder}/labels.npy: a label is out of range; pack again")
+    return Source(names, reader, labels, meta["classes"], None, "labels in what was packed")
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).absolute()
-        self._meta = read_meta(self.root)
-        names = self._meta.pop("names")
-        try:
-            self._names = Names(names)
-        except UnicodeEncodeError:  # half a character, which JSON can hold
-            raise InputError(f"{self.root}/meta.json: a name is no text; pack again") from None
-        self.classes: list[str] | None = self._meta["classes"]
+
+def _mapped(folder: Path, name: str, mode: str) -> np.ndarray:
+    try:
+        open_file(folder / name).close()  # reading a pipe would wait for ever
+        # mapped: unlike reading, that compares the length with the header's shape first
+        array: np.ndarray = np.load(folder / name, mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+    except Exception as error:  # NumPy raises all kinds for a broken header
+        raise InputError(f"{folder}: damaged pack ({one_line(error)}); pack again") from None
+    return array
+
+
+class Mapped:
+    """Images of a pack, by number (`source.Reader`)."""
+
+    def __init__(self, root: Path, meta: dict[str, Any]) -> None:
+        self.root, self._meta = root, meta
         self._open()
-        size, channels = self._meta["size"], self._meta["channels"]
-        wanted = (len(self._names), size, size, channels)
-        if self._images.shape != wanted or self._images.dtype != np.uint8:
-            raise InputError(
-                f"{self.root}/images.npy: holds {self._images.dtype} {self._images.shape} but "
-                f"meta.json says uint8 {wanted}; pack again"
-            )
-        if self._labels.shape != wanted[:1] or self._labels.dtype != np.int64:
-            raise InputError(
-                f"{self.root}/labels.npy: holds {self._labels.dtype} {self._labels.shape} for "
-                f"{wanted[0]} images; pack again"
-            )
-        most = len(self.classes) if self.classes is not None else 10**9
-        if wanted[0] and not -1 <= self._labels.min() <= self._labels.max() < most:
-            raise InputError(f"{self.root}/labels.npy: a label is out of range; pack again")
 
     def _open(self) -> None:
-        try:
-            for name in ("images.npy", "labels.npy"):
-                open_file(self.root / name).close()  # reading a pipe would wait for ever
-            # "c": private pages, so the array counts as writable for torch; the file never changes.
-            mapped = np.load(self.root / "images.npy", mmap_mode="c", allow_pickle=False)
-            # mapped too: unlike reading, that compares the length with the header's shape first
-            labels = np.load(self.root / "labels.npy", mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # NumPy raises all kinds for a broken header
-            reason = one_line(error)
-            raise InputError(f"{self.root}: damaged pack ({reason}); pack again") from None
-        self._images = np.asarray(mapped)  # plain ndarray: indexing a memmap object is slower
-        self._labels = np.array(labels)
+        # "c": private pages, so the array counts as writable for torch; the file never changes.
+        # A plain ndarray: indexing a memmap object is slower.
+        self.images = np.asarray(_mapped(self.root, "images.npy", "c"))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_images"], state["_labels"]  # mapped again where it is unpickled, not copied
+        del state["images"]  # mapped again where it is unpickled, not copied
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """Name that the image had in the source that was packed."""
-        return self._names[index]
-
-    def label(self, index: int) -> int | None:
-        """Class number, None when the image has none."""
-        label = int(self._labels[index])
-        return label if label >= 0 else None
-
     def read(self, index: int) -> np.ndarray:
         """(S, S, C) uint8, a view of the mapped file."""
-        image: np.ndarray = self._images[index]
+        image: np.ndarray = self.images[index]
         return image
 
-    def fingerprint(self) -> str:
-        """sha256 over the packed source's fingerprint, count, size and channels."""
+    def piece(self, index: int, start: int, length: int) -> bytes:
+        """Some of its pixels."""
+        return self.images[index].reshape(-1)[start : start + length].tobytes()
+
+    def sizes(self) -> list[int]:
+        """Of the pixels."""
+        return [int(np.prod(self.images.shape[1:]))] * len(self.images)
+
+    def names_fingerprint(self) -> str:
+        """sha256 over the packed source's fingerprint of names and sizes, count, size and channels."""
         keys = ("source_fingerprint", "count", "size", "channels")
         text = json.dumps([self._meta[key] for key in keys])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -1,95 +1,153 @@
-"""Where images come from: one path, five kinds, one small interface."""
+"""Where images come from: one path, five kinds, one `Source`."""
 
+import logging
 import os
 import re
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.folder import FolderSource, class_folders
-from cmt_mae.data.packed import PackedSource
+from cmt_mae.data.decode import measure_limits
+from cmt_mae.data.folder import is_litter, left_out_of, open_folder
+from cmt_mae.data.packed import open_packed
+from cmt_mae.data.source import Source
 
 _ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "test"),
 }
 HUB = "hf://"
+SHARE_SEED = 0
+"""Of the held-out share: the same images in every command and run."""
+_told: set[str] = set()
 
 
-class Source(Protocol):
-    """A map-style set of images: picklable, cheap to fork, in an order that never changes."""
-
-    classes: list[str] | None
-    """Class names by label number; None when there are none."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What to call the image in messages; printable."""
-        ...
-
-    def label(self, index: int) -> int | None:
-        """Class number, None when the image has no label."""
-        ...
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        """The encoded file, or pixels (H, W, C) uint8 from a pack. Raises BadImage."""
-        ...
-
-    def fingerprint(self) -> str:
-        """sha256 over count, names and sizes: same data, same text. Reads no pixels."""
-        ...
-
-
-def open_source(path: str) -> Source:
+def open_source(path: str, limits: Sequence[float] = ()) -> Source:
     """All images of one path: a folder of images, tar shards (a .tar, a folder of them, or a glob /
     {000..009} pattern), parquet files, a data set saved with save_to_disk, hf://owner/name[:split],
-    or a folder made by cmt-mae pack. Raises InputError saying what is wrong with it.
+    or a folder made by cmt-mae pack.
+
+    limits: values of black and white in images of more than 8 bits; empty: measured on some of the images.
+    Files that are left out are counted in one line on stderr. Raises InputError saying what is wrong with it.
     """
-    if path.startswith(HUB):
-        from cmt_mae.data.tables import open_hub
-
-        return open_hub(path, None)
-    root = Path(path).expanduser()
-    if not root.exists():
-        return _open_pattern(path)
-    if root.is_dir():
-        return _open_folder(root)
-    return _open_files(path, [root])
+    return _told_of(path, _limited(path, _open(path), limits))
 
 
-def open_split(path: str, split: Literal["train", "val"]) -> Source:
+def open_split(
+    path: str,
+    split: Literal["train", "val"],
+    limits: Sequence[float] = (),
+    val_share: float = 0.0,
+) -> Source:
     """One split of a data set: PATH/train or PATH/val (also training, valid, validation, test), tar
     or parquet files with such a word in their name, or the split of a Hugging Face data set.
 
-    A path without any split is its own training split. Labels of an image folder's val/ count as
-    those of its train/. Raises InputError when the split is missing.
+    A path without any split is its own training split; with a val_share above 0, this share of each class (of
+    all images where there are none), drawn by seed, is held out as its val. Labels and limits of val are those of
+    train. Raises InputError when the split is missing.
     """
-    if path.startswith(HUB):
-        from cmt_mae.data.tables import open_hub
+    if not 0 <= val_share < 1:
+        raise InputError(f"val_share {val_share:g}: give a share of the images below 1, like 0.2")
+    words, hub = _ALIASES[split], path.startswith(HUB)
+    found = {} if hub else {name: _find_split(path, words) for name, words in _ALIASES.items()}
+    if val_share and not hub and not found["val"]:
+        return _part(open_split(path, "train", limits), split, val_share)
+    train = None
+    if split == "val" and (hub or found["train"]):
+        with suppress(InputError) if hub else nullcontext():
+            train = open_split(path, "train", limits)
+    classes, here = train.classes if train else None, found.get(split)
+    if hub:
+        source = _open(path, classes, words)
+    elif isinstance(here, Path):
+        path = str(here)
+        source = _open(path, classes)
+    elif here:
+        source = _open_files(path, here, classes)
+    elif (split == "train" and not found["val"]) or not Path(path).expanduser().exists():
+        return open_source(path, limits)  # a missing path is named there
+    else:
+        share = ", or add --val_share 0.2 to hold images out" if split == "val" else ""
+        raise InputError(
+            f"{path}: no {split} split; it needs a folder {split}/ or shards named *{split}*{share}"
+        )
+    if train is not None:
+        source.limits = train.limits
+    return _told_of(path, source if train is not None else _limited(path, source, limits))
 
-        return open_hub(path, _ALIASES[split])
-    found = {name: _find_split(path, words) for name, words in _ALIASES.items()}
-    here = found[split]
-    if isinstance(here, Path):
-        train = found["train"]
-        if split == "val" and isinstance(train, Path) and _kind(here) == "images":
-            return FolderSource(here, classes=_train_classes(train))
-        return open_source(str(here))
-    if here:
-        return _open_files(path, here)
-    if (split == "train" and not found["val"]) or not Path(path).expanduser().exists():
-        return open_source(path)  # a missing path is named there
-    raise InputError(
-        f"{path}: no {split} split; it needs a folder {split}/ or shards named *{split}*"
-    )
+
+def _part(source: Source, split: Literal["train", "val"], share: float) -> Source:
+    """The images that are held out, or the others."""
+    labels = source.labels()
+    held = np.zeros(len(source), dtype=bool)
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([SHARE_SEED, label + 1]).permutation(members)
+        held[order[: max(1, round(share * len(members)))]] = True
+    chosen = np.flatnonzero(held if split == "val" else ~held)
+    if not len(chosen):
+        raise InputError(f"val_share {share:g} leaves no image for {split}")
+    return source.subset(chosen)
 
 
 def has_splits(path: str) -> bool:
     """Whether the path holds both a training and a validation split, as `open_split` finds them."""
     return all(_find_split(path, words) for words in _ALIASES.values())
+
+
+def _told_of(path: str, source: Source) -> Source:
+    """A line about files that were left out, once a path, by the first process."""
+    text = left_out_of(len(source), source.left_out)
+    if text and path not in _told and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s%s", path, text)
+    _told.add(path)
+    return source
+
+
+def _limited(path: str, source: Source, limits: Sequence[float]) -> Source:
+    """The source with its limits, given or measured."""
+    if limits:
+        if len(limits) != 2 or not limits[0] < limits[1]:
+            raise InputError(f"range {list(limits)}: give the values of black and white, like 0 4095")
+        source.limits = (float(limits[0]), float(limits[1]))
+        return source
+    source.limits, text = measure_limits(source)
+    if text and f"{path} " not in _told and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s: %s", path, text)
+    _told.add(f"{path} ")
+    return source
+
+
+def _open(
+    path: str, classes: list[str] | None = None, words: tuple[str, ...] | None = None
+) -> Source:
+    """All images of one path. classes: those of the training split. words: names of the wanted split of hf://."""
+    if path.startswith(HUB):
+        from cmt_mae.data.tables import open_hub
+
+        return open_hub(path, words, classes)
+    root = Path(path).expanduser()
+    if not root.exists():
+        return _open_pattern(path)
+    if not root.is_dir():
+        return _open_files(path, [root], classes)
+    kind = _kind(root)
+    if kind == "packed":
+        return open_packed(root)
+    if kind == "saved":
+        from cmt_mae.data.tables import open_saved
+
+        return open_saved(root, classes)
+    if kind == "shards":
+        return _open_files(path, _shards(root), classes)
+    for word in (*_ALIASES["train"], *_ALIASES["val"]):
+        if (root / word).is_dir() and _kind(root / word) != "images":
+            raise InputError(f"{root}: holds splits; give {root / word}")
+    return open_folder(root, classes)
 
 
 def _find_split(path: str, words: tuple[str, ...]) -> Path | list[Path]:
@@ -108,15 +166,10 @@ def _find_split(path: str, words: tuple[str, ...]) -> Path | list[Path]:
     return []
 
 
-def _train_classes(train: Path) -> list[str] | None:
-    """Class folders of the training split, None when it is no image folder."""
-    return class_folders(train) or None if _kind(train) == "images" else None
-
-
 def _shards(root: Path) -> list[Path]:
     """Tar files in the folder; else parquet files in it or in its data/ (the hub's layout)."""
     for pattern in ("*.tar", "*.parquet", "data/*.parquet"):
-        files = sorted(p for p in root.glob(pattern) if p.is_file() and p.name[0] != ".")
+        files = sorted(p for p in root.glob(pattern) if p.is_file() and not is_litter(p.name))
         if files:
             return files
     return []
@@ -130,23 +183,7 @@ def _kind(root: Path) -> Literal["packed", "saved", "shards", "images"]:
     return "shards" if _shards(root) else "images"
 
 
-def _open_folder(root: Path) -> Source:
-    kind = _kind(root)
-    if kind == "packed":
-        return PackedSource(root)
-    if kind == "saved":
-        from cmt_mae.data.tables import open_saved
-
-        return open_saved(root)
-    if kind == "shards":
-        return _open_files(str(root), _shards(root))
-    for word in (*_ALIASES["train"], *_ALIASES["val"]):
-        if (root / word).is_dir() and _kind(root / word) != "images":
-            raise InputError(f"{root}: holds splits; give {root / word}")
-    return FolderSource(root)
-
-
-def _open_files(path: str, files: list[Path]) -> Source:
+def _open_files(path: str, files: list[Path], classes: list[str] | None = None) -> Source:
     """Tar or parquet files, by their suffix."""
     special = [file for file in files if file.exists() and not file.is_file()]
     if special:  # reading a pipe would wait for ever
@@ -155,13 +192,13 @@ def _open_files(path: str, files: list[Path]) -> Source:
     if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise InputError(f"{path}: a compressed tar cannot be read at random; unpack it to .tar")
     if name.endswith(".tar"):
-        from cmt_mae.data.tar import TarSource
+        from cmt_mae.data.tar import open_tar
 
-        return TarSource(files)
+        return open_tar(files)
     if name.endswith(".parquet"):
         from cmt_mae.data.tables import open_parquet
 
-        return open_parquet(files)
+        return open_parquet(files, classes)
     raise InputError(f"{path}: not a folder, .tar or .parquet file; give one of these")
 
 

@@ -8,67 +8,66 @@ import numpy as np
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import BadImage
-from cmt_mae.data.folder import Names, fingerprint_of, read_file, shown
+from cmt_mae.data.folder import read_file
+from cmt_mae.data.source import Names, Source, shown
 
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
 _ROWS = 1024
+MOST_TEXTS = 100
+"""Different texts in a label column that are taken for classes even where few rows share them."""
 
 
-class TableSource:
+def table_source(data: Any, where: str, classes: list[str] | None = None) -> Source:
     """Rows of a `datasets.Dataset` with an image column, encoded bytes left as they are.
 
     Image column: an Image feature, else a {bytes, path} struct, else a binary column (a usual name
-    first). Label column: a ClassLabel (label or fine_label first), else an integer column with a
-    usual name. Raises InputError when there is no image column.
+    first). Label column: a ClassLabel (label or fine_label first), else an integer or text column with a
+    usual name; different texts are the classes, sorted, or `classes`. Raises InputError when there is no image
+    column, and for a text that is not among `classes`.
     """
+    import datasets
 
-    def __init__(self, data: Any, where: str) -> None:
-        import datasets
+    image = _image_column(data.features)
+    if image is None:
+        raise InputError(
+            f"{where}: no image column among {', '.join(data.column_names)}; it needs an Image "
+            "feature, a struct {bytes, path} or a binary column"
+        )
+    if len(data) == 0:
+        raise InputError(f"{where}: no rows; give a data set with images")
+    label = _label_column(data.features)
+    labels = None
+    if label is not None:
+        feature = data.features[label]
+        try:
+            if _is_text(feature):
+                labels, classes = _numbered(_texts(data, label), classes, f"{where}: column {label}")
+            else:
+                named = isinstance(feature, datasets.ClassLabel)
+                classes = list(feature.names) if named else None
+                labels = np.concatenate([_integers(t[label]) for t in _tables(data, label)])
+        except InputError:
+            raise
+        except Exception as error:  # pyarrow has many
+            raise InputError(f"{where}: column {label} holds no class numbers ({_line(error)})") from None
+    rows = data.select_columns([image])
+    if isinstance(data.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    looked_for = f"a ClassLabel, or numbers or texts in a column named {', '.join(_LABEL_NAMES)}"
+    reader = Rows(rows.with_format(None), image)
+    return Source(Names(reader.names()), reader, labels, classes, None, looked_for)
 
-        image = _image_column(data.features)
-        if image is None:
-            raise InputError(
-                f"{where}: no image column among {', '.join(data.column_names)}; it needs an Image "
-                "feature, a struct {bytes, path} or a binary column"
-            )
-        if len(data) == 0:
-            raise InputError(f"{where}: no rows; give a data set with images")
-        label = _label_column(data.features)
-        self.classes: list[str] | None = None
-        self._labels = np.full(len(data), -1, dtype=np.int64)
-        if label is not None:
-            feature = data.features[label]
-            self.classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-            try:
-                parts = [_integers(table[label]) for table in _tables(data, label)]
-            except Exception as error:  # pyarrow has many
-                raise InputError(
-                    f"{where}: column {label} holds no class numbers ({_line(error)})"
-                ) from None
-            self._labels = np.concatenate(parts)
-        rows = data.select_columns([image])
-        if isinstance(data.features[image], datasets.Image):
-            rows = rows.cast_column(image, datasets.Image(decode=False))
-        self._rows, self._image = rows.with_format(None), image
 
-    def __len__(self) -> int:
-        return len(self._labels)
+class Rows:
+    """Rows of a table with one image column, by number (`source.Reader`)."""
 
-    def name(self, index: int) -> str:
-        """The path that the row carries, or its number."""
-        cell = self._rows[index][self._image]
-        path = cell.get("path") if isinstance(cell, dict) else None
-        return shown(str(path)) if path else f"row {index}"
-
-    def label(self, index: int) -> int | None:
-        """Class number, None without."""
-        label = int(self._labels[index])
-        return label if label >= 0 else None
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows, column
 
     def read(self, index: int) -> bytes:
         """The encoded image. Raises BadImage for an empty cell or a missing file."""
-        cell = self._rows[index][self._image]
+        cell = self._rows[index][self._column]
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if data is not None:
             return bytes(data)
@@ -77,23 +76,59 @@ class TableSource:
             raise BadImage("the row has no image")
         return read_file(str(path).encode("utf-8", "surrogateescape"))
 
-    def fingerprint(self) -> str:
-        """sha256 over count, names and sizes; reads offsets and paths, no pixels."""
+    def piece(self, index: int, start: int, length: int) -> bytes:
+        """Some of its bytes."""
+        try:
+            return self.read(index)[start : start + length]
+        except BadImage:
+            return b""
+
+    def names(self) -> list[str]:
+        """The path that each row carries, or its number."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         names: list[str] = []
-        sizes: list[int] = []
-        for table in _tables(self._rows, self._image):
-            column = table[self._image].combine_chunks()
+        for table in _tables(self._rows, self._column):
+            column = table[self._column].combine_chunks()
             paths: list[str | None] = [None] * len(column)
+            if pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
+                paths = pc.struct_field(column, "path").to_pylist()
+            names += [path or f"row {len(names) + i}" for i, path in enumerate(paths)]
+        return names
+
+    def sizes(self) -> list[int]:
+        """Of the encoded images; reads offsets, no pixels."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        sizes: list[int] = []
+        for table in _tables(self._rows, self._column):
+            column = table[self._column].combine_chunks()
             if pa.types.is_struct(column.type):
-                if column.type.get_field_index("path") >= 0:
-                    paths = pc.struct_field(column, "path").to_pylist()
                 column = pc.struct_field(column, "bytes")
             sizes += pc.fill_null(pc.binary_length(column), -1).to_pylist()
-            names += [path or f"row {len(names) + i}" for i, path in enumerate(paths)]
-        return fingerprint_of(Names(names), sizes)
+        return sizes
+
+
+def _texts(data: Any, column: str) -> list[str | None]:
+    return [text for table in _tables(data, column) for text in table[column].to_pylist()]
+
+
+def _numbered(
+    texts: list[str | None], classes: list[str] | None, where: str
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """Text labels as numbers, -1 for none, and their names; None for captions, which hardly two rows share."""
+    present = sorted({text for text in texts if text is not None})
+    if len(present) > max(MOST_TEXTS, len(texts) // 2):
+        return None, None
+    known = classes if classes is not None else present
+    unknown = sorted(set(present) - set(known))
+    if unknown:
+        raise InputError(f"{where}: class {shown(unknown[0])!r} is not in the training split")
+    number = {name: i for i, name in enumerate(known)}
+    labels = [-1 if text is None else number[text] for text in texts]
+    return np.array(labels, dtype=np.int64), list(known)
 
 
 def _tables(data: Any, column: str) -> Iterator[Any]:
@@ -139,15 +174,18 @@ def _label_column(features: Any) -> str | None:
     named = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
     if named:
         return _first(named, _LABEL_NAMES)
-    integers = [
-        name
-        for name in _LABEL_NAMES
-        if name in features and "int" in str(getattr(features[name], "dtype", ""))
-    ]
-    return integers[0] if integers else None
+    for right in (lambda f: "int" in str(getattr(f, "dtype", "")), _is_text):
+        for name in _LABEL_NAMES:
+            if name in features and right(features[name]):
+                return name
+    return None
 
 
-def open_parquet(files: list[Path]) -> TableSource:
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def open_parquet(files: list[Path], classes: list[str] | None = None) -> Source:
     """Parquet files of one schema, as one set of rows in the order given."""
     datasets = _library(str(files[0]))
     import pyarrow.parquet as pq
@@ -169,20 +207,22 @@ def open_parquet(files: list[Path]) -> TableSource:
         data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
     except Exception as error:
         raise InputError(f"{files[0].parent}: cannot be read ({_line(error)})") from None
-    return TableSource(data, str(files[0]))
+    return table_source(data, str(files[0]), classes)
 
 
-def open_saved(root: Path) -> TableSource:
+def open_saved(root: Path, classes: list[str] | None = None) -> Source:
     """A folder written by `Dataset.save_to_disk`."""
     datasets = _library(str(root))
     try:
         data = datasets.load_from_disk(str(root))
     except Exception as error:
         raise InputError(f"{root}: cannot be read ({_line(error)}); save it again") from None
-    return TableSource(data, str(root))
+    return table_source(data, str(root), classes)
 
 
-def open_hub(path: str, words: tuple[str, ...] | None) -> TableSource:
+def open_hub(
+    path: str, words: tuple[str, ...] | None, classes: list[str] | None = None
+) -> Source:
     """hf://owner/name[:split]; `words` are names of the wanted split, tried in order.
 
     Without both, the data set must have one split only. Never runs a data set's own code.
@@ -201,7 +241,7 @@ def open_hub(path: str, words: tuple[str, ...] | None) -> TableSource:
         if not chosen or (words is None and len(chosen) > 1):
             raise InputError(f"{path}: has the splits {', '.join(data)}; add :{next(iter(data))}")
         data = data[chosen[0]]
-    return TableSource(data, path)
+    return table_source(data, path, classes)
 
 
 def _library(path: str) -> Any:

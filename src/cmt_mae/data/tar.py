@@ -1,8 +1,10 @@
 """Tar shards in the WebDataset layout, indexed once and then read at random.
 
 A sample is a run of members with one key (the path up to the first dot of the file name, as in
-webdataset): key.jpg + key.cls (an integer) or key.json ({"label": 3}). Only offsets are kept, so
-shuffling and resuming are as exact as over a folder. Nothing is ever unpacked to the disk.
+webdataset): key.jpg + key.cls (an integer) or key.json ({"label": 3}). Where such a run holds several images of
+one kind and what stands between the dots is a number, the names just have dots (IMG_0.1.jpg, 2024.05.01-007.jpg)
+and end at the last one. Only offsets are kept, so shuffling and resuming are as exact as over a folder. Nothing is
+ever unpacked to the disk.
 """
 
 import json
@@ -11,6 +13,7 @@ import os
 import re
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +23,8 @@ import numpy as np
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import one_line, printable
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
-from cmt_mae.data.folder import MAX_BYTES, Names, fingerprint_of
+from cmt_mae.data.folder import MAX_BYTES, is_litter, left_out_of
+from cmt_mae.data.source import Names, Source
 
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _LABEL_BYTES = 2**20  # a label file above this is not a label
@@ -31,53 +35,52 @@ _LABEL_FIELDS = ("label", "cls", "class", "class_id")
 Member = tuple[str, int, int]  # suffix, offset, size
 
 
-class TarSource:
+def open_tar(shards: list[Path]) -> Source:
     """All samples with an image in the given shards, in their order.
 
-    A sample with several images gives its first (.npy only when there is no other). `classes` is
-    None: shards carry numbers, not names. Raises InputError naming the shard: unreadable, cut,
+    A sample with several images gives its first (.npy only when there is no other), the others count as left out.
+    There are no class names: shards carry numbers. Raises InputError naming the shard: unreadable, cut,
     garbage in the middle, a .cls that is no integer, no image at all.
     """
+    paths = [os.path.abspath(shard) for shard in shards]
+    names: list[str] = []
+    left_out: Counter[str] = Counter()
+    where, offsets, sizes, labels = array("l"), array("q"), array("q"), array("q")
+    for number, shard in enumerate(paths):
+        short = os.path.basename(shard)
+        for key, members, label in _samples(shard):
+            images = [m for m in members if _suffix(m) in IMAGE_SUFFIXES]
+            images.sort(key=lambda m: _suffix(m) == ".npy")
+            left_out.update(f".{m[0]}"[:16] for m in images[1:])
+            if not images:
+                left_out[_suffix(members[0])[:16]] += 1
+                continue
+            suffix, offset, size = images[0]
+            names.append(f"{short}/{key}.{suffix}")
+            where.append(number)
+            offsets.append(offset)
+            sizes.append(size)
+            labels.append(label)
+    if not names:
+        raise InputError(
+            f"{paths[0]} (and {len(paths) - 1} more): no image found{left_out_of(0, left_out)}; shards "
+            "need members such as 0001.jpg"
+        )
+    reader = Members(paths, np.array(where), np.array(offsets), np.array(sizes))
+    fields = ", ".join(_LABEL_FIELDS)
+    looked_for = f"a number in KEY.cls, or under {fields} in KEY.json, beside KEY.jpg"
+    return Source(
+        Names(names), reader, np.array(labels), None, left_out, looked_for
+    )
 
-    classes: list[str] | None = None
 
-    def __init__(self, shards: list[Path]) -> None:
-        self._shards = [os.path.abspath(shard) for shard in shards]
-        names: list[str] = []
-        where, offsets, sizes, labels = array("l"), array("q"), array("q"), array("q")
-        for number, shard in enumerate(self._shards):
-            short = os.path.basename(shard)
-            for key, members, label in _samples(shard):
-                images = [m for m in members if _suffix(m) in IMAGE_SUFFIXES]
-                images.sort(key=lambda m: _suffix(m) == ".npy")
-                if not images:
-                    continue
-                suffix, offset, size = images[0]
-                names.append(f"{short}/{key}.{suffix}")
-                where.append(number)
-                offsets.append(offset)
-                sizes.append(size)
-                labels.append(label)
-        if not names:
-            raise InputError(
-                f"{self._shards[0]} (and {len(self._shards) - 1} more): no image found; shards "
-                "need members such as 0001.jpg"
-            )
-        self._names = Names(names)
-        self._where, self._offsets = np.array(where), np.array(offsets)
-        self._sizes, self._labels = np.array(sizes), np.array(labels)
+class Members:
+    """Members of tar shards, by number (`source.Reader`)."""
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """shard.tar/member."""
-        return self._names[index]
-
-    def label(self, index: int) -> int | None:
-        """The number in .cls or .json, None without."""
-        label = int(self._labels[index])
-        return label if label >= 0 else None
+    def __init__(
+        self, shards: list[str], where: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
+    ) -> None:
+        self._shards, self._where, self._offsets, self._sizes = shards, where, offsets, sizes
 
     def read(self, index: int) -> bytes:
         """The member's bytes. Raises BadImage when the shard is gone or has changed."""
@@ -87,21 +90,32 @@ class TarSource:
         if size > MAX_BYTES:
             raise BadImage(f"member larger than {MAX_BYTES >> 20} MiB")
         try:
-            # Opened for each read: no descriptors to keep, to share over forks or to run out of.
-            file = os.open(self._shards[self._where[index]], os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = os.pread(file, size, int(self._offsets[index]))
-            finally:
-                os.close(file)
+            data = self._pread(index, 0, size)
         except OSError as error:
             raise BadImage(error.strerror or type(error).__name__) from None
         if len(data) != size:
             raise BadImage("the shard has become shorter")
         return data
 
-    def fingerprint(self) -> str:
-        """sha256 over count, names and sizes."""
-        return fingerprint_of(self._names, self._sizes.tolist())
+    def _pread(self, index: int, start: int, length: int) -> bytes:
+        # Opened for each read: no descriptors to keep, to share over forks or to run out of.
+        file = os.open(self._shards[self._where[index]], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(file, length, int(self._offsets[index]) + start)
+        finally:
+            os.close(file)
+
+    def piece(self, index: int, start: int, length: int) -> bytes:
+        """Some of them."""
+        try:
+            return self._pread(index, start, max(0, min(length, int(self._sizes[index]) - start)))
+        except OSError:
+            return b""
+
+    def sizes(self) -> list[int]:
+        """Of the members."""
+        sizes: list[int] = self._sizes.tolist()
+        return sizes
 
 
 def _suffix(member: Member) -> str:
@@ -112,20 +126,44 @@ def _suffix(member: Member) -> str:
 def _samples(shard: str) -> Iterator[tuple[str, list[Member], int]]:
     """(key, members, label or -1) for each run of members with one key."""
     with open(shard, "rb") as raw:
-        key = ""
-        members: list[Member] = []
-        for info in _members(shard):
-            match = _KEY.match(info.name)
-            if match is None:
-                continue
-            if match[1] != key:
-                if members:
-                    yield key, members, _label(shard, raw.fileno(), key, members)
-                key, members = match[1], []
-            size = info.size if info.isreg() else _LINK
-            members.append((match[2], info.offset_data, size))
-        if members:
-            yield key, members, _label(shard, raw.fileno(), key, members)
+        for key, members in _runs(shard):
+            for name, own in _parted(key, members).items():
+                yield name, own, _label(shard, raw.fileno(), name, own)
+
+
+def _runs(shard: str) -> Iterator[tuple[str, list[Member]]]:
+    """Members next to each other whose names are equal up to the first dot."""
+    key = ""
+    members: list[Member] = []
+    for info in _members(shard):
+        match = _KEY.match(info.name)
+        if match is None or any(is_litter(part) for part in info.name.split("/") if part != "."):
+            continue
+        if match[1] != key:
+            if members:
+                yield key, members
+            key, members = match[1], []
+        size = info.size if info.isreg() else _LINK
+        members.append((match[2], info.offset_data, size))
+    if members:
+        yield key, members
+
+
+def _parted(key: str, members: list[Member]) -> dict[str, list[Member]]:
+    """A run as it is; or, where its names have dots of their own, by what stands before the last one.
+
+    That is so where several images have one suffix and differ by a part with a digit: `IMG_1.0.jpg` and
+    `IMG_1.1.jpg` are two pictures, `1.left.jpg` and `1.right.jpg` two members of one sample.
+    """
+    kinds = Counter(_suffix(m) for m in members if _suffix(m) in IMAGE_SUFFIXES)
+    between = [m[0].rpartition(".")[0] for m in members if kinds[_suffix(m)] > 1]
+    if not any(re.search(r"\d", part) for part in between):
+        return {key: members}
+    parted: dict[str, list[Member]] = {}
+    for name, offset, size in members:
+        middle, _, suffix = name.rpartition(".")
+        parted.setdefault(f"{key}.{middle}" if middle else key, []).append((suffix, offset, size))
+    return parted
 
 
 def _members(shard: str) -> Iterator[tarfile.TarInfo]:

@@ -155,8 +155,8 @@ def label_list(source: Source, path: str) -> list[int]:
         label = source.label(i)
         if label is None or label < 0:
             raise InputError(
-                f"{path}: {source.name(i)} has no label; an evaluation needs labelled images in "
-                "train and val, for example one folder per class"
+                f"{path}: {source.name(i)} has no label (looked for {source.looked_for}); an evaluation needs "
+                "labelled images in train and val"
             )
         labels.append(int(label))
     return labels
@@ -170,10 +170,9 @@ def _few(values: set[Any]) -> str:
 
 def describe_data(path: str, train: Source, val: Source) -> dict[str, Any]:
     """``Result.data`` of a data set with two splits."""
-    both = f"{train.fingerprint()} {val.fingerprint()}"
     return {
         "path": path,
-        "fingerprint": hashlib.sha256(both.encode()).hexdigest(),
+        "fingerprint": joined_fingerprint(train, val),
         "train": len(train),
         "val": len(val),
         "classes": count_classes(train),

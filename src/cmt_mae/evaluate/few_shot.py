@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.sources import Source
 
 
 def few_shot_indexes(labels: Sequence[int], few_shot: str, seed: int) -> list[int]:
@@ -50,35 +48,3 @@ def _parse(few_shot: str) -> tuple[float, int]:
         f"few_shot {few_shot!r} is neither a share of each class like 1% or 10% nor a number of images of each "
         "class like 5"
     )
-
-
-class Subset:
-    """Some images of a source, as a source of their own with the same classes."""
-
-    def __init__(self, source: Source, indexes: Sequence[int]) -> None:
-        """indexes: numbers of the images in ``source``."""
-        self.source, self.indexes = source, list(indexes)
-        self.classes = source.classes
-
-    def __len__(self) -> int:
-        return len(self.indexes)
-
-    def name(self, index: int) -> str:
-        """Name of the image in the whole source."""
-        return self.source.name(self.indexes[index])
-
-    def label(self, index: int) -> int | None:
-        """Class number, None when the image has none."""
-        return self.source.label(self.indexes[index])
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        """As the whole source gives it."""
-        return self.source.read(self.indexes[index])
-
-    def identity(self) -> str:
-        """Ten hex digits over the numbers of the chosen images."""
-        return hashlib.sha256(np.asarray(self.indexes, dtype="<i8").tobytes()).hexdigest()[:10]
-
-    def fingerprint(self) -> str:
-        """sha256 over the whole source's fingerprint and the chosen numbers."""
-        return hashlib.sha256(f"{self.source.fingerprint()} {self.identity()}".encode()).hexdigest()

@@ -38,7 +38,7 @@ from cmt_mae.evaluate.features import (
     normalise,
     open_labelled,
 )
-from cmt_mae.evaluate.few_shot import Subset, few_shot_indexes
+from cmt_mae.evaluate.few_shot import few_shot_indexes
 from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
 from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
 from cmt_mae.evaluate.finetune_protocols import (
@@ -166,7 +166,7 @@ def open_data(config: FinetuneConfig) -> tuple[Source, Source]:
             f"{len(names)} classes (0 to {len(names) - 1}); mend the labels or the names"
         )
     if config.few_shot is not None:
-        train = Subset(train, few_shot_indexes(labels, config.few_shot, config.seed))
+        train = train.subset(few_shot_indexes(labels, config.few_shot, config.seed))
     return train, val
 
 
@@ -202,8 +202,14 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         for line in said:
             print(f"finetune, preset {config.preset}: {line}", file=sys.stderr)
     # the part of a few-shot run goes by its seed: results of several seeds are of the same data
+<<<<<<< HEAD
     part = train if isinstance(train, Subset) else None
     data = describe_data(config.data, part.source if part else train, val) | {"train": len(train)}
+=======
+    whole = train.parent if config.few_shot is not None else None
+    data = describe_data(config.data, whole or train, val) | {"train": len(train)}
+    name = f"{config.backbone} ({config.key})" if config.key else config.backbone
+>>>>>>> d220ad6 (wip)
     facts = {
         "task": "finetune",
         "backbone": {"name": backbone_name(config), "digest": backbone.digest},

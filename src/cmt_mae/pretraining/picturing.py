@@ -7,7 +7,6 @@ import torch
 from cmt_mae.data.loader import CropSettings, eval_batches, readable
 from cmt_mae.data.sources import Source
 from cmt_mae.engine import compiling
-from cmt_mae.evaluate.few_shot import Subset
 from cmt_mae.method.masking import noise_length
 from cmt_mae.pretraining.stepping import Stepper
 from cmt_mae.tools.report.pictures import attention_picture
@@ -24,7 +23,7 @@ def draw_attention(
     where it cannot be written.
     """
     config, channels = stepper.config, stepper.config.student.in_chans
-    photos = Subset(source, readable(source, channels, PICTURED))
+    photos = source.subset(readable(source, channels, PICTURED))
     if not len(photos):
         return
     sizes = [config.student.size(), *([crops.teacher_size] if crops.teacher_size else [])]

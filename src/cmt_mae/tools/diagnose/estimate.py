@@ -21,7 +21,6 @@ from cmt_mae.core.checkpoint import save_checkpoint
 from cmt_mae.data.loader import Batch
 from cmt_mae.data.sources import Source
 from cmt_mae.evaluate.features import extract
-from cmt_mae.evaluate.few_shot import Subset
 from cmt_mae.evaluate.online import POOL, OnlineProbe
 from cmt_mae.pretraining import assemble
 from cmt_mae.pretraining.settings import PretrainConfig
@@ -254,7 +253,7 @@ def time_probe(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str
     if probe is None or config.runtime.probe_every <= 0:
         return {"seconds": 0.0, "measured": 0}
     images = len(probe.train) + len(probe.val)
-    some = Subset(probe.train, range(min(PROBED, len(probe.train))))
+    some = probe.train.subset(range(min(PROBED, len(probe.train))))
     backbone = as_backbone(config, stepper.learner.student, assemble.IMAGENET)
     begin = time.perf_counter()
     extract(backbone, some, device=stepper.device, pools=(POOL,))

@@ -101,7 +101,7 @@ def look_at(seen: Seen, source: Source, index: int, channels: int) -> None:
         data = source.read(index)
         raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
         seen.hashes.setdefault(hashlib.sha256(raw).digest(), []).append(name)
-        image = decode_image(data, channels) if isinstance(data, bytes) else data
+        image = decode_image(data, channels, limits=source.limits) if isinstance(data, bytes) else data
     except BadImage as error:
         seen.broken.append((name, str(error)))
         return
