@@ -108,6 +108,7 @@ class Memory:
     """Files in memory as a source."""
 
     classes: list[str] | None = None
+    limits = None
 
     def __init__(self, files: list[tuple[str, bytes]]) -> None:
         self.files = files

@@ -65,6 +65,7 @@ class Images:
     """Small arrays; reading image ``fatal`` in a worker is an accident, ``times`` over."""
 
     classes: list[str] | None = None
+    limits = None
 
     def __init__(self, folder: Path, how: str = "", fatal: int = -1, times: int = 1) -> None:
         self.pixels = np.random.default_rng(7).integers(0, 256, (IMAGES, 14, 12, 3), np.uint8)

@@ -39,6 +39,7 @@ class Arrays:
         self.images = rng.integers(0, 256, (n, 14, 11, 3), dtype=np.uint8)
         self.broken = frozenset(broken)
         self.classes: list[str] | None = None
+        self.limits = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -235,6 +235,8 @@ def test_classes_and_labels(pictures, make_pictures, tmp_path):
 class Stub:
     """A source with given labels and class names."""
 
+    looked_for = "labels"
+
     def __init__(self, labels: list[int | None], classes: list[str] | None) -> None:
         self.labels, self.classes = labels, classes
 

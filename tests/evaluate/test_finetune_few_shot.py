@@ -8,30 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.evaluate.few_shot import Subset, few_shot_indexes
+from cmt_mae.data.source import Names, Source
+from cmt_mae.evaluate.few_shot import few_shot_indexes
 
 LABELS = [0] * 200 + [1] * 50 + [2] * 3
 
 
 class Numbers:
-    """A source whose image ``i`` is the byte ``i``."""
+    """A reader whose image ``i`` is the byte ``i``."""
 
-    classes = ["a", "b", "c"]
-
-    def __len__(self) -> int:
-        return len(LABELS)
-
-    def name(self, index: int) -> str:
-        return f"n{index}"
-
-    def label(self, index: int) -> int | None:
-        return LABELS[index]
-
-    def read(self, index: int) -> bytes | np.ndarray:
+    def read(self, index: int) -> bytes:
         return bytes([index])
 
-    def fingerprint(self) -> str:
-        return "numbers"
+    def piece(self, index: int, start: int, length: int) -> bytes:
+        return self.read(index)[start : start + length]
+
+    def sizes(self) -> list[int]:
+        return [1] * len(LABELS)
 
 
 def counts(few_shot: str, seed: int = 0) -> dict[int, int]:
@@ -87,10 +80,13 @@ def test_other_texts_are_refused(text: str) -> None:
 
 
 def test_subset_is_a_source() -> None:
-    part = Subset(Numbers(), [3, 210, 252])
+    names = Names(f"n{i}" for i in range(len(LABELS)))
+    whole = Source(names, Numbers(), np.array(LABELS), ["a", "b", "c"])
+    part = whole.subset([3, 210, 252])
     assert len(part) == 3
     assert part.classes == ["a", "b", "c"]
     assert [part.label(i) for i in range(3)] == [0, 1, 2]
     assert (part.name(2), part.read(2)) == ("n252", bytes([252]))
-    others = {Subset(Numbers(), indexes).fingerprint() for indexes in ([3], [3, 210], [4, 210])}
-    assert len({*others, part.fingerprint(), Numbers().fingerprint()}) == 5
+    others = {whole.subset(indexes).fingerprint() for indexes in ([3], [3, 210], [4, 210])}
+    assert part.subset([2]).read(0) == part.read(2)
+    assert len({*others, part.fingerprint(), whole.fingerprint()}) == 5

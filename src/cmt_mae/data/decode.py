@@ -1,9 +1,9 @@
 """Bytes to pixels: one image file of any common kind becomes uint8 (H, W, C), or a BadImage.
 
-Rules, the same for every source: EXIF orientation is applied; samples of more than 8 bits are scaled, by limits
-that are measured over the data (`measure_limits`) or given; an animation gives its first frame; an alpha channel is
-dropped, not composited (what Pillow's and torchvision's RGB loaders do); a file that ends early is refused, never
-half grey.
+Rules, the same for every source: EXIF orientation is applied; samples of more than 8 bits are scaled by
+limits, measured over the data (`measure_limits`) or given; an animation gives its first frame; an alpha channel
+is dropped, not composited (what Pillow's and torchvision's RGB loaders do); a file that ends early is refused,
+never half grey.
 """
 
 import functools
@@ -27,7 +27,12 @@ MAX_PIXELS = 178_956_970
 _SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .png .gif .webp .bmp .tif .tiff .ppm .pgm .pbm .jp2 .avif .tga .npy"
 )
-_LIBRARIES = {".heic": "pillow_heif", ".heif": "pillow_heif", ".jxl": "pillow_jxl", ".dcm": "pydicom"}
+_LIBRARIES = {
+    ".heic": "pillow_heif",
+    ".heif": "pillow_heif",
+    ".jxl": "pillow_jxl",
+    ".dcm": "pydicom",
+}
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split()) | {
     suffix for suffix, library in _LIBRARIES.items() if find_spec(library) is not None
 }
@@ -71,7 +76,10 @@ def decode_image(
     except (BadImage, InputError):
         raise
     except Image.UnidentifiedImageError:
-        raise BadImage(f"not an image that can be read (it begins with {raw[:8]!r})") from None
+        more = "; pip install tifffile reads more kinds of TIFF" if _is_tiff(raw) else ""
+        raise BadImage(
+            f"not an image that can be read (it begins with {raw[:8]!r}){more}"
+        ) from None
     except Exception as error:  # plug-ins raise SyntaxError, struct.error, ValueError, ... alike
         reason = " ".join(str(error).split())[:200]
         raise BadImage(f"{type(error).__name__}: {reason}") from None
@@ -85,11 +93,11 @@ def _decode(raw: bytes, channels: int, max_pixels: int) -> np.ndarray:
         return _decode_npy(raw, max_pixels)
     if raw[128:132] == b"DICM" and find_spec("pydicom") is not None:
         return _decode_dicom(raw, max_pixels)
-    if raw[:4] in (b"II*\0", b"MM\0*") and (channels not in (1, 3) or _is_wide_tiff(raw)):
-        return _decode_tiff(raw, channels, max_pixels)
     with warnings.catch_warnings():
         # Pillow warns of broken EXIF and of size; both are dealt with here.
         warnings.simplefilter("ignore")
+        if _is_tiff(raw) and (channels not in (1, 3) or _is_wide_tiff(raw)):
+            return _decode_tiff(raw, channels, max_pixels)
         return _decode_pillow(raw, channels, max_pixels)
 
 
@@ -113,8 +121,8 @@ def measure_limits(source: Source) -> tuple[Limits | None, str]:
             continue
         if _is_colour_png16(raw) and values.max() < 32:
             raise InputError(
-                f"{source.name(index)}: a colour PNG of 16 bits that fills {8 + _bits(float(values.max()))} of them; "
-                "Pillow reads 8 bits of it: save such images as TIFF or .npy"
+                f"{source.name(index)}: a colour PNG of 16 bits that fills {8 + _bits(float(values.max()))} "
+                "of them; Pillow reads 8 bits of it: save such images as TIFF or .npy"
             )
         if values.dtype == np.uint8 or not np.isfinite(values).all():
             continue
@@ -196,7 +204,7 @@ def _to_bytes(array: np.ndarray, limits: Limits | None) -> np.ndarray:
     if limits is None:
         if array.dtype.kind == "f" or array.min() < 0 or array.max() > 65535:
             raise BadImage(
-                f"pixels are {array.dtype} without a known range; set --data.range, or save uint8 or uint16"
+                f"{array.dtype} pixels have no known range; give --data.range, or save uint8 or uint16"
             )
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     low, high = limits
@@ -228,14 +236,19 @@ def _decode_npy(raw: bytes, max_pixels: int) -> np.ndarray:
     return array[:, :, None] if array.ndim == 2 else array
 
 
+def _is_tiff(raw: bytes) -> bool:
+    return raw[:4] in (b"II*\0", b"MM\0*")
+
+
 def _is_wide_tiff(raw: bytes) -> bool:
     """Whether a TIFF has several samples of more than 8 bits a pixel, of which Pillow would read 8, or floats."""
     try:
         with Image.open(io.BytesIO(raw), formats=("TIFF",)) as image:
             bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
-            return len(bits) > 1 and max(bits) > 8 and find_spec("tifffile") is not None
+            wide = len(bits) > 1 and max(bits) > 8
     except Image.UnidentifiedImageError:
-        return True
+        wide = True
+    return wide and find_spec("tifffile") is not None
 
 
 def _is_colour_png16(raw: bytes) -> bool:
@@ -255,7 +268,9 @@ def _decode_tiff(raw: bytes, channels: int, max_pixels: int) -> np.ndarray:
         if page.imagewidth * page.imagelength * (count if stacked else 1) > max_pixels:
             raise BadImage(f"{page.imagewidth} x {page.imagelength} pixels, over the limit")
         if page.dtype is None or page.dtype.kind not in "uif" or page.axes not in _TIFF_AXES:
-            raise BadImage(f"TIFF holds {page.dtype} with axes {page.axes}; wanted numbers, YX or YXS")
+            raise BadImage(
+                f"TIFF holds {page.dtype} with axes {page.axes}; wanted numbers, YX or YXS"
+            )
         if stacked:
             pages = [one.asarray() for one in tiff.pages]
             if any(one.shape != pages[0].shape or one.ndim != 2 for one in pages):

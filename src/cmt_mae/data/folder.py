@@ -22,7 +22,7 @@ _LITTER = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "desktop.i
 def is_litter(name: str) -> bool:
     """Whether a file or folder of this name is left out everywhere: hidden ones (.ipynb_checkpoints, the
     ._NAME that a Mac puts beside each file) and what systems and archives leave behind."""
-    return name.startswith(".") or name.lower() in _LITTER
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _LITTER
 
 
 def open_folder(root: str | Path, classes: list[str] | None = None) -> Source:

@@ -4,22 +4,27 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.progress import track
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import flush_folder
+from cmt_mae.core.lock import Lock
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.packed import FORMAT, read_meta
-from cmt_mae.data.sources import Source, has_splits, open_source, open_split
+from cmt_mae.data.source import Source
+from cmt_mae.data.sources import has_splits, open_source, open_split
 from cmt_mae.data.workers import TIMEOUT_S, few, iterate
 
 _CHUNK = 32
+FILES = ("images.npy", "labels.npy", "meta.json")
 
 
 @dataclass
@@ -34,6 +39,8 @@ class PackConfig:
     """Side of the packed square images in pixels."""
     channels: int = 3
     """Channels of the packed images."""
+    range: list[float] = field(default_factory=list)
+    """Values of black and white in images of more than 8 bits; empty: measured."""
     workers: int = 2
     """Processes that decode."""
     timeout_s: float = TIMEOUT_S
@@ -44,8 +51,8 @@ def pack(config: PackConfig) -> dict[str, Any]:
     """Centre-crop the shorter side of every image, resize to size x size (bicubic, antialiased) and
     write images.npy (N, S, S, C) uint8, labels.npy (N,) int64 (-1: none) and meta.json.
 
-    A folder appears whole or not at all. Broken images are left out, counted and named. Packing the
-    same data into the same folder again does nothing. Returns, by split ("train" and "val", or
+    A folder appears whole or not at all; one process makes it. Broken images are left out, counted and
+    named. Packing the same data into the same folder again does nothing. Returns, by split ("train" and "val", or
     "all"), path, count, bad (name, reason) and whether it was there already. Raises InputError:
     bad data, an out folder that holds something else, a disk that is full.
     """
@@ -56,31 +63,39 @@ def pack(config: PackConfig) -> dict[str, Any]:
     out = Path(config.out).expanduser().absolute()
     splits: dict[str, tuple[Source, Path]] = {}
     if has_splits(config.data):
-        splits["train"] = (open_split(config.data, "train"), out / "train")
-        splits["val"] = (open_split(config.data, "val"), out / "val")
+        splits["train"] = (open_split(config.data, "train", config.range), out / "train")
+        splits["val"] = (open_split(config.data, "val", config.range), out / "val")
     else:
-        splits["all"] = (open_source(config.data), out)
-    prints = {name: source.fingerprint() for name, (source, _) in splits.items()}
+        splits["all"] = (open_source(config.data, config.range), out)
+    asked = {name: _asked(source, config) for name, (source, _) in splits.items()}
     # Every refusal before any work.
-    present = {name: _present(target, prints[name], config) for name, (_, target) in splits.items()}
-    result: dict[str, Any] = {}
-    for name, (source, target) in splits.items():
-        if present[name] is not None:
-            result[name] = present[name]
-        else:
-            result[name] = _pack_one(source, target, prints[name], config)
-    return result
+    present = {name: _present(target, asked[name]) for name, (_, target) in splits.items()}
+    return {
+        name: present[name] or _pack_one(source, target, asked[name], config)
+        for name, (source, target) in splits.items()
+    }
 
 
-def _present(target: Path, fingerprint: str, config: PackConfig) -> dict[str, Any] | None:
+def _asked(source: Source, config: PackConfig) -> dict[str, Any]:
+    """What is to be packed, as meta.json says it."""
+    return {
+        "source_fingerprint": source.names_fingerprint(),
+        "source_content": source.fingerprint(),
+        "size": config.size,
+        "channels": config.channels,
+        "range": None if source.limits is None else list(source.limits),
+    }
+
+
+def _present(target: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The result of an equal earlier pack in `target`, None when the place is free."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     if not (target / "images.npy").exists():
         raise InputError(f"{target}: exists and is not a pack; choose another --out")
     meta = read_meta(target)
-    same = (meta["source_fingerprint"], meta["size"], meta["channels"])
-    if same != (fingerprint, config.size, config.channels):
+    # packs of older versions say nothing of content and range
+    if any(meta.get(key, value) != value for key, value in asked.items()):
         raise InputError(
             f"{target}: holds another pack ({meta['count']} images of {meta['source']} at "
             f"{meta['size']} px); choose another --out or remove it"
@@ -120,27 +135,45 @@ def _squares(source: Source, config: PackConfig) -> Iterator[tuple[int, np.ndarr
         yield from zip(chunk, items, strict=True)
 
 
-def _pack_one(source: Source, target: Path, fingerprint: str, config: PackConfig) -> dict[str, Any]:
+def _pack_one(
+    source: Source, target: Path, asked: dict[str, Any], config: PackConfig
+) -> dict[str, Any]:
+    """Make one pack aside and give it its name. The folder aside holds the lock until it has the name."""
     aside = target.with_name(f".{target.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed pack left
-        aside.mkdir(parents=True)
-        result = _write(source, aside, fingerprint, config)
-        os.replace(aside, target)
+        aside.mkdir(parents=True, exist_ok=True)
+        lock = Lock(aside / "pack.lock")
+        lock.take()
+        try:
+            if (
+                there := _present(target, asked)
+            ) is not None:  # made while this one waited its turn
+                return there
+            for name in FILES:  # what a killed pack left
+                (aside / name).unlink(missing_ok=True)
+            result = _write(source, aside, asked, config)
+            os.replace(aside, target)
+            (target / "pack.lock").unlink()
+            flush_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # its lock still keeps others out
+            raise
+        finally:
+            lock.give_back()
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return {"path": str(target), **result, "existed": False}
 
 
-def _write(source: Source, folder: Path, fingerprint: str, config: PackConfig) -> dict[str, Any]:
+def _write(
+    source: Source, folder: Path, asked: dict[str, Any], config: PackConfig
+) -> dict[str, Any]:
     """Write the three files into `folder`, each flushed to the disk."""
     names: list[str] = []
     labels: list[int] = []
     bad: list[tuple[str, str]] = []
     shape = (config.size, config.size, config.channels)
-    with open(folder / "images.npy", "wb") as file:
+    with _flushed(folder / "images.npy") as file:
         _header(file, (len(source), *shape))
         start = file.tell()
         items = _squares(source, config)
@@ -157,28 +190,24 @@ def _write(source: Source, folder: Path, fingerprint: str, config: PackConfig) -
         file.seek(0)
         _header(file, (len(names), *shape))
         assert file.tell() == start, "NumPy pads headers so that the count may change"
-        file.flush()
-        os.fsync(file.fileno())
-    with open(folder / "labels.npy", "wb") as file:
+    with _flushed(folder / "labels.npy") as file:
         np.save(file, np.array(labels, dtype=np.int64))
+    meta = {
+        "format": FORMAT, "source": config.data, **asked, "count": len(names), "classes": source.classes,
+        "bad": bad, "left_out": dict(source.left_out), "names": names,
+    }  # fmt: skip
+    with _flushed(folder / "meta.json") as file:
+        file.write(json.dumps(meta).encode())
+    return {"count": len(names), "bad": bad}
+
+
+@contextmanager
+def _flushed(path: Path) -> Iterator[BinaryIO]:
+    """A new file whose content is on the disk at the end."""
+    with open(path, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    meta = {
-        "format": FORMAT,
-        "source": config.data,
-        "source_fingerprint": fingerprint,
-        "count": len(names),
-        "size": config.size,
-        "channels": config.channels,
-        "classes": source.classes,
-        "bad": bad,
-        "names": names,
-    }
-    with open(folder / "meta.json", "w", encoding="utf-8") as text:
-        json.dump(meta, text)
-        text.flush()
-        os.fsync(text.fileno())
-    return {"count": len(names), "bad": bad}
 
 
 def _header(file: Any, shape: tuple[int, ...]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -80,11 +80,11 @@ def open_packed(root: str | Path) -> Source:
     return Source(names, reader, labels, meta["classes"], None, "labels in what was packed")
 
 
-def _mapped(folder: Path, name: str, mode: str) -> np.ndarray:
+def _mapped(folder: Path, name: str, mode: Literal["r", "c"]) -> np.ndarray:
     try:
         open_file(folder / name).close()  # reading a pipe would wait for ever
         # mapped: unlike reading, that compares the length with the header's shape first
-        array: np.ndarray = np.load(folder / name, mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+        array: np.ndarray = np.load(folder / name, mmap_mode=mode, allow_pickle=False)
     except Exception as error:  # NumPy raises all kinds for a broken header
         raise InputError(f"{folder}: damaged pack ({one_line(error)}); pack again") from None
     return array

@@ -112,7 +112,9 @@ def _limited(path: str, source: Source, limits: Sequence[float]) -> Source:
     """The source with its limits, given or measured."""
     if limits:
         if len(limits) != 2 or not limits[0] < limits[1]:
-            raise InputError(f"range {list(limits)}: give the values of black and white, like 0 4095")
+            raise InputError(
+                f"range {list(limits)}: give the values of black and white, like 0 4095"
+            )
         source.limits = (float(limits[0]), float(limits[1]))
         return source
     source.limits, text = measure_limits(source)

@@ -42,7 +42,9 @@ def table_source(data: Any, where: str, classes: list[str] | None = None) -> Sou
         feature = data.features[label]
         try:
             if _is_text(feature):
-                labels, classes = _numbered(_texts(data, label), classes, f"{where}: column {label}")
+                labels, classes = _numbered(
+                    _texts(data, label), classes, f"{where}: column {label}"
+                )
             else:
                 named = isinstance(feature, datasets.ClassLabel)
                 classes = list(feature.names) if named else None
@@ -50,7 +52,9 @@ def table_source(data: Any, where: str, classes: list[str] | None = None) -> Sou
         except InputError:
             raise
         except Exception as error:  # pyarrow has many
-            raise InputError(f"{where}: column {label} holds no class numbers ({_line(error)})") from None
+            raise InputError(
+                f"{where}: column {label} holds no class numbers ({_line(error)})"
+            ) from None
     rows = data.select_columns([image])
     if isinstance(data.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -220,9 +224,7 @@ def open_saved(root: Path, classes: list[str] | None = None) -> Source:
     return table_source(data, str(root), classes)
 
 
-def open_hub(
-    path: str, words: tuple[str, ...] | None, classes: list[str] | None = None
-) -> Source:
+def open_hub(path: str, words: tuple[str, ...] | None, classes: list[str] | None = None) -> Source:
     """hf://owner/name[:split]; `words` are names of the wanted split, tried in order.
 
     Without both, the data set must have one split only. Never runs a data set's own code.

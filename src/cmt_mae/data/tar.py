@@ -69,9 +69,7 @@ def open_tar(shards: list[Path]) -> Source:
     reader = Members(paths, np.array(where), np.array(offsets), np.array(sizes))
     fields = ", ".join(_LABEL_FIELDS)
     looked_for = f"a number in KEY.cls, or under {fields} in KEY.json, beside KEY.jpg"
-    return Source(
-        Names(names), reader, np.array(labels), None, left_out, looked_for
-    )
+    return Source(Names(names), reader, np.array(labels), None, left_out, looked_for)
 
 
 class Members:
@@ -137,7 +135,7 @@ def _runs(shard: str) -> Iterator[tuple[str, list[Member]]]:
     members: list[Member] = []
     for info in _members(shard):
         match = _KEY.match(info.name)
-        if match is None or any(is_litter(part) for part in info.name.split("/") if part != "."):
+        if match is None or any(map(is_litter, info.name.split("/"))):
             continue
         if match[1] != key:
             if members:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import sweep, write_atomically
 from cmt_mae.data.loader import eval_batches
-from cmt_mae.data.sources import Source, open_split
+from cmt_mae.data.source import Source, joined_fingerprint
+from cmt_mae.data.sources import open_split
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.engine.processes import meeting
 

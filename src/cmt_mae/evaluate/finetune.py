@@ -23,7 +23,7 @@ from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.augment import Augment, seeded
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.data.tasks import train_batches
 from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
 from cmt_mae.engine.optim import layer_decay_groups
@@ -234,7 +234,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
             details={
                 **last.details,
                 "steps": job.total_steps,
-                "few_shot_images": part.identity() if part else None,
+                "few_shot_images": train.identity() if whole else None,
                 "evaluations": [
                     {"epoch": row["step"] / job.steps_per_epoch, "top1": row["val_top1"]}
                     for row in history

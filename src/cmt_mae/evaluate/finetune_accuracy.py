@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.data.loader import eval_batches
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.evaluate.features import Where, gather_rows, normalise
 from cmt_mae.evaluate.finetune_model import Classifier
 

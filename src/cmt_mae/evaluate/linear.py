@@ -14,7 +14,7 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
 from cmt_mae.data.loader import CropSettings, pretrain_batches
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import (
     CENTRE_CROP,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from cmt_mae.backbones import Backbone
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.evaluate.features import extract, open_labelled
 from cmt_mae.evaluate.knn import knn_accuracy
 

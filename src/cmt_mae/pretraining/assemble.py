@@ -14,7 +14,7 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings, channel_stats
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.method.cmtmae import FrozenNetworks, StudentWithDecoder
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher, TeacherConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from cmt_mae.data.loader import CropSettings, eval_batches, readable
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.engine import compiling
 from cmt_mae.method.masking import noise_length
 from cmt_mae.pretraining.stepping import Stepper

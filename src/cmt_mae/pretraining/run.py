@@ -18,7 +18,8 @@ from cmt_mae.core.checkpoint import (
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.loader import pretrain_batches
-from cmt_mae.data.sources import Source, open_split
+from cmt_mae.data.source import Source
+from cmt_mae.data.sources import open_split
 from cmt_mae.engine import compiling
 from cmt_mae.engine.collapse import signs
 from cmt_mae.engine.energy import GpuEnergy

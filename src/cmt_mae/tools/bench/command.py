@@ -18,7 +18,8 @@ from cmt_mae.core.files import write_json
 from cmt_mae.core.runs import environment, plain
 from cmt_mae.core.text import printable
 from cmt_mae.data.loader import Batch, pretrain_batches
-from cmt_mae.data.sources import Source, open_split
+from cmt_mae.data.source import Source
+from cmt_mae.data.sources import open_split
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.method.masking import noise_length
 from cmt_mae.pretraining import assemble

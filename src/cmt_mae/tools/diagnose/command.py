@@ -11,7 +11,8 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.ranges import check_ranges
 from cmt_mae.core.run_reader import RunRecord, read_run
 from cmt_mae.core.runs import plain
-from cmt_mae.data.sources import Source, open_split
+from cmt_mae.data.source import Source
+from cmt_mae.data.sources import open_split
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.stepping import make_plan

@@ -19,7 +19,7 @@ import torch
 
 from cmt_mae.core.checkpoint import save_checkpoint
 from cmt_mae.data.loader import Batch
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.evaluate.features import extract
 from cmt_mae.evaluate.online import POOL, OnlineProbe
 from cmt_mae.pretraining import assemble

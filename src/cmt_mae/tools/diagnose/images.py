@@ -13,7 +13,8 @@ from rich.progress import track
 
 from cmt_mae.data.decode import BadImage, decode_image
 from cmt_mae.data.loader import order
-from cmt_mae.data.sources import Source, has_splits, open_split
+from cmt_mae.data.source import Source
+from cmt_mae.data.sources import has_splits, open_split
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 
 NAMED = 5  # examples of each kind
@@ -101,7 +102,9 @@ def look_at(seen: Seen, source: Source, index: int, channels: int) -> None:
         data = source.read(index)
         raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
         seen.hashes.setdefault(hashlib.sha256(raw).digest(), []).append(name)
-        image = decode_image(data, channels, limits=source.limits) if isinstance(data, bytes) else data
+        image = (
+            decode_image(data, channels, limits=source.limits) if isinstance(data, bytes) else data
+        )
     except BadImage as error:
         seen.broken.append((name, str(error)))
         return

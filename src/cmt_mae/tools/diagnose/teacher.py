@@ -20,7 +20,7 @@ from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.sample import pictures
-from cmt_mae.data.sources import Source
+from cmt_mae.data.source import Source
 from cmt_mae.method import targets as T
 from cmt_mae.method.attention import class_rows
 from cmt_mae.method.cmtmae import as_shares

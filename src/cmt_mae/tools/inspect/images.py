@@ -13,9 +13,9 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
 from cmt_mae.data.folder import read_file
-from cmt_mae.data.source import shown
 from cmt_mae.data.loader import load_image
-from cmt_mae.data.sources import Source, open_source
+from cmt_mae.data.source import Source, shown
+from cmt_mae.data.sources import open_source
 from cmt_mae.pretraining import assemble
 from cmt_mae.tools.inspect.networks import Networks
 
