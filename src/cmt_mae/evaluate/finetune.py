@@ -202,14 +202,8 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         for line in said:
             print(f"finetune, preset {config.preset}: {line}", file=sys.stderr)
     # the part of a few-shot run goes by its seed: results of several seeds are of the same data
-<<<<<<< HEAD
-    part = train if isinstance(train, Subset) else None
-    data = describe_data(config.data, part.source if part else train, val) | {"train": len(train)}
-=======
     whole = train.parent if config.few_shot is not None else None
     data = describe_data(config.data, whole or train, val) | {"train": len(train)}
-    name = f"{config.backbone} ({config.key})" if config.key else config.backbone
->>>>>>> d220ad6 (wip)
     facts = {
         "task": "finetune",
         "backbone": {"name": backbone_name(config), "digest": backbone.digest},
