@@ -15,7 +15,6 @@ STILL_THERE = {
     ("engine.task_settings", "data.workers"),
     ("pretraining.costing", "tools.bench.flops"),
     ("pretraining.costing", "tools.bench.measure"),
-    ("pretraining.picturing", "evaluate.few_shot"),
     ("pretraining.picturing", "tools.report.pictures"),
     ("pretraining.run", "evaluate.online"),
 }
