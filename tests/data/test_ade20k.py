@@ -17,6 +17,8 @@ from PIL import Image
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.ade20k import (
     IGNORED,
+    ZeroLabel,
+    check_labels,
     check_pair,
     check_pairs,
     open_ade20k,
@@ -127,6 +129,7 @@ def test_labels_become_classes_and_0_and_255_are_ignored(tmp_path: Path) -> None
     mask = read_mask(path, 3)
     assert mask.dtype == np.int16
     assert mask.tolist() == [[IGNORED, 0, 1], [IGNORED, 2, 0]]
+    assert read_mask(path, 4, "class").tolist() == [[0, 1, 2], [IGNORED, 3, 1]]
 
 
 def test_palette_grey_rgb_alpha_and_one_bit_masks_are_the_same(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_a_good_data_set(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val), data.classes) == (2, 2, ("a", "b"))
     assert Path(data.train.images[1]).name == "1.jpg"
     assert Path(data.train.masks[1]).name == "1.png"
-    assert check_pairs(data.train, 2, range(2)) == 2 * 48
+    assert check_pairs(data, data.train, range(2)).tolist() == [0, 0, 48, 48]
 
 
 def test_the_fingerprint_follows_the_data_and_not_the_place(tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_a_fault_is_one_line(tmp_path: Path, what: str, wanted: str) -> None:
 
     def everything() -> None:
         data = open_ade20k(root)
-        check_pairs(data.train, len(data.classes), range(len(data.train)))
+        check_pairs(data, data.train, range(len(data.train)))
 
     with pytest.raises(InputError, match=wanted) as caught:
         everything()
@@ -249,7 +252,7 @@ def test_links_to_nothing_pipes_and_long_words(tmp_path: Path) -> None:
     os.mkfifo(image)
     data = open_ade20k(root)
     with pytest.raises(InputError, match=r"0\.jpg: .*not a regular file"):
-        check_pairs(data.train, 2, range(2))
+        check_pairs(data, data.train, range(2))
     for words in ("9" * 5000, "x" * 5000):
         with pytest.raises(InputError, match="is no file"):
             read_classes(root, words)
@@ -266,7 +269,67 @@ def test_a_turned_photo_has_the_size_of_its_upright_picture(tmp_path: Path) -> N
     Image.new("RGB", (6, 8)).save(tmp_path / "i.jpg", exif=exif)
     mask = write_mask(tmp_path / "m.png", np.ones((6, 8)))
     assert read_image(str(tmp_path / "i.jpg"), 3).shape == (6, 8, 3)
-    assert check_pair(str(tmp_path / "i.jpg"), mask, 2) == 48
+    assert check_pair(str(tmp_path / "i.jpg"), mask, 2, None)[1:].tolist() == [0, 48, 0]
+
+
+def regions(root: Path, label_of: list[int], classes: str) -> Path:
+    """Two pictures a split of three regions, 12, 24 and 12 pixels, labelled as told."""
+    labels = np.array(label_of, dtype=np.uint8)[np.repeat([[0, 0, 1, 1, 1, 1, 2, 2]], 6, 0)]
+    layout(root, classes=classes)
+    for path in root.glob("annotations/*/*.png"):
+        Image.fromarray(labels).save(path)
+    return root
+
+
+def checked(root: Path, zero_label: ZeroLabel | None) -> list[list[int]]:
+    data = open_ade20k(root, zero_label=zero_label)
+    counts = [check_pairs(data, pairs, range(2)) for pairs in (data.train, data.val)]
+    check_labels(data, *counts)
+    return [count.tolist() for count in counts]
+
+
+THREE = "Name\nwall\nfloor\nbox\n"
+
+
+@pytest.mark.parametrize(
+    ("label_of", "classes", "zero_label", "wanted"),
+    [
+        # labels 0, 1, 2 read as 1, 2, 3 would score the floor as wall
+        ([0, 1, 2], THREE, None, r"25% .* none has the last label 3 \(box\).*--zero_label class if 0 is wall"),
+        ([0, 1, 2], THREE, "class", [24, 0, 24, 48, 24]),
+        ([0, 1, 2], THREE, "ignored", [24, 24, 48, 24, 0]),  # asserted: no box in these pictures
+        ([1, 2, 3], THREE, None, [0, 0, 24, 48, 24]),
+        ([0, 3, 1], THREE, None, [24, 24, 24, 0, 48]),
+        ([1, 2, 2], THREE, None, [0, 0, 24, 72, 0]),  # nothing is 0
+        ([1, 2, 3], THREE, "class", "label 3 is out of range, .* or --zero_label ignored"),
+        ([0, 1, 1], "Name\nwall\nfloor\n", None, "--zero_label class if 0 is wall"),
+        ([0, 1, 1], "Name\nwall\nfloor\n", "ignored", "all labelled pixels .* are wall"),
+        ([0, 255, 255], "Name\nground\nroad\n", None, "no labelled pixel in the training masks"),
+        ([0, 255, 255], "Name\nground\nroad\n", "class", "are ground.*255 is always unlabelled"),
+    ],
+)
+def test_labels_that_cannot_mean_what_the_setting_says(
+    tmp_path: Path,
+    label_of: list[int],
+    classes: str,
+    zero_label: ZeroLabel | None,
+    wanted: str | list[int],
+) -> None:
+    root = regions(tmp_path, label_of, classes)
+    if isinstance(wanted, list):
+        assert checked(root, zero_label) == [wanted, wanted]
+        return
+    with pytest.raises(InputError, match=wanted) as caught:
+        checked(root, zero_label)
+    assert "\n" not in str(caught.value)
+
+
+def test_unlabelled_pixels_of_real_data_are_no_class(shared: Path) -> None:
+    data = open_ade20k(shared / "data" / "camvid")
+    train = check_pairs(data, data.train, range(0, len(data.train), 10))
+    assert train[0] > 0
+    assert (train[2:] > 0).all()
+    check_labels(data, train, train)
 
 
 # --- crops --------------------------------------------------------------------------------------

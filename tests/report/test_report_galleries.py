@@ -87,7 +87,7 @@ def test_segmentations_beside_the_truth(tmp_path: Path) -> None:
     """A right method has 100 %, one that says class 1 everywhere the share of that class."""
     write_ade20k(tmp_path / "data", 1, 2)
     data = open_ade20k(tmp_path / "data")
-    truths = [labels_of(mask, len(data.classes)) for mask in data.val.masks]
+    truths = [labels_of(mask, data) for mask in data.val.masks]
     for name in ("right", "dull"):
         for image, truth in zip(data.val.images, truths, strict=True):
             place = Path(image).relative_to(tmp_path / "data" / "images" / "validation")

@@ -1,6 +1,7 @@
 """Semantic data in ADE20K's layout: images/{training,validation} and annotations/{training,validation}.
 
-A mask is a PNG of the image's size and name, one label a pixel: 0 = unlabelled, k = class k of the list.
+A mask is a PNG of the image's size and name, one label a pixel: 0 = unlabelled, k = class k of the list; or, with
+``zero_label`` class, k = class k + 1 (mmseg's reduce_zero_label=False, Cityscapes' trainIds).
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,9 @@ from cmt_mae.data.folder import open_file, read_file
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
+ZeroLabel = Literal["ignored", "class"]
+FREQUENT = 0.01
+"""Share of the pixels from which label 0 is frequent."""
 LISTS = ("objectInfo.txt", "objectInfo150.txt", "objectInfo.csv", "objectInfo150.csv")
 MOST_CLASSES = 32000
 MOST_LIST_BYTES = 2**24
@@ -47,12 +52,16 @@ class Ade20k:
     val: Pairs
     fingerprint: str
     """sha256 over classes, names and sizes in bytes of all images and masks."""
+    zero_label: ZeroLabel | None = None
+    """What label 0 is; None: ignored, as nothing else was said."""
 
 
-def open_ade20k(root: str | Path, classes: str | None = None) -> Ade20k:
+def open_ade20k(
+    root: str | Path, classes: str | None = None, zero_label: ZeroLabel | None = None
+) -> Ade20k:
     """Find images, masks and the class list; reads no pixels (``check_pairs`` does).
 
-    classes: see ``read_classes``.
+    classes: see ``read_classes``. zero_label: see ``Ade20k``.
     Raises InputError: a missing folder, an image without a mask, two images for one mask, no class list.
     """
     folder = Path(root)
@@ -68,7 +77,7 @@ def open_ade20k(root: str | Path, classes: str | None = None) -> Ade20k:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; mend or remove it") from None
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    return Ade20k(str(root), tuple(names), train, val, digest.hexdigest())
+    return Ade20k(str(root), tuple(names), train, val, digest.hexdigest(), zero_label)
 
 
 def _find_pairs(folder: Path, split: str) -> Pairs:
@@ -170,12 +179,11 @@ def read_image(path: str, channels: int) -> np.ndarray:
         raise BadImage(f"{path}: {error}") from None
 
 
-def read_mask(path: str, classes: int) -> np.ndarray:
-    """int16 (H, W): 0 .. classes - 1, or IGNORED.
+def read_labels(path: str) -> np.ndarray:
+    """int32 (H, W): the numbers in a mask's file.
 
-    In the file: 0 and 255 (65535 at 16 bit) are ignored, k is class k; 255 is a class where there are so many.
-    Palette and 16-bit masks hold their numbers as they are; RGB is taken where the three channels are equal.
-    Raises InputError: colours instead of labels, a label out of range; BadImage: no readable PNG.
+    Palette and 16-bit masks hold them as they are; RGB is taken where the three channels are equal.
+    Raises InputError: colours instead of labels; BadImage: no readable PNG.
     """
     try:
         with Image.open(io.BytesIO(read_file(os.fsencode(path))), formats=("PNG",)) as image:
@@ -192,26 +200,46 @@ def read_mask(path: str, classes: int) -> np.ndarray:
                 f"{path}: holds colours, not labels; save masks with one channel (or a palette), 0 = unlabelled"
             )
         labels = labels[:, :, 0]
-    labels = labels.astype(np.int32)
-    void = (labels == 0) | (labels == 65535) | ((labels == 255) if classes < 255 else False)
-    bad = labels[~void & (labels > classes)]
+    return labels.astype(np.int32)
+
+
+def to_classes(
+    labels: np.ndarray, path: str, classes: int, zero_label: ZeroLabel | None
+) -> np.ndarray:
+    """Labels of a file -> int16 (H, W): 0 .. classes - 1, or IGNORED.
+
+    0 and 255 (65535 at 16 bit) are ignored, k is class k; 255 is a class where there are so many. With
+    ``zero_label`` class 0 is the first class, 1 the second. Raises InputError for a label out of range.
+    """
+    first = 0 if zero_label == "class" else 1  # the label of the first class
+    last = classes - 1 + first
+    void = (labels < first) | (labels == 65535) | ((labels == 255) if last < 255 else False)
+    bad = labels[~void & (labels > last)]
     if bad.size:
+        counted = " counted from 0 (--zero_label class)" if first == 0 else ""
         raise InputError(
-            f"{path}: label {int(bad[0])} is out of range, the list has {classes} classes; mend the mask, or "
-            "give --classes"
+            f"{path}: label {int(bad[0])} is out of range, the list has {classes} classes{counted}; correct the "
+            "mask, or give --classes" + (" or --zero_label ignored" if first == 0 else "")
         )
-    return np.where(void, IGNORED, labels - 1).astype(np.int16)
+    return np.where(void, IGNORED, labels - first).astype(np.int16)
 
 
-def check_pair(image: str, mask: str, classes: int) -> int:
-    """Number of labelled pixels of a mask; the image's size is compared, its pixels are not read.
+def read_mask(path: str, classes: int, zero_label: ZeroLabel | None = None) -> np.ndarray:
+    """int16 (H, W): ``to_classes`` of ``read_labels``, which name what they raise."""
+    return to_classes(read_labels(path), path, classes, zero_label)
 
-    Raises InputError: unreadable, of another size than its image, labels out of range.
+
+def check_pair(image: str, mask: str, classes: int, zero_label: ZeroLabel | None) -> np.ndarray:
+    """int64 (2 + classes,): pixels of label 0, all that are ignored, and those of each class.
+
+    The image's size is compared, its pixels are not read. Raises InputError: unreadable, of another size than its
+    image, labels out of range.
     """
     try:
-        labels = read_mask(mask, classes)
+        raw = read_labels(mask)
     except BadImage as error:
-        raise InputError(f"{error}; mend or remove it") from None
+        raise InputError(f"{error}; correct or remove it") from None
+    labels = to_classes(raw, mask, classes, zero_label)
     try:
         with open_file(image) as file, Image.open(file) as header:
             width, height = header.size
@@ -219,27 +247,54 @@ def check_pair(image: str, mask: str, classes: int) -> int:
                 width, height = height, width
     except Exception as error:  # BadImage, and all that Pillow's plug-ins raise
         raise InputError(
-            f"{image}: no image that can be read ({' '.join(str(error).split())}); mend or remove it"
+            f"{image}: no image that can be read ({' '.join(str(error).split())}); correct or remove it"
         ) from None
     if labels.shape != (height, width):
         raise InputError(
             f"{mask}: the mask has {labels.shape[1]} x {labels.shape[0]} pixels, its image {image} "
             f"{width} x {height}; they must be equal"
         )
-    return int((labels != IGNORED).sum())
+    counts = np.bincount(labels.ravel().astype(np.int64) - IGNORED, minlength=1 + classes)
+    return np.concatenate([[np.count_nonzero(raw == 0)], counts])
 
 
-def check_pairs(pairs: Pairs, classes: int, indexes: Iterable[int], threads: int = 8) -> int:
-    """Labelled pixels of these pairs, all of them checked (``check_pair``).
+def check_pairs(data: Ade20k, pairs: Pairs, indexes: Iterable[int], threads: int = 8) -> np.ndarray:
+    """The sum of ``check_pair`` over these pairs. Raises InputError for the first one that is wrong."""
+    classes = len(data.classes)
 
-    Raises InputError for the first one that is wrong.
-    """
+    def check(i: int) -> np.ndarray:
+        return check_pair(pairs.images[i], pairs.masks[i], classes, data.zero_label)
+
     with ThreadPoolExecutor(threads) as pool:
-        counts = pool.map(
-            lambda i: check_pair(pairs.images[i], pairs.masks[i], classes), list(indexes)
-        )
+        counts = pool.map(check, list(indexes))
         try:
-            return sum(counts)
+            return sum(counts, np.zeros(2 + classes, dtype=np.int64))
         except InputError:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def check_labels(data: Ade20k, train: np.ndarray, val: np.ndarray) -> None:
+    """Raise InputError where the labels cannot mean what ``zero_label`` says. train, val: ``check_pairs`` of all.
+
+    Labels from 0 read as labels from 1 make every class the one before it, and the first one unlabelled: the
+    number that comes out is of something else.
+    """
+    for split, counts in (("training", train), ("validation", val)):
+        if not counts[2:].any():
+            only = "255" if data.zero_label == "class" else "0 or 255"
+            raise InputError(f"{data.root}: no labelled pixel in the {split} masks; all are {only}")
+    zeros, last = train[0] / train[1:].sum(), data.classes[-1]
+    if data.zero_label is None and zeros >= FREQUENT and train[-1] == 0:
+        raise InputError(
+            f"{data.root}: {zeros:.0%} of the training pixels are 0, unlabelled, and none has the last label "
+            f"{len(data.classes)} ({last}), as if labels began at 0: give --zero_label class if 0 is "
+            f"{data.classes[0]}, or --zero_label ignored if 0 means unlabelled"
+        )
+    present = np.flatnonzero(train[2:])
+    if len(present) == 1:
+        name = data.classes[int(present[0])]
+        raise InputError(
+            f"{data.root}: all labelled pixels of the training masks are {name}, so there is nothing to tell "
+            "apart; labels are numbers in a row, and 255 is always unlabelled"
+        )

@@ -223,6 +223,8 @@ def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
     kept = {k: v for k, v in asdict(settings).items() if k not in RESUME_SAFE_SETTINGS}
     if isinstance(settings, FrozenSettings):
         del kept["progress"]
+    if kept.get("zero_label", ...) is None:  # younger than the keys of old ledgers
+        del kept["zero_label"]
     network = [backbone.digest, backbone.architecture, backbone.kwargs]
     entry = [backbone.mean, backbone.std, backbone.img_size]
     what = [task, kept, network, entry, folder_fingerprint(data)]

@@ -20,7 +20,15 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
 from cmt_mae.core.runs import RunDir, plain
-from cmt_mae.data.ade20k import Ade20k, Pairs, check_pairs, open_ade20k, read_image, read_mask
+from cmt_mae.data.ade20k import (
+    Ade20k,
+    ZeroLabel,
+    check_labels,
+    check_pairs,
+    open_ade20k,
+    read_image,
+    read_mask,
+)
 from cmt_mae.data.segmentation_crops import SegmentationCrop, resize_image, resized_size
 from cmt_mae.data.tasks import each_once, train_batches
 from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
@@ -57,6 +65,9 @@ class Ade20kConfig(TaskSettings):
     classes: str | None = None
     """A file with the classes' names, names with commas between them, or their number. Default: the data's
     objectInfo.txt or objectInfo150.txt."""
+    zero_label: ZeroLabel | None = None
+    """What label 0 is: `ignored` (ADE20K: labels 1, 2, ... are the classes) or `class` (0, 1, ... are).
+    Default: ignored, and refused where the masks look as if labels began at 0."""
     iterations: int | None = None
     """Optimizer steps. Given alone, the warm-up keeps its share."""
     batch_size: int | None = None
@@ -92,26 +103,28 @@ class Ade20kConfig(TaskSettings):
 class TrainSample:
     """Reads and augments one training image; kept small, as it travels to the loader's processes."""
 
-    def __init__(self, pairs: Pairs, classes: int, channels: int, crop: SegmentationCrop) -> None:
-        self.pairs, self.classes, self.channels, self.crop = pairs, classes, channels, crop
+    def __init__(self, data: Ade20k, channels: int, crop: SegmentationCrop) -> None:
+        self.pairs, self.channels, self.crop = data.train, channels, crop
+        self.labels = (len(data.classes), data.zero_label)
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """uint8 (C, S, S) and labels int16 (S, S). Raises BadImage, InputError."""
         image = read_image(self.pairs.images[index], self.channels)
-        return self.crop(image, read_mask(self.pairs.masks[index], self.classes), rng)
+        return self.crop(image, read_mask(self.pairs.masks[index], *self.labels), rng)
 
 
 class TestSample:
     """One validation image, resized, and its mask as it is."""
 
-    def __init__(self, pairs: Pairs, classes: int, channels: int, scale: tuple[int, int]) -> None:
-        self.pairs, self.classes, self.channels, self.scale = pairs, classes, channels, scale
+    def __init__(self, data: Ade20k, channels: int, scale: tuple[int, int]) -> None:
+        self.pairs, self.channels, self.scale = data.val, channels, scale
+        self.labels = (len(data.classes), data.zero_label)
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, Tensor]:  # noqa: ARG002
         """Index, uint8 (C, h, w), labels int16 (H, W). Raises BadImage, InputError."""
         image = read_image(self.pairs.images[index], self.channels)
         small = resize_image(image, resized_size(image.shape[0], image.shape[1], self.scale))
-        mask = read_mask(self.pairs.masks[index], self.classes)
+        mask = read_mask(self.pairs.masks[index], *self.labels)
         picture = torch.from_numpy(np.array(small)).permute(2, 0, 1)
         return index, picture, torch.from_numpy(mask)
 
@@ -141,7 +154,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     published(config.preset)  # a wrong name is told first
     out = config.run_directory("ade20k", config.preset)
     accelerator = make_accelerator(config.device, config.precision)
-    data = open_ade20k(config.data, config.classes)
+    data = open_ade20k(config.data, config.classes, config.zero_label)
     recipe = resolve(config, len(data.train))
     given = load_backbone(config.backbone, key=config.key)
     backbone, padded = at_window(config, given, recipe.crop_size)
@@ -204,25 +217,24 @@ def at_window(config: Ade20kConfig, given: Backbone, crop: int) -> tuple[Backbon
 def check_data(data: Ade20k, accelerator: Accelerator) -> None:
     """Read every mask and every image's size once; the processes share the work.
 
-    Raises InputError, the same in every process: the first wrong pair, or a split without labelled pixels.
+    Raises InputError, the same in every process: the first wrong pair, or labels that cannot be right.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
+    counts: list[np.ndarray] = []
     for split, pairs in (("training", data.train), ("validation", data.val)):
         if accelerator.is_main_process and len(pairs) >= TOLD_EVERY:
             print(f"checking {len(pairs)} {split} masks", file=sys.stderr)
-        problem, labelled = None, 0
+        problem, labels = None, None
         try:
-            labelled = check_pairs(pairs, len(data.classes), range(rank, len(pairs), world))
+            labels = check_pairs(data, pairs, range(rank, len(pairs), world))
         except InputError as error:
             problem = str(error)
-        found: list[tuple[str | None, int]] = gather_object([(problem, labelled)])
+        found: list[tuple[str | None, Any]] = gather_object([(problem, labels)])
         problems = [text for text, _ in found if text is not None]
         if problems:
             raise InputError(problems[0])
-        if not sum(count for _, count in found):
-            raise InputError(
-                f"{data.root}: no labelled pixel in the {split} masks; all are 0 or 255"
-            )
+        counts.append(np.sum([some for _, some in found], axis=0))
+    check_labels(data, *counts)
 
 
 def make_job(
@@ -266,7 +278,7 @@ def make_job(
         recipe.cat_max_ratio,
         fill=tuple(round(255 * m) for m in backbone.mean),
     )
-    sample = TrainSample(data.train, len(data.classes), len(backbone.mean), crop)
+    sample = TrainSample(data, len(backbone.mean), crop)
 
     def batches(start_step: int) -> Generator[Any, None, None]:
         return train_batches(
@@ -326,7 +338,7 @@ def measurement(
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     classes = len(data.classes)
     scale = (recipe.longer_side, recipe.shorter_side)
-    sample = TestSample(data.val, classes, len(backbone.mean), scale)
+    sample = TestSample(data, len(backbone.mean), scale)
     mine = len(range(rank, len(data.val), world))
     shown = {rank + world * int(i) for i in np.linspace(0, mine - 1, min(config.pictures, mine))}
 
@@ -368,9 +380,9 @@ def measurement(
 
 
 def keep_prediction(run: Path, data: Ade20k, index: int, prediction: Tensor) -> None:
-    """The labels said of a pictured image as RUN/predictions/(its place).png, class k as k: for galleries."""
+    """The predicted labels of a pictured image as RUN/predictions/(its place).png, numbered as in the masks."""
     place = Path(data.val.images[index]).relative_to(Path(data.root) / "images" / "validation")
-    labels = prediction.numpy() + 1
+    labels = prediction.numpy() + (0 if data.zero_label == "class" else 1)
     image = Image.fromarray(labels.astype(np.uint8 if len(data.classes) < 255 else np.uint16))
     path = run / "predictions" / place.with_suffix(".png")
     write_atomically(path, lambda aside: image.save(aside, format="png"))
@@ -403,6 +415,9 @@ def describe(
 ) -> dict[str, Any]:
     """``Result.protocol``: every setting that moves the number."""
     micro = recipe.batch_size // accelerator.num_processes // job.accumulation
+    ignored = (
+        "label 255 (0 is the first class)" if config.zero_label == "class" else "label 0 and 255"
+    )
     return {
         "name": config.preset,
         "headline": "mIoU",
@@ -419,7 +434,7 @@ def describe(
         "batch_norm_images": norm_images(micro, accelerator),
         "augmentation": "resize, crop, flip, photometric distortion (as mmseg); mean colour as padding",
         "test": "resized to fit shorter and longer side, windows averaged as logits, resized to the image, argmax",
-        "metric": "one confusion matrix over all images; label 0 and 255 ignored; classes that occur neither in "
+        "metric": f"one confusion matrix over all images; {ignored} ignored; classes that occur neither in "
         "truth nor prediction left out of the mean",
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
         "differs": said,

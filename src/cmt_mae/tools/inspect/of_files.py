@@ -74,5 +74,6 @@ def detections(desk: Desk) -> None:
 def segmentations(desk: Desk) -> None:
     """Images of ADE20K's layout: truth and each method."""
     methods = results(desk, "ade20k")
-    data = open_ade20k(desk.config.data)
+    settings = read_run(methods[0].folder).config
+    data = open_ade20k(desk.config.data, settings.get("classes"), settings.get("zero_label"))
     desk.save(segmentations_sheet(data, methods, desk.config.count).figure, "segmentations")

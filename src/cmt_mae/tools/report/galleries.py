@@ -152,18 +152,18 @@ def segmentations_sheet(data: Ade20k, methods: Sequence[Output], count: int) -> 
     places = np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int))
     classes = len(data.classes)
     colours, counts = class_colours(classes), np.zeros(classes, dtype=np.int64)
-    first = labels_of(data.val.masks[kept[0][0]], classes)
+    first = labels_of(data.val.masks[kept[0][0]], data)
     sheet = Sheet(
         len(places), 2 + len(methods), first.shape[0] / first.shape[1], "segmentations", below=True,
         side=1.0, largest=2.0, head_lines=lines_of(methods),
     )  # fmt: skip
     for row, place in enumerate(places):
         index, files = kept[int(place)]
-        truth = labels_of(data.val.masks[index], classes)
+        truth = labels_of(data.val.masks[index], data)
         sheet.show(row, 0, read_image(data.val.images[index], 3) / 255)
         labelled = truth >= 0
         for column, file in enumerate([None, *files], start=1):
-            labels = truth if file is None else labels_of(str(file), classes)
+            labels = truth if file is None else labels_of(str(file), data)
             counts += np.bincount(labels[labels >= 0].astype(np.int64), minlength=classes)
             right = 100 * float((labels == truth)[labelled].mean()) if labelled.any() else 0.0
             note = "" if file is None else f"{right:.0f} % right"
@@ -178,10 +178,10 @@ def lines_of(methods: Sequence[Output]) -> int:
     return max(short(method.name).count("\n") + 1 for method in methods)
 
 
-def labels_of(file: str, classes: int) -> np.ndarray:
+def labels_of(file: str, data: Ade20k) -> np.ndarray:
     """int16 (H, W), negative = unlabelled. Raises InputError where the mask cannot be read."""
     try:
-        return read_mask(file, classes)
+        return read_mask(file, len(data.classes), data.zero_label)
     except BadImage as error:
         raise InputError(f"{error}; mend it or run the evaluation again") from error
 
