@@ -84,7 +84,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("segmentation")
     return {
         "backbone": write_vit(root / "vit.safetensors"), "data": write_data(root / "data"),
-        "preset": "quick", "batch_size": 4, "iterations": 6, "crop_size": 32, "channels": 8,
+        "zero_label": "ignored", "preset": "quick", "batch_size": 4, "iterations": 6, "crop_size": 32,
+        "channels": 8,
         "log_every": 1, "eval_every": 1.0, "pictures": 2,
     }  # fmt: skip
 

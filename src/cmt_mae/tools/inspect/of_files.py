@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cmt_mae.core.run_reader import read_run
+from cmt_mae.core.run_reader import is_run, read_run
 from cmt_mae.data.ade20k import open_ade20k
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis
@@ -74,6 +74,7 @@ def detections(desk: Desk) -> None:
 def segmentations(desk: Desk) -> None:
     """Images of ADE20K's layout: truth and each method."""
     methods = results(desk, "ade20k")
-    settings = read_run(methods[0].folder).config
+    folder = methods[0].folder
+    settings = read_run(folder).config if is_run(folder) else {}
     data = open_ade20k(desk.config.data, settings.get("classes"), settings.get("zero_label"))
     desk.save(segmentations_sheet(data, methods, desk.config.count).figure, "segmentations")
