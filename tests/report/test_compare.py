@@ -6,14 +6,17 @@ import math
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy import stats
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.result import Result, network_words
 from cmt_mae.tools.report.compare import CompareConfig, compare, letters, tabulate
 from cmt_mae.tools.report.comparison_text import as_plain_table, footnote_lines, print_table
 from cmt_mae.tools.report.paper import paper_numbers
@@ -122,8 +125,8 @@ def test_seeds_become_mean_and_spread(tmp_path):
     assert (second["n"], second["spread"], second["value"]) == (1, None, 70.0)
     assert first["mark"] != second["mark"]
     text = as_plain_table(table(*(make(value=v, seed=s) for s, v in enumerate(values))))
-    assert "71.33 ± 1.53 (n=3) [a]" in text
-    assert "sample standard deviation over n seeds" in text
+    assert "71.33 ± 1.53 (3 seeds) [a]" in text
+    assert "sample standard deviation over seeds" in text
 
 
 def test_a_metric_that_does_not_exist():
@@ -178,21 +181,112 @@ def test_columns():
 
 
 def test_footnotes_say_the_protocol_and_how_others_differ():
-    text = as_plain_table(
-        table(
-            make(sizes=[224, 224], augment=True),
-            make(sizes=[224, 224], augment=True, epochs=30),
-            make(sizes=[224, 224], augment=True, data={"path": "y", "fingerprint": "e" * 64}),
-        )
+    made = table(
+        make(sizes=[224, 224], augment=True),
+        make(sizes=[224, 224], augment=True, epochs=30),
+        make(sizes=[224, 224], augment=True, data={"path": "y", "fingerprint": "e" * 64}),
     )
-    lines = [line for line in text.splitlines() if line.startswith("[")]
-    assert lines == [
+    lines = [line for line in as_plain_table(made, True).splitlines() if line.startswith("[")]
+    assert lines[:3] == [
         "[a] linear probe, protocol mae; data data/x (fingerprint ffffffffffff, train 10, val 4); "
         "epochs 90, sizes 224 / 224, augment yes; headline top1; seed 0",
         "[b] linear probe, protocol mae: as [a], but epochs 30 instead of 90; seed 0",
         "[c] linear probe, protocol mae: as [a], but data y (fingerprint eeeeeeeeeeee, train 10, "
         "val 4); seed 0",
     ]
+    (short, *rest) = [line for line in as_plain_table(made).splitlines() if line.startswith("[")]
+    assert short == (
+        "[a] linear probe, protocol mae; data data/x (fingerprint ffffffffffff, train 10, val 4); seed 0"
+    )
+    assert rest == lines[1:], "how a protocol differs is always said"
+
+
+def test_numbers_of_settings_are_readable_but_two_that_differ_are_told_apart():
+    made = table(make(warmup=1 / 3), make(warmup=0.33334))
+    lines = [line for line in as_plain_table(made, True).splitlines() if line.startswith("[")]
+    assert "warmup 0.3333;" in lines[0]
+    assert "warmup 0.33334 instead of 0.3333333333" in lines[1]
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (3, 4), (71, 100), (12_345, 50_000)])
+def test_interval_of_an_accuracy_is_scipys_wilson(hits, count):
+    result = make("knn", 100 * hits / count, data={"val": count})
+    ends = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert result.interval("cls/k20/top1") == pytest.approx(
+        (100 * ends.low, 100 * ends.high), abs=1e-3
+    )
+    (number,) = table(result).rows[0].cells["knn", "top1"]
+    assert number.interval == pytest.approx(list(result.interval("cls/k20/top1")))
+    assert number.counted == f"{count} images"
+
+
+def test_what_has_no_interval_says_how_many_images():
+    assert "70.00 (4 images) [a]" in as_plain_table(table(make("coco")))
+    assert make("coco").interval("box/AP") is None
+    assert "70.00 [a]" in as_plain_table(table(make("other", data={"val": None})))
+
+
+def videos(*values, **more):
+    made = make("davis", statistics.fmean(values), data={"sequences": len(values)}, **more)
+    made.details["sequences"] = [{"name": str(i), "J&F": v} for i, v in enumerate(values)]
+    return made
+
+
+def test_student_minus_teacher_on_what_both_have():
+    """By the digest in the student's file; accuracies unpaired (400 images), videos by their differences."""
+    few = {"val": 400}
+    student = [
+        make("knn", 60.0, data=few), make("linear", 50.0, data=few), videos(50.0, 40.0, 63.0),
+        make("coco", 30.0),
+    ]  # fmt: skip
+    for one in student:
+        one.backbone["teacher"] = {"digest": "t" * 64, "name": "big"}
+    teacher = [
+        make("knn", 70.0, name="dino", digest="t", data=few, size=[96, 96]),
+        videos(48.0, 39.0, 60.0, name="dino", digest="t"),
+        make("linear", 99.0, name="dino", digest="t", data={"fingerprint": "e" * 64}),  # other images
+    ]
+    other = make("knn", 10.0, name="other", digest="o", data=few)
+    made = table(*student, *teacher, other)
+    found = {gain.column: gain for gain in made.gains}
+    assert list(found) == [("knn", "top1"), ("davis", "J&F")]
+    knn = found["knn", "top1"]
+    assert (knn.student, knn.teacher, knn.difference) == ("runs/a", "dino", -10.0)
+    error = 1.96 * math.sqrt((60 * 40 + 70 * 30) / 400)
+    assert knn.interval == pytest.approx([-10 - error, -10 + error])
+    assert knn.differs == "size None and [96, 96]"
+    jf = found["davis", "J&F"]
+    ends = stats.norm.interval(0.95, loc=2.0, scale=stats.sem([2.0, 1.0, 3.0]))
+    assert jf.interval == pytest.approx(list(ends), abs=1e-4)
+    lines = [line for line in as_plain_table(made).splitlines() if " minus its teacher " in line]
+    assert lines[0] == (
+        "runs/a minus its teacher dino: k-NN top-1 -10.00 (-16.57 to -3.43); size None and [96, 96]"
+    )
+    named = make("knn", 75.0, name="big", digest="x", data=few)  # its positions resized: other weights
+    assert [gain.teacher for gain in table(student[0], named).gains] == ["big"]
+
+
+def test_the_teacher_of_an_older_result_is_that_of_its_run(tmp_path):
+    run = tmp_path / "a"
+    make("knn", 60.0, name=str(run)).save(run)
+    make("knn", 70.0, name="embedded", digest="t").save(run)
+    (run / "run.json").write_text(json.dumps({"teacher": {"digest": "t" * 64, "name": "embedded"}}))
+    content = compare(CompareConfig(runs=[str(run)]))
+    (gain,) = content["student_minus_teacher"]
+    assert (gain["student"], gain["teacher"], gain["difference"]) == (str(run), "embedded", -10.0)
+
+
+def test_the_network_is_the_one_that_was_built():
+    net = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3
+    )
+    backbone = SimpleNamespace(model=net, architecture="vit_tiny_patch16_224", img_size=(48, 48))
+    assert network_words(backbone) == "ViT 96 x 4, patch 8, 48 px"
+    old = make()
+    old.backbone["img_size"] = [48, 64]
+    assert old.network == "vit_small_patch16_224, 48 x 64 px"
+    old.backbone["network"] = "ViT 96 x 4, patch 8, 48 px"
+    assert "ViT 96 x 4, patch 8, 48 px" in as_plain_table(table(old))
 
 
 def test_paper_rows_only_where_there_is_a_column(tmp_path, capsys):
@@ -209,7 +303,7 @@ def test_paper_rows_only_where_there_is_a_column(tmp_path, capsys):
     # a measured number equal to the paper's still has another mark
     assert content["rows"][0]["cells"][0]["mark"] == "a"
     printed = capsys.readouterr()
-    assert "79.80 [a]" in printed.out
+    assert re.search(r"79\.80 \(\d+\.\d–\d+\.\d\) \[a\]", printed.out)
     assert "CMT-MAE, 800 epochs" in printed.out
     assert "doubt: 75.7 is a ViT-S/16" in printed.out
     assert "of the paper's 162 numbers are of other columns" in printed.err
@@ -225,7 +319,7 @@ def test_markdown_is_a_table_whatever_the_names(tmp_path, capsys):
     assert "\x1b" not in out
     assert lines[2] == (
         r"| runs/a\|b \[x\](http:/y) \*z\* &lt;b&gt;&amp;amp;&lt;/b&gt; \`c\` \\x1b\[31m\\nnew "
-        r"| vit\_small\_patch16\_224 | aaaaaaaa | 70.00 <sup>a</sup> |"
+        r"| vit\_small\_patch16\_224 | aaaaaaaa | 70.00 (26.7–93.7) <sup>a</sup> |"
     )
     cells = [len(re.split(r"(?<!\\)\|", line)) for line in lines[:4]]
     assert cells == [6] * 4
@@ -245,7 +339,7 @@ def test_terminal_shows_names_as_they_are_and_cuts_no_number():
         print_table(made, console)
         text = console.file.getvalue()
         assert "…" not in text
-        assert text.count("71.25 ± 0.00 (n=2)") == len(HEADLINES)
+        assert text.count("71.25 ± 0.00 (2 seeds)") == len(HEADLINES)
         assert "\x1b[2J" not in text
         tables = [line for line in text.splitlines() if line and line[0] in "│┃├┡└┏"]
         assert max(map(len, tables)) <= max(width, 62)

@@ -264,7 +264,7 @@ def test_evaluate_json_is_the_last_line_of_stdout(
         "0",
         "--json",
     ]
-    for task, more in (("knn", ["--k", "[3,5]"]), ("linear", ["--epochs", "20"])):
+    for task, more in (("knn", ["--k", "[3,5]"]), ("linear", ["--protocol", "mae", "--epochs", "20"])):
         assert main(["evaluate", task, *words, *more]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["task"] == task

@@ -239,19 +239,31 @@ def show_result(result: Any) -> None:
         return Text(printable(text))
 
     protocol = result.protocol
-    title = f"{result.task}, protocol {protocol['name']}, {result.backbone['name']}"
+    count, kind = result.counted()
+    over = f", {count} {kind}" if count else ""
+    title = f"{result.task}, protocol {protocol['name']}, {result.backbone['name']} ({result.network}){over}"
     table = Table(title=shown(title))
     table.add_column("metric")
     table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
     for metric, value in result.metrics.items():
         mark = " *" if metric == protocol["headline"] else ""
-        table.add_row(shown(metric + mark), f"{value:.2f}")
+        ends = result.interval(metric)
+        table.add_row(
+            shown(metric + mark),
+            f"{value:.2f}",
+            "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}",
+        )
     console = Console(stderr=True)
     console.print(table)
     sequences = result.details.get("sequences")
     if result.task == "davis" and sequences:
         console.print(sequence_table(sequences))
-    settings = ", ".join(f"{k} {v}" for k, v in protocol.items() if k not in ("name", "headline"))
+    settings = ", ".join(
+        f"{k} {f'{v:.4g}' if isinstance(v, float) else v}"
+        for k, v in protocol.items()
+        if k not in ("name", "headline")
+    )
     console.print(shown(f"* the number to quote. protocol: {settings}"), style="dim")
     console.print(f"{result.seconds:.1f} s, seed {result.seed}", style="dim")
 

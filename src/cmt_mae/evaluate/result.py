@@ -8,7 +8,9 @@ import math
 import os
 import platform
 import re
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -73,6 +75,49 @@ class Result:
     def headline(self) -> float:
         """The one number to quote."""
         return self.metrics[self.protocol["headline"]]
+
+    def counted(self) -> tuple[int, str]:
+        """How many of what the metrics are over: (400, "images"); (0, "images") where the file does not say."""
+        kind = "videos" if self.task == "davis" else "images"
+        count = self.data.get("sequences" if self.task == "davis" else "val")
+        return (
+            (count, kind) if isinstance(count, int) and not isinstance(count, bool) else (0, kind)
+        )
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """95 % interval of a metric over the images or videos, in percent; None where none is known.
+
+        Of shares of right answers (names that end with top1 or top5): Wilson's. Of J&F, J and F: the mean over the
+        videos and its standard error. AP and mIoU are no means over images: they have none here.
+        """
+        count, value = self.counted()[0], self.metrics[metric]
+        if count < 1 or math.isnan(value):
+            return None
+        if metric.rsplit("/", 1)[-1] in ("top1", "top5", "best_top1"):
+            return wilson(value / 100, count)
+        videos = self.videos(metric)
+        if len(videos) < 2:
+            return None
+        error = 1.96 * statistics.stdev(videos.values()) / math.sqrt(len(videos))
+        return value - error, value + error
+
+    def videos(self, metric: str) -> dict[str, float]:
+        """Name of a video -> this metric of it; empty where the evaluation has none."""
+        rows = self.details.get("sequences")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            return {}
+        found = {str(row.get("name")): row.get(metric) for row in rows}
+        return {name: value for name, value in found.items() if isinstance(value, float)}
+
+    @property
+    def network(self) -> str:
+        """``ViT 96 x 4, patch 8, 48 px``; of older results timm's name and the size."""
+        known = self.backbone.get("network")
+        if isinstance(known, str):
+            return known
+        size = self.backbone.get("img_size")
+        pixels = f", {pixels_of(size)}" if isinstance(size, list) and size else ""
+        return f"{self.backbone.get('architecture') or ''}{pixels}"
 
     def identity(self) -> str:
         """Ten hex digits that name what was measured: task, protocol, weights, data and seed.
@@ -152,10 +197,12 @@ def make_result(
         backbone={
             "name": backbone_name(settings),
             "architecture": backbone.architecture,
+            "network": network_words(backbone),
             "digest": backbone.digest,
             "source": backbone.source,
             "licence": backbone.licence,
             "img_size": backbone.img_size,
+            "teacher": backbone.teacher,
         },
         data=data,
         seed=settings.seed,
@@ -179,6 +226,30 @@ def save_where(result: Result, out: str | None, backbone: str) -> Path | None:
     """Save to ``results_folder``; None where there is none."""
     folder = results_folder(out, backbone)
     return None if folder is None else result.save(folder)
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share 0..1 of ``count`` independent answers, in percent."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def pixels_of(size: Sequence[int]) -> str:
+    """``48 px``, ``48 x 64 px`` of height and width."""
+    sides = list(dict.fromkeys(size)) if len(size) == 2 else list(size)
+    return f"{' x '.join(map(str, sides))} px"
+
+
+def network_words(backbone: Backbone) -> str:
+    """The network as it is, whatever architecture its name began with: ``ViT 96 x 4, patch 8, 48 px``."""
+    model: Any = backbone.model
+    try:
+        patch = pixels_of(model.patch_embed.patch_size).removesuffix(" px")
+        shape = f"ViT {model.embed_dim} x {len(model.blocks)}, patch {patch}"
+    except (AttributeError, TypeError):
+        shape = backbone.architecture
+    return f"{shape}, {pixels_of(backbone.img_size)}"
 
 
 def versions() -> dict[str, str]:

@@ -14,14 +14,10 @@ from typing import Any, Literal
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.run_reader import is_run, result_files
 from cmt_mae.evaluate.result import Result
-from cmt_mae.evaluate.tasks import TASKS
+from cmt_mae.tools.report.gains import METRICS, Column, Gain, gains, metrics_of, name_of
 from cmt_mae.tools.report.paper import PROTOCOLS, SOURCE, PaperNumber, paper_numbers
 
 Format = Literal["table", "markdown", "json"]
-Column = tuple[str, str]  # task, metric
-
-METRICS = {name: task.columns for name, task in TASKS.items()}
-"""Columns of each task; after them what only the results themselves name."""
 
 MAX_BYTES = 256 << 20
 """A result file of more bytes than this is none; one with every class of ImageNet has about 0.2 MB."""
@@ -48,6 +44,8 @@ class CompareConfig:
     """table, markdown or json. Default: by the ending of out (.md, .json), else table."""
     out: str | None = None
     """File to write instead of stdout."""
+    protocols: bool = False
+    """Say every setting of each protocol under the table, not only its name and its data."""
 
 
 @dataclass
@@ -66,6 +64,10 @@ class Number:
     """Of the evaluations; empty for the paper's."""
     files: list[str] = field(default_factory=list)
     """Where the numbers stand."""
+    interval: list[float] | None = None
+    """95 % interval over the images or videos, of a number of one seed; None where none is known."""
+    counted: str = ""
+    """What the number is over: "400 images"; empty for the paper's."""
 
 
 @dataclass
@@ -94,6 +96,8 @@ class Comparison:
     """Mark -> task, protocol, data, seeds (measured) or source, protocol a task, doubts (paper)."""
     notes: list[str]
     """What was left out and why; one line each."""
+    gains: list[Gain] = field(default_factory=list)
+    """Student minus its teacher, on every task that both were evaluated on."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that strict JSON can hold; a NaN becomes None."""
@@ -120,6 +124,7 @@ class Comparison:
             ],
             "footnotes": self.footnotes,
             "notes": self.notes,
+            "student_minus_teacher": [vars(gain) for gain in self.gains],
         }
 
 
@@ -139,7 +144,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         raise InputError("; ".join(notes))
     comparison = tabulate(found, paper_numbers() if config.paper else [])
     comparison.notes[:0] = notes
-    write(comparison, config.format, config.out)
+    write(comparison, config.format, config.out, config.protocols)
     return comparison.as_dict()
 
 
@@ -227,7 +232,7 @@ def newest(found: list[tuple[Path, Result]], notes: list[str]) -> list[tuple[Pat
     """The newest file of each measurement (same backbone, protocol, data and seed)."""
     kept: dict[tuple[str, str], tuple[Path, Result]] = {}
     for path, result in found:
-        key = (_name(result), result.identity())
+        key = (name_of(result), result.identity())
         if key in kept:
             other, before = kept[key]
             if before.metrics != result.metrics:
@@ -240,19 +245,19 @@ def newest(found: list[tuple[Path, Result]], notes: list[str]) -> list[tuple[Pat
 
 def tabulate(found: Iterable[tuple[Path, Result]], paper: list[PaperNumber]) -> Comparison:
     """Rows, columns and marks of the results and, below them, of the paper's numbers."""
+    found = sorted(found, key=lambda item: _task_order(item[1].task))
     table = Comparison([], [], {}, [])
     marks: dict[str, str] = {}
     rows: dict[tuple[str, str], Row] = {}
-    cells: dict[tuple[str, str], dict[tuple[Column, str], list[tuple[float, int, str]]]] = {}
-    for path, result in sorted(found, key=lambda item: _task_order(item[1].task)):
+    cells: dict[tuple[str, str], dict[tuple[Column, str], list[tuple[Path, Result, str]]]] = {}
+    for path, result in found:
         digest = str(result.backbone.get("digest") or "")
-        key = (_name(result), digest)
-        architecture = str(result.backbone.get("architecture") or "")
-        rows.setdefault(key, Row(key[0], architecture, digest, "measured"))
+        key = (name_of(result), digest)
+        rows.setdefault(key, Row(key[0], result.network, digest, "measured"))
         mark = measured_mark(result, marks, table.footnotes)
-        for column, value in numbers(result).items():
+        for column, metric in metrics_of(result).items():
             cell = cells.setdefault(key, {}).setdefault((column, mark), [])
-            cell.append((value, result.seed, str(path)))
+            cell.append((path, result, metric))
     for key, row in rows.items():
         for (column, mark), values in cells[key].items():
             row.cells.setdefault(column, []).append(over_seeds(values, mark))
@@ -263,23 +268,10 @@ def tabulate(found: Iterable[tuple[Path, Result]], paper: list[PaperNumber]) -> 
         names = [row.name for row in table.rows if row.weights == weights]
         if len(names) > 1:
             table.notes.append(f"the same weights ({weights[:8]}): {', '.join(names)}")
+    table.gains = gains(found)
     if paper:
         add_paper(table, paper)
     return table
-
-
-def numbers(result: Result) -> dict[Column, float]:
-    """The numbers of one result that get a column: its headline and the task's usual metrics.
-
-    k-NN and probes name pools and settings in their keys; those belong to the protocol, so the
-    column has only the last part of the headline (``cls/k20/top1`` -> ``top1``).
-    """
-    headline = str(result.protocol["headline"])
-    usual = METRICS.get(result.task, ())
-    if result.task in ("knn", "linear"):
-        return {(result.task, headline.rsplit("/", 1)[-1]): result.headline}
-    named = dict.fromkeys([headline, *(m for m in usual if m in result.metrics)])
-    return {(result.task, metric): result.metrics[metric] for metric in named}
 
 
 def measured_mark(
@@ -311,16 +303,22 @@ def letters(index: int) -> str:
     return text
 
 
-def over_seeds(values: list[tuple[float, int, str]], mark: str) -> Number:
-    """Mean and sample standard deviation of (value, seed, file); NaN values are left out."""
-    there = [value for value, _, _ in values if not math.isnan(value)]
+def over_seeds(values: list[tuple[Path, Result, str]], mark: str) -> Number:
+    """Mean and sample standard deviation over seeds of (file, result, metric); NaN values are left out."""
+    there = [result.metrics[metric] for _, result, metric in values]
+    there = [value for value in there if not math.isnan(value)]
+    _, result, metric = next((v for v in values if not math.isnan(v[1].metrics[v[2]])), values[0])
+    ends = result.interval(metric) if len(there) == 1 else None
+    count, kind = result.counted()
     return Number(
         value=statistics.fmean(there) if there else math.nan,
         spread=statistics.stdev(there) if len(there) > 1 else None,
         n=len(there),
         mark=mark,
-        seeds=sorted(seed for _, seed, _ in values),
-        files=[file for _, _, file in values],
+        seeds=sorted(result.seed for _, result, _ in values),
+        files=[str(path) for path, _, _ in values],
+        interval=None if ends is None else list(ends),
+        counted=f"{count} {kind}" if count else "",
     )
 
 
@@ -371,12 +369,6 @@ def _is_new(path: Path, seen: set[Path]) -> bool:
         return False
     seen.add(real)
     return True
-
-
-def _name(result: Result) -> str:
-    """What the user called the backbone; ``runs/a/`` and ``./runs/a`` are ``runs/a``."""
-    name = str(result.backbone.get("name") or "unnamed")
-    return str(Path(name)) if "/" in name else name
 
 
 def _task_order(task: str) -> tuple[int, str]:

@@ -36,8 +36,10 @@ FORMATS = ("table", "markdown", "json")
 NARROWEST = 12  # characters of a name on a narrow terminal; longer ones are folded
 
 
-def write(comparison: Comparison, format: str | None, out: str | None) -> None:
-    """Print to stdout, or write ``out`` atomically; notes go to stderr.
+def write(
+    comparison: Comparison, format: str | None, out: str | None, protocols: bool = False
+) -> None:
+    """Print to stdout, or write ``out`` atomically; notes go to stderr. protocols: every setting of each.
 
     Raises:
         InputError: unknown format, or ``out`` cannot be written.
@@ -48,11 +50,12 @@ def write(comparison: Comparison, format: str | None, out: str | None) -> None:
     if format not in FORMATS:
         raise InputError(f"format '{format}' is unknown: use {', '.join(FORMATS)}")
     if out is None and format == "table":
-        print_table(comparison, Console())
+        print_table(comparison, Console(), protocols)
     else:
-        text = {"table": as_plain_table, "markdown": as_markdown, "json": as_json}[format](
-            comparison
-        )
+        if format == "json":
+            text = as_json(comparison)
+        else:
+            text = (as_markdown if format == "markdown" else as_plain_table)(comparison, protocols)
         if out is None:
             sys.stdout.write(text)
         else:
@@ -68,14 +71,14 @@ def as_json(comparison: Comparison) -> str:
     return json.dumps(comparison.as_dict(), indent=1, allow_nan=False) + "\n"
 
 
-def as_plain_table(comparison: Comparison) -> str:
+def as_plain_table(comparison: Comparison, protocols: bool = False) -> str:
     """The terminal's table as text, as wide as it needs to be."""
     text = io.StringIO()
-    print_table(comparison, Console(file=text, force_terminal=False))
+    print_table(comparison, Console(file=text, force_terminal=False), protocols)
     return text.getvalue()
 
 
-def print_table(comparison: Comparison, console: Console) -> None:
+def print_table(comparison: Comparison, console: Console, protocols: bool = False) -> None:
     """The table on a terminal; where it is too wide, one below the other with some columns each."""
     terminal = console.is_terminal
     if not terminal:  # a file or a pipe has no width; cut nothing
@@ -90,7 +93,9 @@ def print_table(comparison: Comparison, console: Console) -> None:
         room = console.width - _width(comparison, rest[:count])
         console.print(make_table(comparison, rest[:count], room))
         rest = rest[count:]
-    for mark, text in footnote_lines(comparison):
+    for line in gain_lines(comparison):
+        console.print(Text(line), soft_wrap=not terminal)
+    for mark, text in footnote_lines(comparison, protocols):
         console.print(Text(f"[{mark}] {text}"), soft_wrap=not terminal)
 
 
@@ -144,7 +149,7 @@ def make_table(comparison: Comparison, columns: list[Column], room: int) -> Tabl
     return table
 
 
-def as_markdown(comparison: Comparison) -> str:
+def as_markdown(comparison: Comparison, protocols: bool = False) -> str:
     """A GitHub table with raised marks, and the footnotes as a list under it."""
     heads = [f"{_title(task)} {_title(metric)}" for task, metric in comparison.columns]
     heads = ["backbone", "network", "weights", *(escaped(head) for head in heads)]
@@ -159,7 +164,9 @@ def as_markdown(comparison: Comparison) -> str:
             weights = "unknown"
         lines.append(_line([*map(escaped, (row.name, row.network, weights)), *cells]))
     lines += [""]
-    lines += [f"- <sup>{mark}</sup> {escaped(text)}" for mark, text in footnote_lines(comparison)]
+    lines += [f"- {escaped(line)}" for line in gain_lines(comparison)]
+    notes = footnote_lines(comparison, protocols)
+    lines += [f"- <sup>{mark}</sup> {escaped(text)}" for mark, text in notes]
     return "\n".join(lines) + "\n"
 
 
@@ -168,18 +175,43 @@ def _line(cells: list[str]) -> str:
 
 
 def shown(number: Number) -> str:
-    """``71.25``, ``71.25 ± 0.31 (n=3)``, ``n/a``; the paper's numbers with its one decimal."""
+    """``71.25 (68.9–73.4)``, ``71.25 ± 0.31 (3 seeds)``, ``35.20 (2000 images)``, ``n/a``; the paper's as printed.
+
+    In brackets: the 95 % interval over images or videos, or where none is known their number. ±: over seeds.
+    """
     if math.isnan(number.value):
         return "n/a"
     if not number.seeds:
         return f"{number.value:.1f}"
-    if number.spread is None:
-        return f"{number.value:.2f}"
-    return f"{number.value:.2f} ± {number.spread:.2f} (n={number.n})"
+    if number.spread is not None:
+        return f"{number.value:.2f} ± {number.spread:.2f} ({number.n} seeds)"
+    if number.interval is not None:
+        low, high = number.interval
+        return f"{number.value:.2f} ({low:.1f}–{high:.1f})"
+    return f"{number.value:.2f}" + (f" ({number.counted})" if number.counted else "")
 
 
-def footnote_lines(comparison: Comparison) -> list[tuple[str, str]]:
-    """(mark, what it stands for) in one line each; a protocol like an earlier one says how it differs."""
+def gain_lines(comparison: Comparison) -> list[str]:
+    """``runs/a minus its teacher embedded: k-NN top-1 -7.50 (-12.10 to -2.90)``, one line a student and task."""
+    lines = []
+    for one in comparison.gains:
+        task, metric = one.column
+        ends = "no interval known"
+        if one.interval is not None:
+            ends = f"{one.interval[0]:+.2f} to {one.interval[1]:+.2f}"
+        differs = f"; {one.differs}" if one.differs else ""
+        lines.append(printable(
+            f"{one.student} minus its teacher {one.teacher}: {_title(task)} {_title(metric)} "
+            f"{one.difference:+.2f} ({ends}){differs}"
+        ))  # fmt: skip
+    return lines
+
+
+def footnote_lines(comparison: Comparison, whole: bool = True) -> list[tuple[str, str]]:
+    """(mark, what it stands for) in one line each; a protocol like an earlier one says how it differs.
+
+    whole: every setting of a protocol, not only its name and its data.
+    """
     lines: list[tuple[str, str]] = []
     before: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     for mark, note in comparison.footnotes.items():
@@ -189,11 +221,17 @@ def footnote_lines(comparison: Comparison) -> list[tuple[str, str]]:
         first_mark, first = before.setdefault(kin, (mark, note))
         head = f"{_title(note['task'])}, protocol {note['protocol']['name']}"
         like = _differences(first, note) if first is not note else None
-        text = f"{head}: as [{first_mark}], but {like}" if like else f"{head}; {_whole(note)}"
+        text = (
+            f"{head}: as [{first_mark}], but {like}" if like else f"{head}; {_about(note, whole)}"
+        )
         lines.append((mark, f"{text}; seed {_value(note['seeds'])}"))
     numbers = [n for row in comparison.rows for cell in row.cells.values() for n in cell]
+    if any(number.interval is not None for number in numbers):
+        lines.append(
+            ("(–)", "95 % interval over the validation images (Wilson) or over the videos")
+        )
     if any(number.spread is not None for number in numbers):
-        lines.append(("±", "sample standard deviation over n seeds"))
+        lines.append(("±", "sample standard deviation over seeds"))
     lines += _paper_lines([n for n in comparison.footnotes.items() if "source" in n[1]])
     return [(mark, printable(text)) for mark, text in lines]
 
@@ -213,8 +251,10 @@ def _paper_lines(notes: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, str
     ]
 
 
-def _whole(note: dict[str, Any]) -> str:
-    """Data and every setting of a protocol."""
+def _about(note: dict[str, Any], whole: bool) -> str:
+    """Data and, where asked for, every setting of a protocol."""
+    if not whole:
+        return f"data {_data(note['data'])}"
     settings = {k: v for k, v in note["protocol"].items() if k not in ("name", "headline")}
     return f"data {_data(note['data'])}; {_settings(settings)}; headline {note['protocol']['headline']}"
 
@@ -248,21 +288,21 @@ def _unlike(old: dict[str, Any], new: dict[str, Any], key: str) -> bool:
 
 
 def _of(settings: dict[str, Any], key: str) -> str:
-    return _value(settings[key]) if key in settings else "not said"
+    return _value(settings[key], 10) if key in settings else "not said"
 
 
 def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key} {_value(value)}" for key, value in settings.items())
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, digits: int = 4) -> str:
     """A setting in few characters: lists without brackets, true as yes; text with commas in quotes."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
-        return f"{value:.10g}"
+        return f"{value:.{digits}g}"
     if isinstance(value, list) and value and not any(isinstance(v, list | dict) for v in value):
-        return " / ".join(map(_value, value))
+        return " / ".join(_value(one, digits) for one in value)
     if isinstance(value, str):
         return f"'{value}'" if set(value) & set(",;") else value
     return json.dumps(value)

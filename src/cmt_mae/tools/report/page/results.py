@@ -5,7 +5,7 @@ from typing import Any
 from cmt_mae.core.run_reader import RunRecord
 from cmt_mae.core.text import one_line
 from cmt_mae.tools.report.compare import Comparison, collect, tabulate
-from cmt_mae.tools.report.comparison_text import TITLES, footnote_lines, shown
+from cmt_mae.tools.report.comparison_text import TITLES, footnote_lines, gain_lines, shown
 
 
 def results_table(records: list[RunRecord]) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def results_table(records: list[RunRecord]) -> dict[str, Any]:
     return {
         "columns": [f"{title(task)} {title(metric)}" for task, metric in table.columns],
         "rows": rows,
-        "footnotes": footnote_lines(table) if found else [],
+        "footnotes": footnotes(table),
+        "gains": gain_lines(table),
         "notes": [one_line(note) for note in [*notes, *table.notes]],
     }
 
@@ -38,3 +39,12 @@ def results_table(records: list[RunRecord]) -> dict[str, Any]:
 def title(word: str) -> str:
     """The usual name of a task or a metric."""
     return TITLES.get(word, one_line(word, 60))
+
+
+def footnotes(table: Comparison) -> list[dict[str, str]]:
+    """Each mark with its short line, and the line with every setting where that says more."""
+    whole = dict(footnote_lines(table, whole=True))
+    return [
+        {"mark": mark, "text": text, "whole": whole[mark] if whole[mark] != text else ""}
+        for mark, text in footnote_lines(table, whole=False)
+    ]
