@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,8 +213,16 @@ WRONG: dict[str, tuple[Change, str]] = {
     "giant box": (put("bbox", [10**400, 2, 3, 4]), "'bbox' must be"),
     "negative area": (put("area", -1), "'area' must be"),
     "nan area": (put("area", float("nan")), "'area' must be"),
-    "no mask": (lambda c: c["annotations"][0].pop("segmentation"), "'segmentation' must be"),
-    "empty mask": (put("segmentation", []), "it has no mask"),
+    "no mask": (lambda c: c["annotations"][0].pop("segmentation"), "it has no mask .*remove all"),
+    "empty mask": (put("segmentation", []), "it has no mask .*remove all"),
+    "no mask and no box": (
+        lambda c: [a.pop(k) for a in c["annotations"] for k in ("segmentation", "bbox")],
+        "'bbox' must be",
+    ),
+    "heaps alone": (
+        lambda c: [a.update(iscrowd=1) for a in c["annotations"]],
+        "no annotation of a single object",
+    ),
     "line": (put("segmentation", [[1, 1, 5, 5]]), "it has no mask"),
     "odd polygon": (put("segmentation", [[1, 1, 5, 5, 2, 8, 9]]), "'segmentation' must be"),
     "giant polygon": (put("segmentation", [[1, 1, 1e30, 5, 2, 8]]), "'segmentation' must be"),
@@ -318,14 +327,65 @@ def test_area_and_crowd_are_filled_in(copied: Path) -> None:
     before = open_coco(copied, "train")
 
     def forget(content: dict[str, Any]) -> None:
-        for a in content["annotations"]:
+        for number, a in enumerate(content["annotations"]):
             a.pop("area")
-            if not a["iscrowd"]:
+            a["iscrowd"] = bool(a["iscrowd"])
+            if not a["iscrowd"] and number % 2:
                 a.pop("iscrowd")
 
     change(copied, forget)
     after = open_coco(copied, "train")
     assert after.ground_truth() == before.ground_truth()
+
+
+def test_boxes_come_from_masks_where_they_are_missing(shared: Path, tmp_path: Path) -> None:
+    """COCO's own boxes are those of its polygons, to two decimals; those of run lengths are pycocotools'."""
+    shutil.copytree(shared / "data" / "coco", tmp_path / "coco")
+    before = open_coco(tmp_path / "coco", "val")
+    masks: dict[int, Any] = {}
+
+    def forget(content: dict[str, Any]) -> None:
+        for number, a in enumerate(content["annotations"]):
+            del a["bbox"]
+            if number % 5 == 0 and isinstance(a["segmentation"], list):
+                size = next(
+                    (i["height"], i["width"]) for i in content["images"] if i["id"] == a["image_id"]
+                )
+                rle = reference_mask.merge(reference_mask.frPyObjects(a["segmentation"], *size))
+                masks[a["id"]] = rle
+                a["segmentation"] = {"size": [*size], "counts": rle["counts"].decode()}
+
+    change(tmp_path / "coco", forget, "val")
+    after = open_coco(tmp_path / "coco", "val").ground_truth()["annotations"]
+    for old, new in zip(before.ground_truth()["annotations"], after, strict=True):
+        if old["id"] in masks:
+            assert new["bbox"] == reference_mask.toBbox(masks[old["id"]]).tolist()
+        elif not old["iscrowd"]:
+            assert new["bbox"] == pytest.approx(old["bbox"], abs=0.011)
+    assert masks
+
+
+def test_data_without_masks(copied: Path) -> None:
+    before = open_coco(copied, "train")
+
+    def forget(content: dict[str, Any]) -> None:
+        for number, a in enumerate(content["annotations"]):
+            a.pop("area")
+            a["segmentation"] = []
+            if number % 2:
+                a.pop("segmentation")
+
+    change(copied, forget)
+    after = open_coco(copied, "train")
+    assert before.has_masks
+    assert not after.has_masks
+    for index in range(len(before)):
+        one, two = before.example(index), after.example(index)
+        assert torch.equal(one.boxes, two.boxes)
+        assert (two.masks >= one.masks).all()  # a filled box covers what is in it
+    first = after.ground_truth()["annotations"][0]
+    assert "segmentation" not in first
+    assert first["area"] == pytest.approx(first["bbox"][2] * first["bbox"][3])
 
 
 # --- crops -----------------------------------------------------------------------------------------
@@ -350,7 +410,9 @@ SHAPES = (st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 60), st.inte
 def test_flip_and_resize_equal_torchvision(
     seed: int, h: int, w: int, n: int, new_h: int, new_w: int
 ) -> None:
-    assume(w > 1 or (new_h, new_w) != (1, 1))  # torch's own kernel stops there with an internal assertion
+    assume(
+        w > 1 or (new_h, new_w) != (1, 1)
+    )  # torch's own kernel stops there with an internal assertion
     example = example_of(seed, h, w, n)
     boxes = tv_tensors.BoundingBoxes(example.boxes, format="XYXY", canvas_size=(h, w))
     flipped = flip(example)

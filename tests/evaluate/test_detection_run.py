@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,11 +242,36 @@ def test_bad_settings_and_data_are_found_before_training(
     assert not Path(given["out"]).exists()
 
 
-def test_data_without_any_box(given: dict[str, Any], tmp_path: Path) -> None:
+def without(root: Path, split: str, how: Callable[[dict[str, Any]], Any]) -> None:
+    """Change every annotation of a split."""
+    file = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        how(annotation)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_data_without_any_box(given: dict[str, Any], tmp_path: Path, split: str) -> None:
     write_coco(tmp_path / "coco", 4, 2)
-    file = tmp_path / "coco" / "annotations" / "instances_train2017.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
-    refused(given, "no training image has a box", data=str(tmp_path / "coco"))
+    without(tmp_path / "coco", split, lambda a: a.update(iscrowd=1))
+    refused(given, "no annotation of a single object", data=str(tmp_path / "coco"))
+
+
+@pytest.mark.parametrize("augment", ["multiscale", "lsj"])
+def test_boxes_alone_without_masks(given: dict[str, Any], tmp_path: Path, augment: str) -> None:
+    write_coco(tmp_path / "coco", 4, 3)
+    without(tmp_path / "coco", "train", lambda a: a.pop("segmentation"))
+    data = given | {"data": str(tmp_path / "coco"), "out": str(tmp_path / "run"), "pictures": 1}
+    refused(data, "only one of train and val has masks")
+    without(tmp_path / "coco", "val", lambda a: a.pop("segmentation"))
+    sizes = {"augment": augment, "lsj_size": 64, "test_short": 64, "test_longest": 64}
+    result = run(**data, **sizes, epochs=1, batch_size=2)
+    assert set(result.metrics) == {f"box/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+    assert "no mask head" in result.protocol["masks"]
+    assert [path.name for path in (tmp_path / "run" / "predictions").iterdir()] == ["bbox.json"]
+    assert list((tmp_path / "run" / "pictures").iterdir())
+    assert all("loss_mask" not in row for row in rows(str(tmp_path / "run")))
 
 
 def test_images_without_boxes_are_left_out_or_trained_on(given: dict[str, Any]) -> None:

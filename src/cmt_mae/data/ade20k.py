@@ -18,7 +18,7 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import open_file, read_file
+from cmt_mae.data.folder import is_litter, open_file, read_file
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
@@ -89,7 +89,12 @@ def _find_pairs(folder: Path, split: str) -> Pairs:
                 f"{place}: no such folder; ADE20K's layout has images/ and annotations/, each with "
                 "training/ and validation/"
             )
-    found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(
+        path
+        for path in images.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(map(is_litter, path.relative_to(images).parts))
+    )
     if not found:
         raise InputError(f"{images}: no image in it; copy the {split} images there")
     wanted = [masks / path.relative_to(images).with_suffix(".png") for path in found]

@@ -21,7 +21,14 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import one_line
-from cmt_mae.data.coco_masks import checked_segmentation, coordinates, mask_of, rle_of
+from cmt_mae.data.coco_masks import (
+    box_of,
+    checked_segmentation,
+    coordinates,
+    filled_box,
+    mask_of,
+    rle_of,
+)
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.detection_crops import Example
 from cmt_mae.data.folder import open_file, read_file
@@ -39,7 +46,7 @@ class CocoSplit:
 
     Image i has file ``names[i]``, COCO id ``ids[i]`` and (height, width) ``sizes[i]``; class k (1..K in
     labels) has COCO id ``category_ids[k - 1]`` and name ``classes[k - 1]``: in order of the ids, whatever
-    gaps they have.
+    gaps they have. ``has_masks``: whether every object has one; else none has.
     """
 
     def __init__(self, annotation_file: Path, folder: Path) -> None:
@@ -56,8 +63,16 @@ class CocoSplit:
         places = {int(number): place for place, number in enumerate(self.ids)}
         by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
         seen: set[int] = set()
-        for number, raw in enumerate(content["annotations"]):
+        rows = content["annotations"]
+        masks = [isinstance(raw, dict) and bool(raw.get("segmentation")) for raw in rows]
+        self.has_masks = any(masks)
+        for number, raw in enumerate(rows):
             where = f"{annotation_file}: annotation {_name(raw, number)}"
+            if self.has_masks and isinstance(raw, dict) and not masks[number]:
+                raise InputError(
+                    f"{where}: it has no mask ('segmentation'), and others have one: give it one, or remove all "
+                    "masks of both splits to train and measure boxes alone"
+                )
             one = _annotation(raw, where, places, self.sizes, categories)
             if one["id"] in seen:
                 raise InputError(f"{where}: its id is there twice; number annotations uniquely")
@@ -66,6 +81,11 @@ class CocoSplit:
         self.counts = np.array(
             [sum(not a["iscrowd"] for a in by_image[i]) for i in range(len(images))], dtype=np.int64
         )
+        if not self.counts.any():
+            raise InputError(
+                f"{annotation_file}: no annotation of a single object (iscrowd 0), so there is nothing to learn "
+                "or to measure: annotate it"
+            )
         self._check_counts()
         self.crowds = sum(a["iscrowd"] for rows in by_image.values() for a in rows)
         # One block of bytes: objects would be copied into every loader process as they are touched.
@@ -110,7 +130,10 @@ class CocoSplit:
         return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
 
     def example(self, index: int, channels: int = 3) -> Example:
-        """The image with its single objects: what is trained on. Heaps (``iscrowd``) are left out."""
+        """The image with its single objects: what is trained on. Heaps (``iscrowd``) are left out.
+
+        Where the data have no masks those of the example are the boxes, filled.
+        """
         image = self.image(index, channels)
         height, width = image.shape[1:]
         rows = [a for a in self.annotations(index) if not a["iscrowd"]]
@@ -118,7 +141,12 @@ class CocoSplit:
         boxes[:, 2:] += boxes[:, :2]
         limits = torch.tensor([width, height, width, height], dtype=torch.float32)
         labels = [self.category_ids.index(a["category_id"]) + 1 for a in rows]
-        masks = [mask_of(a["segmentation"], height, width) for a in rows]
+        masks = [
+            mask_of(a["segmentation"], height, width)
+            if self.has_masks
+            else filled_box(a["bbox"], height, width)
+            for a in rows
+        ]
         return Example(
             image=image,
             boxes=boxes.clamp(min=0).minimum(limits),
@@ -265,7 +293,10 @@ def _annotation(
     sizes: Sequence[tuple[int, int]],
     categories: dict[int, str],
 ) -> dict[str, Any]:
-    """One record with exactly the keys that are used; missing ``iscrowd`` and ``area`` are filled in."""
+    """One record with exactly the keys that are used; missing ``iscrowd``, ``area`` and ``bbox`` are filled in.
+
+    Without a mask it has no ``segmentation``.
+    """
     image = _integer(raw, "image_id", where)
     category = _integer(raw, "category_id", where)
     if image not in places:
@@ -273,15 +304,24 @@ def _annotation(
     if category not in categories:
         raise InputError(f"{where}: its category {category} is not in the list of categories")
     height, width = sizes[places[image]]
-    crowd = _integer({"iscrowd": 0} | raw, "iscrowd", where, 0, 2)
+    heap = raw.get("iscrowd", 0)
+    crowd = (
+        int(heap) if isinstance(heap, bool) else _integer({"iscrowd": heap}, "iscrowd", where, 0, 2)
+    )
+    segmentation = raw.get("segmentation") or None
+    if segmentation is not None:
+        segmentation = checked_segmentation(segmentation, where, height, width)
     box = raw.get("bbox")
+    if box is None and segmentation is not None:
+        box = box_of(segmentation, height, width)
     if not coordinates(box) or len(box) != 4 or box[2] < 0 or box[3] < 0:
         raise InputError(
             f"{where}: 'bbox' must be [x, y, width, height] in pixels, not {box!r:.60}"
         )
-    segmentation = checked_segmentation(raw.get("segmentation"), where, height, width)
     area = raw.get("area")
-    if area is None:
+    if area is None and segmentation is None:
+        area = box[2] * box[3]
+    elif area is None:
         area = float(coco_mask.area(rle_of(segmentation, height, width)))
     if not coordinates([area], largest=math.inf) or area < 0:
         raise InputError(f"{where}: 'area' must be a number of pixels, not {area!r:.60}")
@@ -292,7 +332,7 @@ def _annotation(
         "iscrowd": crowd,
         "area": float(area),
         "bbox": [float(side) for side in box],
-        "segmentation": segmentation,
+        **({} if segmentation is None else {"segmentation": segmentation}),
     }
 
 

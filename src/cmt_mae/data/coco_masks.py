@@ -1,5 +1,6 @@
 """The masks of COCO's annotations: polygons and run lengths, checked and rasterised as COCO's tools do it."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,26 @@ def rle_of(segmentation: Any, height: int, width: int) -> dict[str, Any]:
         return packed
     plain: dict[str, Any] = segmentation
     return plain
+
+
+def box_of(segmentation: Any, height: int, width: int) -> list[float]:
+    """[x, y, width, height] around a checked segmentation: a polygon's corners, an RLE's pixels."""
+    if isinstance(segmentation, list):
+        corners = np.concatenate(
+            [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in segmentation]
+        )
+        low, high = corners.min(0), corners.max(0)
+        return [*low.tolist(), *(high - low).tolist()]
+    found: list[float] = coco_mask.toBbox(rle_of(segmentation, height, width)).tolist()
+    return found
+
+
+def filled_box(box: list[float], height: int, width: int) -> np.ndarray:
+    """(height, width) uint8: 1 in every pixel that the box [x, y, width, height] touches."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
+    mask[top : max(0, math.ceil(box[1] + box[3])), left : max(0, math.ceil(box[0] + box[2]))] = 1
+    return mask
 
 
 def run_lengths(text: str) -> list[int]:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import open_file, read_file
+from cmt_mae.data.folder import is_litter, open_file, read_file
 
 RESOLUTION = "480p"
 LIST_BYTES = 2**24
@@ -162,8 +162,8 @@ def fingerprint(name: str, files: list[Path]) -> str:
 
 
 def is_image(file: Path) -> bool:
-    """Whether the name is that of an image, hidden files apart."""
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    """Whether the name is that of an image, and not of what systems leave beside them."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not is_litter(file.name)
 
 
 def in_order(files: object) -> list[Path]:

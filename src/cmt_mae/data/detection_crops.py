@@ -150,11 +150,16 @@ def multi_scale(
 
 
 def large_scale_jitter(
-    example: Example, rng: np.random.Generator, size: int, scale: tuple[float, float] = (0.1, 2.0)
+    example: Example,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, float] = (0.1, 2.0),
+    measure_masks: bool = True,
 ) -> Example:
     """Flip with probability 1/2, a scale uniform in ``scale`` times ``size``, a crop of at most size x size.
 
-    Boxes are measured anew on the cropped masks. Source: detectron2's LSJ loader for ViTDet (spec 7);
+    Boxes are measured anew on the cropped masks, unless ``measure_masks`` is False (data without any).
+    Source: detectron2's LSJ loader for ViTDet (spec 7);
     what is smaller than size x size is padded later, with zeros after normalisation.
     """
     if rng.random() < 0.5:
@@ -164,4 +169,6 @@ def large_scale_jitter(
     place = rng.random()  # one number for both sides, as there
     top, left = (int(place * max(0, side - size)) for side in example.size)
     example = crop(example, top, left, size, size)
-    return drop_lost(replace(example, boxes=boxes_of(example.masks)))
+    if measure_masks:
+        example = replace(example, boxes=boxes_of(example.masks))
+    return drop_lost(example)

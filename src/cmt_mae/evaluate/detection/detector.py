@@ -51,7 +51,7 @@ class Batch:
     images: list[Tensor]
     """(C, H, W) float32 each, normalised."""
     targets: list[dict[str, Tensor]] | None = None
-    """boxes (N, 4), labels (N,), masks (N, H, W) of each; None when detecting."""
+    """boxes (N, 4), labels (N,) and, for a mask head, masks (N, H, W) of each; None when detecting."""
 
 
 class TapsFPN(nn.Module):
@@ -242,22 +242,24 @@ class Heads(RoIHeads):
             torch.cat(rois)[chosen],
             torch.cat([*truths, true.new_zeros((0, 4)).to(deltas.dtype)]),
         )
+        losses = {
+            "loss_class": F.cross_entropy(logits, true),
+            "loss_box": self.weight * box / len(true),
+        }
+        if not self.has_mask():
+            return [], losses
         good = [r[p] for r, p in zip(rois, positive, strict=True)]
         masks = self.mask_predictor(
             self.mask_head(self.mask_roi_pool(features, good, image_shapes))
         )
-        mask_loss = maskrcnn_loss(
+        losses["loss_mask"] = maskrcnn_loss(
             masks.float(),
             good,
             [t["masks"] for t in targets],
             [t["labels"] for t in targets],
             [m[p] for m, p in zip(matched, positive, strict=True)],
         )
-        return [], {
-            "loss_class": F.cross_entropy(logits, true),
-            "loss_box": self.weight * box / len(true),
-            "loss_mask": mask_loss,
-        }
+        return [], losses
 
 
 def box_regression_loss(
@@ -284,9 +286,13 @@ class Detector(GeneralizedRCNN):
 
 
 def build_detector(
-    backbone: Backbone, classes: int, protocol: Protocol, save_memory: bool = False
+    backbone: Backbone,
+    classes: int,
+    protocol: Protocol,
+    save_memory: bool = False,
+    masks: bool = True,
 ) -> Detector:
-    """The whole detector, newly started but for the ViT; all of it trainable.
+    """The whole detector, newly started but for the ViT; all of it trainable. masks: whether with a mask head.
 
     Raises InputError for a backbone that the protocol cannot take.
     """
@@ -310,11 +316,11 @@ def build_detector(
         nms_thresh=0.7,
     )
     fixed = protocol.lsj_size if protocol.augment == "lsj" else 0
-    heads = _heads(protocol, classes + 1, strides)
+    heads = _heads(protocol, classes + 1, strides, masks)
     return Detector(neck, rpn, heads, PadBatch((rows, columns), fixed))
 
 
-def _heads(protocol: Protocol, classes: int, strides: Sequence[float]) -> Heads:
+def _heads(protocol: Protocol, classes: int, strides: Sequence[float], masks: bool) -> Heads:
     """Box and mask heads; classes with the background."""
     channels, norm = protocol.channels, NORMS[protocol.norm]
     if protocol.box_head == "4conv1fc":
@@ -337,12 +343,18 @@ def _heads(protocol: Protocol, classes: int, strides: Sequence[float]) -> Heads:
         score_thresh=protocol.score_threshold,
         nms_thresh=protocol.nms_threshold,
         detections_per_img=100,
-        mask_roi_pool=RoIPool(14, strides),
-        mask_head=MaskRCNNHeads(
-            channels, [channels] * 4, 1, norm_layer=LayerNorm2d if protocol.norm == "ln" else None
-        ),
-        mask_predictor=MaskRCNNPredictor(channels, channels, classes),
+        **(_mask_parts(protocol, classes, strides) if masks else {}),
     )
+
+
+def _mask_parts(protocol: Protocol, classes: int, strides: Sequence[float]) -> dict[str, nn.Module]:
+    """The mask head, by the names of RoIHeads' arguments."""
+    channels, norm = protocol.channels, LayerNorm2d if protocol.norm == "ln" else None
+    return {
+        "mask_roi_pool": RoIPool(14, strides),
+        "mask_head": MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
+        "mask_predictor": MaskRCNNPredictor(channels, channels, classes),
+    }
 
 
 def depth_of(backbone: Backbone) -> int:

@@ -12,18 +12,20 @@ AREAS = ("", "s", "m", "l")
 
 
 def coco_metrics(
-    truth: dict[str, Any], boxes: list[dict[str, Any]], masks: list[dict[str, Any]]
+    truth: dict[str, Any], boxes: list[dict[str, Any]], masks: list[dict[str, Any]] | None
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """(metrics, AP of each class by name), in percent; NaN where there is nothing to find.
 
     truth: a COCO dictionary (CocoSplit.ground_truth). boxes, masks: results with ``bbox`` and with
-    ``segmentation``. Metrics: box/AP (IoU .5:.95), box/AP50, box/AP75, box/APs, box/APm, box/APl and the
-    same with mask/; at most 100 detections an image (spec 7).
+    ``segmentation`` (None: boxes alone). Metrics: box/AP (IoU .5:.95), box/AP50, box/AP75, box/APs, box/APm,
+    box/APl and the same with mask/; at most 100 detections an image (spec 7).
     """
     metrics: dict[str, float] = {}
     classes: dict[str, dict[str, float]] = {c["name"]: {} for c in truth["categories"]}
     by_id = sorted(truth["categories"], key=lambda category: category["id"])
     for kind, iou_type, found in (("box", "bbox", boxes), ("mask", "segm", masks)):
+        if found is None:
+            continue
         precision = _precision(truth, found, iou_type)  # (10 IoUs, 101 recalls, K, 4 areas)
         metrics[f"{kind}/AP"] = _mean(precision[..., 0])
         metrics[f"{kind}/AP50"] = _mean(precision[0, ..., 0])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,20 +29,17 @@ def detection_picture(
     split: CocoSplit,
     indexes: Sequence[int],
     boxes: list[dict[str, Any]],
-    masks: list[dict[str, Any]],
+    masks: list[dict[str, Any]] | None,
     title: str,
     channels: int = 3,
 ) -> None:
     """Write a PNG of these images of the split, each twice: ground truth, and detections with scores.
 
     channels: of the image files; the first three are shown, one is shown as grey.
-    boxes, masks: all detections in COCO's result format, in the same order (predict.to_coco). A class has
-    the same colour on both sides; heaps (``iscrowd``) are hatched.
+    boxes, masks: all detections in COCO's result format, in the same order (predict.to_coco); masks None: boxes
+    alone. A class has the same colour on both sides; heaps (``iscrowd``) are hatched.
     """
-    by_image: dict[int, list[tuple[Any, Any]]] = defaultdict(list)
-    for box, mask in zip(boxes, masks, strict=True):
-        if box["score"] >= SHOWN_SCORE:
-            by_image[box["image_id"]].append((box, mask))
+    by_image = best_by_image(boxes, masks)
     rows = -(-len(indexes) // ACROSS)
     figure = Figure(figsize=(7.0 * ACROSS, 2.9 * rows + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,16 +51,10 @@ def detection_picture(
         whole = split.image(index, channels)
         shown = (whole if channels >= 3 else whole[:1].expand(3, -1, -1))[:3]
         image = shown.permute(1, 2, 0).numpy()
-        height, width = split.sizes[index]
         truth = split.annotations(index)
-        drawn = [(a, mask_of(a["segmentation"], height, width), None) for a in truth]
-        draw_objects(left, image, drawn, split)
-        found = sorted(by_image[int(split.ids[index])], key=lambda pair: -pair[0]["score"])
-        answers = [
-            (box, coco_mask.decode(mask["segmentation"]), box["score"])
-            for box, mask in found[:MOST_SHOWN]
-        ]
-        draw_objects(right, image, answers, split)
+        draw_objects(left, image, truth, split)
+        found = by_image.get(int(split.ids[index]), [])
+        draw_objects(right, image, found[:MOST_SHOWN], split)
         left.set_title(
             f"{printable(split.names[index])}: {len(truth)} there", fontsize=8, parse_math=False
         )
@@ -73,15 +63,32 @@ def detection_picture(
     write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
 
 
-def draw_objects(axis: Any, image: np.ndarray, objects: list[Any], split: CocoSplit) -> None:
-    """One picture with masks laid over it, boxes, names and scores."""
+def best_by_image(
+    boxes: list[dict[str, Any]], masks: list[dict[str, Any]] | None
+) -> dict[int, list[dict[str, Any]]]:
+    """Image id -> its detections with score SHOWN_SCORE or more, the best first, box and mask in one record."""
+    kept: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for box, mask in zip(boxes, masks if masks is not None else [{}] * len(boxes), strict=True):
+        if box["score"] >= SHOWN_SCORE:
+            kept[int(box["image_id"])].append({**mask, **box})
+    for found in kept.values():
+        found.sort(key=lambda one: -one["score"])
+    return kept
+
+
+def draw_objects(
+    axis: Any, image: np.ndarray, objects: list[dict[str, Any]], split: CocoSplit
+) -> None:
+    """One picture with masks laid over it, boxes, names and scores. objects: annotations or detections."""
     canvas = image.astype(np.float32) / 255
-    for record, mask, _ in objects:
-        inside = mask.astype(bool)
+    for record in objects:
+        if "segmentation" not in record:
+            continue
+        inside = mask_of(record["segmentation"], *image.shape[:2]).astype(bool)
         canvas[inside] = 0.55 * canvas[inside] + 0.45 * np.array(_colour(record, split))
     axis.imshow(canvas, interpolation="nearest")
-    for record, _, score in objects:
-        x, y, w, h = record["bbox"]
+    for record in objects:
+        (x, y, w, h), score = record["bbox"], record.get("score")
         colour, heap = _colour(record, split), record.get("iscrowd", 0)
         axis.add_patch(
             Rectangle(

@@ -17,20 +17,24 @@ def to_coco(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One image's detections as COCO's results with boxes and, in the same order, with masks.
 
-    found: boxes (N, 4) in the resized picture, labels (N,) 1..K, scores (N,), masks (N, 1, S, S) in 0..1.
+    found: boxes (N, 4) in the resized picture, labels (N,) 1..K, scores (N,), masks (N, 1, S, S) in 0..1
+    (without a mask head there are none, and the second list is empty).
     resized, original: (height, width). Boxes get two decimals and scores five; masks compressed RLEs.
     """
     height, width = original
     factors = torch.tensor([width / resized[1], height / resized[0]] * 2)
     boxes = found["boxes"].float().cpu() * factors
     boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    masks, labels = found["masks"].float().cpu(), found["labels"].tolist()
+    masks = found["masks"].float().cpu() if "masks" in found else [None] * len(boxes)
+    labels, scores = found["labels"].tolist(), found["scores"].tolist()
     as_boxes, as_masks = [], []
-    for box, label, score, mask in zip(boxes, labels, found["scores"].tolist(), masks, strict=True):
+    for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True):
         left, top, right, bottom = box.tolist()
         about = {"image_id": image_id, "category_id": category_ids[label - 1]}
         corner_and_sides = [round(v, 2) for v in (left, top, right - left, bottom - top)]
         as_boxes.append({**about, "bbox": corner_and_sides, "score": round(score, 5)})
+        if mask is None:
+            continue
         rle = coco_mask.encode(
             np.asfortranarray(paste(mask[0], (left, top, right, bottom), original))
         )

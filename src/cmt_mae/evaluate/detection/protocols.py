@@ -266,9 +266,9 @@ ONLY = {
 
 
 def describe(
-    config: CocoConfig, protocol: Protocol, changed: list[str], precision: str
+    config: CocoConfig, protocol: Protocol, changed: list[str], precision: str, masks: bool = True
 ) -> dict[str, Any]:
-    """``Result.protocol``: every setting that moves the number. precision: fp32 or bf16."""
+    """``Result.protocol``: every setting that moves the number. precision: fp32 or bf16. masks: of the data."""
     on_train = config.eval_split == "train"
     unused = {n for (k, v), names in ONLY.items() if getattr(protocol, k) != v for n in names}
     return {
@@ -281,4 +281,4 @@ def describe(
         **COMMON,
         "precision": precision,
         "differs": DIFFERS.get(config.preset, []),
-    }
+    } | ({} if masks else {"masks": "none in the data: no mask head, box AP alone"})

@@ -51,7 +51,8 @@ def evaluate_coco(config: CocoConfig) -> Result:
     """Train Mask R-CNN on COCO's training images and evaluate it. Every process calls it; the first saves.
 
     ``metrics``: box/AP, box/AP50, box/AP75, box/APs, box/APm, box/APl and the same with mask/, in percent;
-    NaN where undefined. Detections go to OUT/predictions/{bbox,segm}.json, pictures to OUT/pictures.
+    NaN where undefined. Data without masks: boxes alone, no mask head.
+    Detections go to OUT/predictions/{bbox,segm}.json, pictures to OUT/pictures.
     Raises InputError (one line, before training starts) and Stopped after a signal.
     """
     started = time.perf_counter()
@@ -59,6 +60,11 @@ def evaluate_coco(config: CocoConfig) -> Result:
     accelerator = make_accelerator(config.device, config.precision)
     train, val = open_coco(config.data, "train"), open_coco(config.data, "val")
     same_classes(train, val)
+    if train.has_masks != val.has_masks:
+        raise InputError(
+            f"{config.data}: only one of train and val has masks: give both masks, or remove them all to train "
+            "and measure boxes alone"
+        )
     backbone, protocol, changed = open_backbone(config)
     chosen = trainable_images(train, protocol, config.data)
     run = RunDir(
@@ -68,7 +74,10 @@ def evaluate_coco(config: CocoConfig) -> Result:
         writes=accelerator.is_main_process,
     )
     torch.manual_seed(config.seed)  # new weights
-    detector = build_detector(backbone, len(train.classes), protocol, config.save_memory)
+    masks = train.has_masks and val.has_masks
+    if not masks and accelerator.is_main_process:
+        print("coco: the data have no masks: no mask head, box AP alone", file=sys.stderr)
+    detector = build_detector(backbone, len(train.classes), protocol, config.save_memory, masks)
     sync_norms(detector.to(accelerator.device), accelerator.device, accelerator.num_processes)
     evaluated = train if config.eval_split == "train" else val
     evaluate = Evaluator(detector, evaluated, protocol, backbone, accelerator, run.path, config)
@@ -87,7 +96,9 @@ def evaluate_coco(config: CocoConfig) -> Result:
     with closing(run):
         evaluation = fit(config, job, accelerator, run, facts)
         precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-        settings = describe(config, protocol, changed, precision) | {"steps": job.total_steps}
+        settings = describe(config, protocol, changed, precision, masks) | {
+            "steps": job.total_steps
+        }
         result = make_result(
             "coco",
             config,
@@ -157,7 +168,8 @@ class TrainSample:
         example = self.split.example(int(self.chosen[index]), self.channels)
         p = self.protocol
         if p.augment == "lsj":
-            return large_scale_jitter(example, rng, p.lsj_size, p.lsj_scale)
+            measured = self.split.has_masks
+            return large_scale_jitter(example, rng, p.lsj_size, p.lsj_scale, measured)
         return multi_scale(example, rng, p.short_sides, p.longest, p.crop_shorts, p.crop_range)
 
 
@@ -279,6 +291,8 @@ class Evaluator:
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
             for name, rows in (("bbox", boxes), ("segm", masks)):
+                if rows is None:
+                    continue
                 write_text(self.out / "predictions" / f"{name}.json", json.dumps(rows))
             metrics, classes = coco_metrics(self.split.ground_truth(), boxes, masks)
             self.picture(step, boxes, masks, metrics)
@@ -289,8 +303,8 @@ class Evaluator:
         evaluation: Evaluation = answer[0]
         return evaluation
 
-    def detect(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """All detections in COCO's format, in the order of the images."""
+    def detect(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """All detections in COCO's format, in the order of the images; no masks without a mask head."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         found: list[tuple[int, Any]] = []
         said = time.perf_counter()
@@ -322,19 +336,24 @@ class Evaluator:
         found.sort(key=lambda item: item[0])
         if [index for index, _ in found] != list(range(len(self.split))):
             raise RuntimeError(f"{len(found)} answers for {len(self.split)} images")
-        return [d for _, rows in found for d in rows[0]], [d for _, rows in found for d in rows[1]]
+        boxes, masks = ([d for _, rows in found for d in rows[kind]] for kind in (0, 1))
+        return boxes, masks if self.split.has_masks else None
 
     def picture(
         self,
         step: int,
         boxes: list[dict[str, Any]],
-        masks: list[dict[str, Any]],
+        masks: list[dict[str, Any]] | None,
         metrics: dict[str, float],
     ) -> None:
         """The first images with what is there and what was found."""
         if not self.config.pictures:
             return
-        title = f"step {step}: box AP {metrics['box/AP']:.1f}, mask AP {metrics['mask/AP']:.1f}"
+        title = f"step {step}: " + ", ".join(
+            f"{kind} AP {metrics[f'{kind}/AP']:.1f}"
+            for kind in ("box", "mask")
+            if f"{kind}/AP" in metrics
+        )
         path = self.out / "pictures" / f"detections_step_{step:08d}.png"
         shown = range(min(self.config.pictures, len(self.split)))
         channels = len(self.backbone.mean)

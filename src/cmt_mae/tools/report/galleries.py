@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -15,11 +14,15 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
 from cmt_mae.data.ade20k import Ade20k, read_image, read_mask
 from cmt_mae.data.coco import CocoSplit
-from cmt_mae.data.coco_masks import mask_of
 from cmt_mae.data.davis import VideoSequence, read_frame
 from cmt_mae.data.davis import read_mask as read_video_mask
 from cmt_mae.data.decode import BadImage
-from cmt_mae.evaluate.detection.pictures import MOST_SHOWN, SHOWN_SCORE, draw_objects
+from cmt_mae.evaluate.detection.pictures import (
+    MOST_SHOWN,
+    SHOWN_SCORE,
+    best_by_image,
+    draw_objects,
+)
 from cmt_mae.evaluate.segmentation_pictures import NAMES_SHOWN, UNLABELLED, class_colours
 from cmt_mae.evaluate.video.pictures import Row, short, strip_figure
 from cmt_mae.evaluate.video.sequence import Shelf
@@ -99,32 +102,30 @@ def detections_sheet(split: CocoSplit, methods: Sequence[Output], count: int) ->
     )  # fmt: skip
     for row, place in enumerate(places):
         index = there[int(place)]
-        image, (height, width) = split.image(index).permute(1, 2, 0).numpy(), split.sizes[index]
+        image = split.image(index).permute(1, 2, 0).numpy()
         truth = split.annotations(index)
-        drawn = [(a, mask_of(a["segmentation"], height, width), None) for a in truth]
-        draw_objects(sheet.axes[row, 0], image, drawn, split)
+        draw_objects(sheet.axes[row, 0], image, truth, split)
         sheet.note(row, 0, f"{len(truth)} there")
         for column, by_image in enumerate(answers, start=1):
             found = by_image.get(int(split.ids[index]), [])
-            best = sorted(found, key=lambda pair: -pair[0]["score"])[:MOST_SHOWN]
-            shown = [(b, coco_mask.decode(m["segmentation"]), b["score"]) for b, m in best]
-            draw_objects(sheet.axes[row, column], image, shown, split)
+            draw_objects(sheet.axes[row, column], image, found[:MOST_SHOWN], split)
             sheet.note(row, column, f"{len(found)} found")
     sheet.plain_heads(["ground truth", *(short(method.name) for method in methods)])
     return sheet
 
 
-def read_detections(folder: Path) -> dict[int, list[tuple[dict[str, Any], dict[str, Any]]]]:
-    """Image id -> (box, mask) records above SHOWN_SCORE. Raises InputError for damaged files."""
-    kept: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+def read_detections(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """Image id -> detections above SHOWN_SCORE, the best first. Raises InputError for damaged files."""
     try:
-        for name in ("bbox", "segm"):
-            if (folder / f"{name}.json").stat().st_size > MAX_BYTES:
+        rows: list[Any] = []
+        for path in (folder / "bbox.json", folder / "segm.json"):
+            if path.name == "segm.json" and not path.exists():  # data without masks
+                rows.append(None)
+                continue
+            if path.stat().st_size > MAX_BYTES:
                 raise ValueError("too large")
-        boxes, masks = (json.loads((folder / f"{n}.json").read_bytes()) for n in ("bbox", "segm"))
-        for box, mask in zip(boxes, masks, strict=True):
-            if box["score"] >= SHOWN_SCORE:
-                kept.setdefault(int(box["image_id"]), []).append((box, mask))
+            rows.append(json.loads(path.read_bytes()))
+        kept = best_by_image(*rows)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
             f"{folder} holds no detections that can be read ({printable(str(error))[:100]}): run the evaluation "
