@@ -116,8 +116,8 @@ def adopt(work: Path, experiment: str) -> None:
 
 def key_of(settings: dict[str, Any], train: bool) -> str:
     """Equal for runs that differ in nothing but their place."""
-    from cmt_mae.core.indifferent import RESUME_SAFE_SETTINGS
     from cmt_mae.core.parsing import flatten
+    from cmt_mae.pretraining.settings import RESUME_SAFE_SETTINGS
 
     kept = {n: value for n, value in flatten(settings).items() if not n.startswith(RESUME_SAFE_SETTINGS)}
     return json.dumps([train, kept], sort_keys=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 from cmt_mae.core.files import write_json
 from cmt_mae.core.parsing import parse
+from cmt_mae.core.recipes import load_recipes
 from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import environment
 from cmt_mae.data.sources import open_split
 from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.recipes import load_recipes
 from cmt_mae.tools.diagnose.estimate import estimate
 
 CASES: dict[str, tuple[str, list[str], float]] = {

@@ -363,7 +363,7 @@ class Bench:
         from cmt_mae.data.sources import open_split
         from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
         from cmt_mae.pretraining.run import pretrain
-        from cmt_mae.recipes import load_recipes
+        from cmt_mae.core.recipes import load_recipes
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

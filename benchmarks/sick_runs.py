@@ -20,10 +20,10 @@ from PIL import Image
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.files import write_json, write_text
 from cmt_mae.core.parsing import parse
+from cmt_mae.core.recipes import load_recipes
 from cmt_mae.core.run_reader import read_run
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.recipes import load_recipes
 from cmt_mae.tools.diagnose.command import DoctorConfig, doctor
 
 TRAIN, VAL = 200, 50  # images of each class

@@ -23,7 +23,7 @@ from cmt_mae.method.vit import sincos_table
 from cmt_mae.pretraining import assemble
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.stepping import Stepper
-from cmt_mae.recipes import load_recipes
+from cmt_mae.core.recipes import load_recipes
 from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
 
 SIZES: dict[str, tuple[str, dict[str, Any], int]] = {

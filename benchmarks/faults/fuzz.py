@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from hypothesis import strategies as st
 from benchmarks.faults.calling import Outcome, call, call_forked, fault_in, in_fork, inside
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.tiny import prepare
-from cmt_mae.core.cli import COMMANDS, EVALUATIONS
-from cmt_mae.core.parsing import make_parser, types_of
+from cmt_mae.core.cli import COMMANDS, EVALUATIONS, load
+from cmt_mae.core.settings import walk
 from cmt_mae.evaluate.result import Result
 
 PROMISE = "every failure is exit 2 with one line, never a traceback"
@@ -134,9 +133,9 @@ def mangled(name: str, how: int) -> str:
 
 def settings_of(command: str) -> dict[str, Any]:
     """Type of all settings of a command, sections included, but for places."""
-    module, settings, _ = {**COMMANDS, **EVALUATIONS}[command]
-    found = types_of(make_parser("", getattr(import_module(module), settings)))
-    return {name: kind for name, kind in sorted(found.items()) if name not in PLACES and name != "help"}
+    settings, _ = load({**COMMANDS, **EVALUATIONS}[command])
+    found = sorted((name, kind) for name, kind, _ in walk(settings))
+    return {name: kind for name, kind in found if name not in PLACES}
 
 
 TYPES = {name: settings_of(name) for name in (*COMMANDS, *EVALUATIONS)}

@@ -29,7 +29,7 @@ from benchmarks.faults.image_runs import last_state
 from benchmarks.faults.measured import Progress, measure
 from benchmarks.faults.sameness import apart
 from benchmarks.faults.tiny import Launch, Tiny, descendants, prepare
-from cmt_mae.core.cli import COMMANDS, EVALUATIONS
+from cmt_mae.core.cli import COMMANDS, EVALUATIONS, load
 from cmt_mae.core.errors import InputError
 from cmt_mae.data import loader, tasks, workers
 from cmt_mae.data.pack import _squares
@@ -354,15 +354,14 @@ def no_room(tiny: Tiny, folder: Path, verdict: Verdict) -> None:
 def settings(verdict: Verdict) -> None:
     """The time limit is on by default, in every command with loader processes, and told by --help."""
     told = []
-    for command, (module, name, _) in {**COMMANDS, **{f"evaluate {k}": v for k,
-    v in EVALUATIONS.items()}}.items():  # fmt: skip
-        kind = getattr(importlib.import_module(module), name)
+    for command, entry in {**COMMANDS, **{f"evaluate {k}": v for k, v in EVALUATIONS.items()}}.items():
+        kind, _ = load(entry)
         fields = {field.name: field for field in dataclasses.fields(kind)}
         if command == "demo" or ("workers" not in fields and command != "pretrain"):
             continue  # the demo's runs have the defaults of those commands
         verdict.trials += 1
         default = kind().data.timeout_s if command == "pretrain" else fields["timeout_s"].default
-        text = call([*command.split(), "--help"]).out
+        text = call([*command.split(), "--help-all"]).out
         if default != workers.TIMEOUT_S or not 0 < default < 600 or "timeout_s" not in text:
             verdict.failures.append(
                 f"{command}: time limit {default}, in --help: {'timeout_s' in text}"

@@ -13,9 +13,9 @@ from PIL import Image
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import parse
+from cmt_mae.core.recipes import load_recipes
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.recipes import load_recipes
 from cmt_mae.tools.bench import BenchConfig, bench, measure
 from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
 
@@ -106,7 +106,7 @@ def test_the_command_takes_recipes_and_prints_json(capsys: pytest.CaptureFixture
         ("--rounds=0", "rounds must be positive"),
         ("--stages=three", "stages 'three' is unknown"),
         ("--peak=guess", "peak 'guess' is unknown"),
-        ("--alpha=2", "alpha 2 is out of range"),
+        ("--alpha=2", "alpha is 2: give a number from 0 to 1"),
         ("--teacher.name=no_such_model", "no_such_model"),
     ],
 )

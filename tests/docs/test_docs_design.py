@@ -11,7 +11,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE = REPOSITORY / "src" / "cmt_mae"
 ROWS = re.compile(r"^\| `(\w+)/` \| .+ \| (.+) \|$", re.M)
 STILL_THERE = {
-    ("core.cli", "recipes"),
     ("engine.task_settings", "data.workers"),
     ("pretraining.costing", "tools.bench.flops"),
     ("pretraining.costing", "tools.bench.measure"),

@@ -141,11 +141,11 @@ def test_flips_are_left_to_right(vit, pictures, monkeypatch):
 def test_bad_settings(vit, pictures, tmp_path):
     for change, message in (
         ({"protocol": "mea"}, "unknown protocol"),
-        ({"epochs": 0}, "epochs 0 is out of range"),
+        ({"epochs": 0}, "epochs is 0: give a"),
         ({"batch_size": 1}, "2 or more"),
         ({"pools": ("max",)}, "unknown pool"),
         ({"protocol": "dino"}, "has 3 blocks"),  # DINO's feature of a small ViT needs four
-        ({"augment": True, "forward_batch": 0}, "forward_batch 0 is out of range"),
+        ({"augment": True, "forward_batch": 0}, "forward_batch is 0: give a"),
     ):
         with pytest.raises(InputError, match=message) as error:
             evaluate_linear(config(vit, pictures, **change))

@@ -122,5 +122,5 @@ def test_teachers_with_rotary_positions_run_in_bf16() -> None:
 def test_an_unknown_word_is_named() -> None:
     run = PretrainConfig(out="x", frozen_precision="fp8")
     run.data.path = "x"
-    with pytest.raises(InputError, match="frozen_precision 'fp8' is unknown: use auto, bf16"):
+    with pytest.raises(InputError, match="frozen_precision is 'fp8': give one of auto, bf16"):
         run.check()

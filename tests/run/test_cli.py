@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from cmt_mae.core.cli import main
+from cmt_mae.core.cli import COMMANDS, EVALUATIONS, SHORT, main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import expand, parse, take, with_positional
+from cmt_mae.core.recipes import head_comment, load_recipes, recipe_names
+from cmt_mae.core.settings import walk
 from cmt_mae.data.loader import order
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.recipes import head_comment, load_recipes, recipe_names
 from cmt_mae.tools.report.compare import CompareConfig
 
 from .conftest import Make, as_words
@@ -48,15 +50,30 @@ def test_help_of_pretrain_tells_every_setting_with_its_meaning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["pretrain", "--help"]) == 0
+    first = capsys.readouterr().out
+    options = [line.split()[0] for line in first.splitlines() if line.startswith("  --")]
+    assert options[0] == "--recipe"
+    assert 10 <= len(options) <= 15
+    for part in ("--data PATH", "--teacher NAME", "micro64", "without a recipe: 4096", "--help-all"):
+        assert part in first
+    assert main(["pretrain", "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    for name, kind, _ in walk(PretrainConfig):
+        shown = {full: short for short, full in SHORT.items()}.get(name, name)
+        assert f"--{shown} " in everything or is_dataclass(kind), name
+    assert "Share of hidden patches" in everything
+
+
+@pytest.mark.parametrize("words", [[name] for name in COMMANDS] + [["evaluate", e] for e in EVALUATIONS])
+def test_help_of_every_command_is_short_and_says_how_it_is_called(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--help"]) == 0
     text = capsys.readouterr().out
-    for part in (
-        "--mask.rule",
-        "--alpha",
-        "Share of hidden patches",
-        "--batch_size",
-        "--teacher.name",
-    ):
-        assert part in text
+    assert text.startswith(f"usage: cmt-mae {' '.join(words)} ")
+    assert "Annotated" not in text
+    assert "configuration file" not in text
+    assert main([*words, "--help-all"]) == 0
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -129,7 +146,7 @@ def test_words_win_over_recipes() -> None:
         (["pretrain", "--recipe"], "needs a value"),
         (["pretrain", "--out", "x"], "no images: give --data"),
         (["pretrain", "--data", "x"], "no folder for the run: give --out"),
-        (["demo", "--epochs", "-1"], "epochs -1 is out of range"),
+        (["demo", "--epochs", "-1"], "--epochs is -1: give a number above 0"),
         (["demo", "--images", "5"], "--images 5 is too few"),
         (["evaluate", "nope"], "use knn, linear"),
         (["evaluate", "knn", "--backbone", "x"], "data"),
@@ -146,29 +163,29 @@ def test_bad_words_give_one_line_and_status_2(
     [
         ({"mask__ratio": 1.5}, "mask.ratio 1.5 is impossible"),
         ({"mask__ratio": 0.999}, "leaves 0 visible"),
-        ({"mask__rule": "best"}, "mask.rule 'best' is unknown"),
+        ({"mask__rule": "best"}, "--mask.rule is 'best': give one of random"),
         ({"student__img_size": [30]}, "30x30 is not a multiple of student.patch_size 8"),
-        ({"student__preset": "giant"}, "student.preset 'giant' is unknown"),
+        ({"student__preset": "giant"}, "--student.preset is 'giant': give one of micro"),
         ({"batch_size": 64}, "fewer than --batch-size 64"),
         ({"batch_size": 8, "runtime__micro_batch": 3}, "make it a multiple of 3"),
         ({"data__path": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"teacher__name": "vit_gigantic_17"}, "vit_gigantic_17"),
         ({"teacher__name": "/nowhere/teacher.pth"}, "/nowhere/teacher.pth"),
-        ({"alpha": 1.2}, "alpha 1.2 is out of range"),
+        ({"alpha": 1.2}, "--alpha is 1.2: give a number from 0 to 1"),
         ({"stage1_epochs": 9.0}, "longer than epochs"),
-        ({"runtime__device": "tpu"}, "device 'tpu' is unknown"),
-        ({"precision": "fp16"}, "use auto, bf16, fp32"),
+        ({"runtime__device": "tpu"}, "device is 'tpu': give one of auto"),
+        ({"precision": "fp16"}, "give one of auto, bf16, fp32"),
         ({"init_from": "/nowhere/run"}, "/nowhere/run"),
         ({"mask__source": "momentum", "target__source": "pixel"}, "set stage1_epochs to 0"),
-        ({"runtime__tracker": "paper"}, "runtime.tracker 'paper' is unknown"),
+        ({"runtime__tracker": "paper"}, "runtime.tracker is 'paper': give one of none"),
         ({"data__scale": [0.9, 0.2]}, "data.scale"),
-        ({"target__norm": "batch"}, "target.norm 'batch' is unknown"),
-        ({"target__loss": "l7"}, "target.loss 'l7' is unknown"),
-        ({"target__tokens": "some"}, "target.tokens 'some' is unknown"),
+        ({"target__norm": "batch"}, "target.norm is 'batch': give one of"),
+        ({"target__loss": "l7"}, "target.loss is 'l7': give one of"),
+        ({"target__tokens": "some"}, "target.tokens is 'some': give one of"),
         ({"target__source": "pixel", "target__tokens": "all+cls"}, "use masked or all"),
         ({"mask__heads": "median"}, "mask.heads"),
         ({"mask__normalise": "yes"}, "mask.normalise"),
-        ({"momentum__schedule": "wild"}, "momentum.schedule 'wild' is unknown"),
+        ({"momentum__schedule": "wild"}, "momentum.schedule is 'wild': give one of"),
         ({"student__in_chans": 5}, "5 are wanted"),
     ],
 )

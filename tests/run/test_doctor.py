@@ -17,13 +17,13 @@ from timm.layers import QuickGELU
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.recipes import load_recipes
 from cmt_mae.core.run_reader import RunRecord
 from cmt_mae.core.runs import plain
 from cmt_mae.pretraining import assemble
 from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.stepping import make_plan
-from cmt_mae.recipes import load_recipes
 from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
 from cmt_mae.tools.diagnose import machine
 from cmt_mae.tools.diagnose.command import DoctorConfig, doctor

@@ -12,9 +12,9 @@ import pytest
 
 from cmt_mae.core.cli import main, show_result
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.parsing import parse, read_settings
+from cmt_mae.core.parsing import parse
+from cmt_mae.core.recipes import load_recipes, read_settings
 from cmt_mae.evaluate.result import Result
-from cmt_mae.recipes import load_recipes
 
 
 @dataclass

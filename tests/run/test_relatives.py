@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from cmt_mae.core.parsing import parse
+from cmt_mae.core.recipes import load_recipes
 from cmt_mae.method.cmtmae import FrozenNetworks
 from cmt_mae.method.teacher import Teacher
 from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.recipes import load_recipes
 
 from .conftest import Make, as_words, rows
 

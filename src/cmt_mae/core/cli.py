@@ -7,40 +7,91 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from typing import Any
 
 from cmt_mae.core.errors import InputError, LostProcess, Stopped
-from cmt_mae.core.parsing import expand, hint, parse, take, take_flag, with_lists, with_positional
-from cmt_mae.core.text import one_line, printable
+from cmt_mae.core.help import show_help
+from cmt_mae.core.parsing import expand, parse, take, take_flag, with_lists, with_positional
+from cmt_mae.core.recipes import head_comment, load_recipes, recipe_names, recipe_text
+from cmt_mae.core.text import hint, one_line, printable
 
 # read by torch at its import: its own warnings, such as DDP's of a flag that we set on purpose, are not for users
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# command -> module and names of its settings and of its function; imported only when asked for
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's settings and function are, imported only when asked for, and what its help shows."""
+
+    module: str
+    settings: str
+    function: str
+    form: str
+    """How it is called, after its name."""
+    first: tuple[str, ...] = ()
+    """Options of --help, the rest being under --help-all; none: all."""
+
+
+PRETRAIN_FIRST = (
+    "recipe", "data", "teacher", "out", "epochs", "batch_size", "student.preset", "student.img_size", "mask.rule",
+    "alpha", "probe_data", "init_from", "device", "seed",
+)  # fmt: skip
+TRAIN_FIRST = (
+    "backbone", "data", "out", "preset", "epochs", "iterations", "batch_size", "blr", "lr", "size", "crop_size",
+    "few_shot", "classes", "key", "seed", "device", "micro_batch", "json",
+)  # fmt: skip
 COMMANDS = {
-    "pretrain": ("cmt_mae.pretraining.run", "PretrainConfig", "pretrain"),
-    "pack": ("cmt_mae.data.pack", "PackConfig", "pack"),
-    "export": ("cmt_mae.backbones", "ExportConfig", "export"),
-    "demo": ("cmt_mae.tools.demo", "DemoConfig", "demo"),
-    "compare": ("cmt_mae.tools.report.compare", "CompareConfig", "compare"),
-    "report": ("cmt_mae.tools.report.page.command", "ReportConfig", "make_report"),
-    "watch": ("cmt_mae.tools.report.page.serve", "WatchConfig", "watch"),
-    "bench": ("cmt_mae.tools.bench", "BenchConfig", "bench"),
-    "explain": ("cmt_mae.tools.inspect.command", "ExplainConfig", "explain"),
-    "ablate": ("cmt_mae.tools.ablate", "AblateConfig", "ablate"),
-    "doctor": ("cmt_mae.tools.diagnose.command", "DoctorConfig", "doctor"),
-    "app": ("cmt_mae.tools.app", "AppConfig", "app"),
-}
+    "pretrain": Command(
+        "cmt_mae.pretraining.run", "PretrainConfig", "pretrain",
+        "--recipe METHOD,SCALE --data PATH --out PATH", PRETRAIN_FIRST,
+    ),
+    "pack": Command("cmt_mae.data.pack", "PackConfig", "pack", "--data PATH --out PATH"),
+    "export": Command("cmt_mae.backbones", "ExportConfig", "export", "--backbone NAME --out PATH"),
+    "demo": Command("cmt_mae.tools.demo", "DemoConfig", "demo", "[--data PATH]"),
+    "compare": Command("cmt_mae.tools.report.compare", "CompareConfig", "compare", "RUN ..."),
+    "report": Command(
+        "cmt_mae.tools.report.page.command", "ReportConfig", "make_report", "RUN ..."
+    ),
+    "watch": Command("cmt_mae.tools.report.page.serve", "WatchConfig", "watch", "RUN"),
+    "bench": Command(
+        "cmt_mae.tools.bench", "BenchConfig", "bench", "--recipe METHOD,SCALE",
+        ("recipe", "data", "teacher", "out", "images", "rounds", "steps", "stages", "peak", "device", "json"),
+    ),
+    "explain": Command(
+        "cmt_mae.tools.inspect.command", "ExplainConfig", "explain", "--run RUN --images PATH ..."
+    ),
+    "ablate": Command("cmt_mae.tools.ablate", "AblateConfig", "ablate", "EXPERIMENT"),
+    "doctor": Command(
+        "cmt_mae.tools.diagnose.command", "DoctorConfig", "doctor", "[RUN] [--recipe METHOD,SCALE --data PATH]",
+        ("recipe", "data", "teacher", "run", "sample", "images", "machine", "estimate", "seconds", "device",
+         "json"),
+    ),
+    "app": Command("cmt_mae.tools.app", "AppConfig", "app", "[RUN ...]"),
+}  # fmt: skip
+NEEDED = "--backbone NAME --data PATH"
 EVALUATIONS = {
-    "knn": ("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn"),
-    "linear": ("cmt_mae.evaluate.linear", "LinearConfig", "evaluate_linear"),
-    "finetune": ("cmt_mae.evaluate.finetune", "FinetuneConfig", "evaluate_finetune"),
-    "coco": ("cmt_mae.evaluate.detection", "CocoConfig", "evaluate_coco"),
-    "ade20k": ("cmt_mae.evaluate.segmentation", "Ade20kConfig", "evaluate_ade20k"),
-    "davis": ("cmt_mae.evaluate.video.evaluate", "DavisConfig", "evaluate_davis"),
-    "all": ("cmt_mae.evaluate.everything", "EvaluateAllConfig", "evaluate_all"),
-}
+    "knn": Command("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn", NEEDED),
+    "linear": Command("cmt_mae.evaluate.linear", "LinearConfig", "evaluate_linear", NEEDED),
+    "finetune": Command(
+        "cmt_mae.evaluate.finetune", "FinetuneConfig", "evaluate_finetune", NEEDED, TRAIN_FIRST
+    ),
+    "coco": Command("cmt_mae.evaluate.detection", "CocoConfig", "evaluate_coco", NEEDED, TRAIN_FIRST),
+    "ade20k": Command(
+        "cmt_mae.evaluate.segmentation", "Ade20kConfig", "evaluate_ade20k", NEEDED, TRAIN_FIRST
+    ),
+    "davis": Command(
+        "cmt_mae.evaluate.video.evaluate", "DavisConfig", "evaluate_davis", NEEDED,
+        ("backbone", "data", "out", "protocol", "sequences", "key", "size", "topk", "pictures", "compare",
+         "device", "json"),
+    ),
+    "all": Command(
+        "cmt_mae.evaluate.everything", "EvaluateAllConfig", "evaluate_all",
+        "--backbone NAME --data-root PATH",
+    ),
+}  # fmt: skip
+RECIPE_COMMANDS = ("pretrain", "bench", "doctor")
 # short names of the most used settings of `pretrain`
 SHORT = {
     "data": "data.path",
@@ -169,7 +220,11 @@ def dispatch(arguments: list[str]) -> int:
 
 def run_command(command: str, words: list[str]) -> int:
     """pretrain, pack, export, demo, ...: parse settings, call the function; 1 where `doctor` found a problem."""
-    settings, function = load(COMMANDS[command])
+    entry = COMMANDS[command]
+    if asks_for_help(words):
+        print(help_page(command, entry, "--help-all" in words))
+        return 0
+    settings, function = load(entry)
     defaults: dict[str, Any] = {}
     if command in ("compare", "report", "app"):
         words = with_positional(words, "runs")
@@ -181,21 +236,44 @@ def run_command(command: str, words: list[str]) -> int:
         words = with_positional(words, "run", many=False)
     if command == "ablate":
         words = with_positional(words, "experiment", many=False)
-    if command in ("pretrain", "bench", "doctor"):
+    if command in RECIPE_COMMANDS:
         recipe, words = take(words, "--recipe")
         words = [expand(word, SHORT) for word in words]
         if recipe is not None:
-            from cmt_mae.recipes import load_recipes
-
             defaults = load_recipes(recipe) | ({"recipe": recipe} if command == "doctor" else {})
     as_json, words = take_flag(words, "--json")
-    config = parse(f"cmt-mae {command}", settings, words, defaults)
-    if config is None:
-        return 0
-    outcome = function(config)
+    outcome = function(parse(f"cmt-mae {command}", settings, words, defaults))
     if as_json:
         print(json.dumps(outcome, default=str))
     return int(command == "doctor" and outcome["problems"] > 0)
+
+
+def asks_for_help(words: list[str]) -> bool:
+    """Whether a help page is wanted, whatever else is among the words."""
+    return any(
+        word in ("-h", "--help", "--help-all") or word.startswith("--help=") for word in words
+    )
+
+
+def help_page(name: str, entry: Command, everything: bool) -> str:
+    """The text of ``cmt-mae NAME --help``, or of --help-all."""
+    settings, _ = load(entry)
+    takes_recipe = name in RECIPE_COMMANDS
+    extra = {"json": "Print the outcome as one JSON object, the last line of stdout."}
+    if takes_recipe:
+        names = ", ".join(recipe_names())
+        extra["recipe"] = (
+            "Settings to start from; several are joined by commas and later ones win, such as a method and a "
+            f"scale: cmt_all,micro64. One of {names}, or a YAML file. `cmt-mae recipes NAME` shows one."
+        )
+    return show_help(
+        f"cmt-mae {name} {entry.form} [options]",
+        settings,
+        short=SHORT if takes_recipe else {},
+        first=() if everything else entry.first,
+        extra=extra,
+        default="without a recipe" if name == "pretrain" else "default",
+    )
 
 
 def run_evaluation(words: list[str]) -> None:
@@ -209,12 +287,13 @@ def run_evaluation(words: list[str]) -> None:
         raise InputError(
             f"evaluate '{one_line(task, 60)}' is unknown{near}: use {', '.join(EVALUATIONS)}"
         )
+    name = f"evaluate {words[0]}"
+    if asks_for_help(words):
+        print(help_page(name, EVALUATIONS[words[0]], "--help-all" in words))
+        return
     settings, function = load(EVALUATIONS[words[0]])
     as_json, rest = take_flag(words[1:], "--json")
-    config = parse(f"cmt-mae evaluate {words[0]}", settings, rest, {})
-    if config is None:
-        return
-    result = function(config)
+    result = function(parse(f"cmt-mae {name}", settings, rest, {}))
     if isinstance(result, list):  # of `all`
         for one in result:
             show_result(one)
@@ -285,8 +364,6 @@ def sequence_table(rows: list[dict[str, Any]]) -> Any:
 
 def show_recipes(words: list[str]) -> None:
     """All recipes with the first line of their head comment, or the text of one."""
-    from cmt_mae.recipes import head_comment, recipe_names, recipe_text
-
     if words and words[0] not in ("-h", "--help"):
         print(recipe_text(words[0]), end="")
         return
@@ -296,12 +373,12 @@ def show_recipes(words: list[str]) -> None:
         print(f"{name:{width}}  {head_comment(name).splitlines()[0]}")
 
 
-def load(entry: tuple[str, str, str]) -> tuple[type, Callable[[Any], Any]]:
+def load(entry: Command) -> tuple[type, Callable[[Any], Any]]:
     """Settings class and function of a command."""
-    module = import_module(entry[0])
-    settings: type = getattr(module, entry[1])
+    module = import_module(entry.module)
+    settings: type = getattr(module, entry.settings)
     assert is_dataclass(settings)
-    return settings, getattr(module, entry[2])
+    return settings, getattr(module, entry.function)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.lock import may_run
-from cmt_mae.core.parsing import flatten, read_settings
+from cmt_mae.core.parsing import flatten
+from cmt_mae.core.recipes import read_settings
 from cmt_mae.core.text import one_line
 
 SIGNS_OF_RUN = ("config.yaml", "run.json", "metrics.jsonl")

@@ -27,7 +27,8 @@ from cmt_mae.core.files import (
     writing,
 )
 from cmt_mae.core.lock import Lock, no_link
-from cmt_mae.core.parsing import flatten, read_settings
+from cmt_mae.core.parsing import flatten
+from cmt_mae.core.recipes import read_settings
 from cmt_mae.core.run_reader import read_metrics
 
 LIBRARIES = (

@@ -1,5 +1,8 @@
 """Text from outside - names of files, parts of other people's files - made fit to be shown."""
 
+import difflib
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """One line without control characters, which could move a terminal's cursor or change its title."""
@@ -18,3 +21,9 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size or (unit == "h" and seconds >= size):
             return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def hint(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean x?)`` for the known word that is nearest, or nothing where none is near."""
+    near = difflib.get_close_matches(word[:200], known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -5,54 +5,59 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import (
+    Amount,
+    Count,
+    CountOrNone,
+    Device,
+    Precision,
+    Tracker,
+    check_fields,
+    resume_safe,
+    resume_safe_settings,
+)
 from cmt_mae.data.workers import TIMEOUT_S
-
-# Settings that do not affect the result: they may change when a run is continued.
-RESUME_SAFE_SETTINGS = (
-    "backbone", "data", "out", "device", "workers", "timeout_s", "micro_batch", "log_every", "checkpoint_every",
-    "eval_every", "keep_last", "max_nonfinite", "tracker", "progress", "pictures",
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class TaskSettings:
     """What fine-tuning, detection and segmentation have in common."""
 
-    backbone: str = ""
+    backbone: str = resume_safe("")
     """Run directory, checkpoint file, timm name or `embedded`."""
-    data: str = ""
+    data: str = resume_safe("")
     """The data set's folder, in its public layout."""
-    out: str | None = None
+    out: str | None = resume_safe(None)
     """Run directory of this training; the same command again continues it. Default: inside the backbone's run."""
     key: str | None = None
     """`momentum` takes the momentum student of a run; other files: their entry of this name."""
-    seed: int = 0
+    seed: CountOrNone = 0
     """Of new weights, order, crops and everything else that is drawn."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     """auto (bf16 on GPUs, else fp32) | bf16 | fp32."""
-    device: str = "auto"
+    device: Device = resume_safe("auto")
     """auto | cpu | cuda | mps."""
-    workers: int = 2
+    workers: CountOrNone = resume_safe(2)
     """Processes that load images, for each process that computes; 0: none."""
-    timeout_s: float = TIMEOUT_S
+    timeout_s: Amount = resume_safe(TIMEOUT_S)
     """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
-    micro_batch: int = 0
+    micro_batch: CountOrNone = resume_safe(0)
     """Images a process takes at a time; 0: its whole share of the batch. Gradients are accumulated."""
-    log_every: int = 20
+    log_every: Count = resume_safe(20)
     """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: float = 1.0
+    checkpoint_every: Amount = resume_safe(1.0)
     """Epochs between checkpoints."""
-    eval_every: float = 0.0
+    eval_every: Amount = resume_safe(0.0)
     """Epochs between two evaluations on the validation images; 0: only at the end."""
-    keep_last: int = 1
+    keep_last: Count = resume_safe(1)
     """How many of the newest checkpoints are kept."""
-    max_nonfinite: int = 20
+    max_nonfinite: Count = resume_safe(20)
     """So many steps in a row without a finite loss and gradient stop the run."""
-    tracker: str = "none"
+    tracker: Tracker = resume_safe("none")
     """none | wandb: a further place for metrics (metrics.jsonl and tensorboard are always written)."""
-    progress: bool = True
+    progress: bool = resume_safe(True)
     """Show the progress bar."""
-    pictures: int = 8
+    pictures: CountOrNone = resume_safe(8)
     """How many validation images are pictured at every evaluation; 0: none."""
 
     def run_directory(self, task: str, protocol: str) -> Path:
@@ -64,10 +69,7 @@ class TaskSettings:
             raise InputError("no backbone: give --backbone RUN, FILE or NAME")
         if not self.data:
             raise InputError("no data: give --data FOLDER")
-        if self.log_every < 1 or self.keep_last < 1 or self.workers < 0 or self.micro_batch < 0:
-            raise InputError(
-                "log_every and keep_last must be positive, workers and micro_batch 0 or more"
-            )
+        check_fields(self)
         if self.out is not None:
             return Path(self.out)
         if (Path(self.backbone) / "config.yaml").is_file():
@@ -78,3 +80,6 @@ class TaskSettings:
         raise InputError(
             f"{self.backbone} is no run directory, so there is no place for this training: give --out FOLDER"
         )
+
+
+RESUME_SAFE_SETTINGS = resume_safe_settings(TaskSettings)

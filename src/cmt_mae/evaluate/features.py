@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import sweep, write_atomically
+from cmt_mae.core.settings import Amount, Count, CountOrNone, Device
 from cmt_mae.data.loader import eval_batches
 from cmt_mae.data.source import Source, joined_fingerprint
 from cmt_mae.data.sources import open_split
@@ -48,23 +49,23 @@ class FrozenSettings:
     """Folder for results/*.json. Default: the run directory, if the backbone is one."""
     pools: tuple[str, ...] | None = None
     """Features: cls, mean, cls+mean, blocksK. Default: the protocol's."""
-    size: int | None = None
+    size: Count | None = None
     """Input size in pixels. Default: the backbone's own."""
     key: str | None = None
     """`momentum` evaluates the momentum student of a run."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu or cuda."""
     precision: Precision = "fp32"
     """Of the backbone's forward pass: fp32 or bf16. What is trained on top is always fp32."""
-    workers: int = 2
+    workers: CountOrNone = 2
     """Processes that decode images, for each process that computes."""
-    timeout_s: float = TIMEOUT_S
+    timeout_s: Amount = TIMEOUT_S
     """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
     cache: str | None = None
     """Folder that keeps features, so the same backbone and data need no second pass."""
     progress: bool = True
     """Say on stderr how far it is."""
-    seed: int = 0
+    seed: CountOrNone = 0
     """Of everything that is drawn; recorded with the result where nothing is."""
 
 

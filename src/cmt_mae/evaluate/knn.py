@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmt_mae.backbones import load_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.ranges import check_ranges
+from cmt_mae.core.settings import Count, Positive, check_fields
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import (
     CENTRE_CROP,
@@ -38,11 +38,11 @@ class KnnConfig(FrozenSettings):
     one is the headline's.
     """
 
-    k: tuple[int, ...] = (10, 20)
+    k: tuple[Count, ...] = (10, 20)
     """Numbers of neighbours. The last one is the headline's."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """A neighbour's vote is exp(cosine similarity / temperature)."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images in a forward pass of one process. Does not change the result."""
 
 
@@ -154,7 +154,7 @@ def evaluate_knn(config: KnnConfig) -> Result:
     Raises:
         InputError: unusable backbone, data or setting, in one line.
     """
-    check_ranges(config)
+    check_fields(config)
     started = time.perf_counter()
     where = start_processes(config.device)
     train, val = open_labelled(config.data)

@@ -12,7 +12,7 @@ import torch
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.ranges import check_ranges
+from cmt_mae.core.settings import Amount, Count, check_fields
 from cmt_mae.data.loader import CropSettings, pretrain_batches
 from cmt_mae.data.source import Source
 from cmt_mae.engine.progress import evaluation_progress
@@ -64,15 +64,15 @@ class LinearConfig(FrozenSettings):
     augment: bool = False
     """New random crops and flips for every epoch, as published (a forward pass an image an epoch).
     Off: one centre crop an image, forwarded once; a published protocol is then called NAME-cached."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """Default: the protocol's; with cached features raised until 3 million images are seen."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images in a step of the heads. Default: the protocol's, at most the training set."""
-    blr: tuple[float, ...] | None = None
+    blr: tuple[Amount, ...] | None = None
     """Learning rates at a batch of 256. Default: the protocol's."""
-    weight_decay: tuple[float, ...] | None = None
+    weight_decay: tuple[Amount, ...] | None = None
     """Default: the protocol's."""
-    forward_batch: int = 64
+    forward_batch: Count = 64
     """Images in a forward pass of one process."""
 
 
@@ -86,7 +86,7 @@ def evaluate_linear(config: LinearConfig) -> Result:
     Raises:
         InputError: unusable backbone, data or setting, in one line.
     """
-    check_ranges(config)
+    check_fields(config)
     refuse_training(config)
     started = time.perf_counter()
     where = start_processes(config.device)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import Amount, Count, Positive, Share
 from cmt_mae.method import targets as T
-from cmt_mae.method.attention import attention_map, mix_attention, normalise_map
+from cmt_mae.method.attention import Heads, Normalise, attention_map, mix_attention, normalise_map
 from cmt_mae.method.decoder import Decoder, DecoderConfig
 from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
-from cmt_mae.method.masking import GUIDED, Mask, sample_mask
+from cmt_mae.method.masking import GUIDED, Mask, Rule, sample_mask
 from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.method.vit import LastBlockInput, encode_visible, forward_to_last, gather_tokens
 
-SOURCES = ("teacher", "momentum", "collab")
+Source = Literal["teacher", "momentum", "collab"]
+SOURCES: tuple[str, ...] = get_args(Source)
 FROM_IMAGE = ("pixel", "hog")  # targets that are computed from the image, without a network
 
 
@@ -34,28 +37,28 @@ FROM_IMAGE = ("pixel", "hog")  # targets that are computed from the image, witho
 class MaskConfig:
     """Which patches are hidden."""
 
-    rule: str = "sampled_high"
+    rule: Rule = "sampled_high"
     """random | block (BEiT) | square (SimMIM) | sampled_high (drawn by attention) | high | low | hint
     (AttMask) | sampled_visible (MILAN: attended patches stay visible) | mix_random (HPM's ramp)."""
-    source: str = "collab"
+    source: Source = "collab"
     """Whose attention guides the rule: teacher | momentum | collab (Eq. 3; the teacher alone in stage one)."""
     ratio: float = 0.75
     """Share of hidden patches, in (0, 1)."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the drawing; larger is closer to random."""
-    heads: str = "mean"
+    heads: Heads = "mean"
     """How the heads' maps become one: mean | max | minmax_mean (AMT)."""
-    normalise: str = "sum"
+    normalise: Normalise = "sum"
     """Scale of the two maps before they are mixed: sum | none | minmax | rank | zscore_softmax."""
-    hint_share: float = 0.1
+    hint_share: Share = 0.1
     """Share of top patches that AttMask's hint reveals from."""
-    square_side: int = 2
+    square_side: Count = 2
     """Side of SimMIM's squares, in patches."""
-    random_until_epoch: float = 0.0
+    random_until_epoch: Amount = 0.0
     """Random masks before this epoch (AMT: 40)."""
-    mix_random_start: float = 0.0
+    mix_random_start: Share = 0.0
     """mix_random: guided share of the hidden patches at the first step."""
-    mix_random_end: float = 0.5
+    mix_random_end: Share = 0.5
     """mix_random: guided share at the last step."""
 
 
@@ -63,19 +66,19 @@ class MaskConfig:
 class TargetConfig:
     """What is predicted, and how the distance is measured."""
 
-    source: str = "collab"
+    source: Literal["pixel", "hog"] | Source = "collab"
     """pixel | hog | teacher | momentum | collab (Eq. 4; the teacher alone in stage one)."""
-    norm: str = "layer_norm"
+    norm: T.Norm = "layer_norm"
     """Of the target: layer_norm | l2 (target and prediction) | none | mae (MAE's normalised pixels)."""
-    loss: str = "mse"
+    loss: T.Loss = "mse"
     """mse | smooth_l1 | cosine."""
-    beta: float = 2.0
+    beta: Positive = 2.0
     """Of smooth_l1 (data2vec: 2)."""
-    reduce: str = "mean"
+    reduce: Literal["mean", "sum"] = "mean"
     """Over channels: mean | sum (the paper's squared norm, literally)."""
-    tokens: str = "masked"
+    tokens: Literal["masked", "all", "all+cls"] = "masked"
     """Where the loss is taken: masked | all | all+cls (MILAN)."""
-    momentum_last_k: int = 1
+    momentum_last_k: Count = 1
     """Momentum target: mean of the last K block outputs; 1 = last block after the final norm."""
 
 
@@ -303,7 +306,7 @@ class FrozenNetworks(nn.Module):
                 raise InputError(
                     "target.tokens all+cls needs a network as target: use masked or all"
                 )
-            raw = {self.target.source: self._image_target(look.images, ids)}
+            raw: dict[str, Tensor] = {self.target.source: self._image_target(look.images, ids)}
         else:
             raw = {
                 name: look.features(name, ids, with_class)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from timm.layers import LayerNorm
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import Count
 from cmt_mae.method.last_block import run_at
 from cmt_mae.method.masking import Mask
 from cmt_mae.method.vit import gather_tokens, initialise, sincos_table
@@ -19,13 +21,13 @@ from cmt_mae.method.vit import gather_tokens, initialise, sincos_table
 class DecoderConfig:
     """The decoder that predicts targets at hidden patches."""
 
-    kind: str = "mae"
+    kind: Literal["mae", "prompting"] = "mae"
     """mae (every token through every block) | prompting (MILAN: only hidden tokens are updated)."""
-    width: int = 512
+    width: Count = 512
     """Token width."""
-    depth: int = 8
-    """Number of blocks, 0 or more."""
-    heads: int = 16
+    depth: Count = 8
+    """Number of blocks."""
+    heads: Count = 16
     """Attention heads."""
 
 

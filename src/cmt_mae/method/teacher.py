@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import Count, CountOrNone, resume_safe
 from cmt_mae.method.attention import attention_map
 from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.vit import (
@@ -28,38 +30,38 @@ class TeacherConfig:
     name: str = "vit_base_patch16_clip_quickgelu_224.openai"
     """A timm name, 'embedded' (the small teacher in the package), a run directory, or a weights file
     (MAE, DINO, iBOT, MoCo v3, BEiT, data2vec, CLIP, open_clip, Hugging Face, I-JEPA, DeiT)."""
-    feature: str = "projected"
+    feature: Literal["projected", "tokens", "last_k"] = "projected"
     """projected (final norm, then the network's own projection where it has one, as CLIP) | tokens (final
     norm) | last_k (mean of the outputs of the last blocks)."""
-    last_k: int = 6
+    last_k: Count = 6
     """How many blocks the mean of 'last_k' takes."""
-    grid_align: str = "input"
+    grid_align: Literal["input", "resample"] = "input"
     """input (the teacher sees the size at which its grid is the student's) | resample (its own size; map and
     features are resampled)."""
-    pixels: str = "auto"
+    pixels: Literal["auto", "resize", "crop"] = "auto"
     """resize (the student's crop, resized on the device) | crop (the same crop cut again from the photo) |
     auto (crop where the teacher's input is larger than the student's)."""
     cache: bool = False
     """view crop: keep the teacher's outputs in OUT/teacher_cache, so that it runs once an image; needs
     data.crops fixed. (view photo always keeps them.)"""
-    cache_folder: str = ""
+    cache_folder: str = resume_safe("")
     """Keep them below this folder instead, where every run with the same images and teacher (with view crop:
     the same crops too) reads what another one wrote."""
     attention_block: int = -1
     """Block whose attention is the map: -1 the last (as the paper), -2 the one before, or 0, 1, ... from the
     first."""
-    view: str = "crop"
+    view: Literal["crop", "photo"] = "crop"
     """crop (the teacher sees every crop) | photo (it sees each whole photo once, squeezed to a square; its map
     and features are kept and read at the box of each crop: an approximation, much faster)."""
-    view_size: int = 0
+    view_size: CountOrNone = 0
     """view photo: side in pixels at which the teacher sees the photos; 0: the size it was trained at."""
-    keep_as: str = "auto"
+    keep_as: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     """How features are kept on the disk: fp32 (exact) | fp16 | int8 (with one scale a token) | auto (fp16 with
     view photo, else fp32)."""
-    project_to: int = 0
+    project_to: CountOrNone = 0
     """The target is the features times a fixed random matrix (orthonormal rows) with so many rows, so that less
     has to be kept and predicted; 0: the features themselves."""
-    channels: list[int] = field(default_factory=list)
+    channels: list[CountOrNone] = field(default_factory=list)
     """Which of the student's channels the teacher sees; empty: all three, or a grey channel three times."""
 
 

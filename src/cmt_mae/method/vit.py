@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import Count, PartOf
 
 # A timm VisionTransformer, Eva or Beit: their attributes are not declared in a common class.
 Vit = Any
@@ -34,23 +35,23 @@ PRESETS: dict[str, tuple[int, int, int, str]] = {
 class StudentConfig:
     """The vision transformer that is trained."""
 
-    preset: str = "base"
+    preset: Literal["micro", "tiny", "small", "base", "large"] = "base"
     """micro (width 128, depth 6) | tiny | small | base | large."""
-    img_size: list[int] = field(default_factory=lambda: [224])
+    img_size: list[Count] = field(default_factory=lambda: [224])
     """Input size in pixels: one number (square) or height and width."""
-    patch_size: int = 16
+    patch_size: Count = 16
     """Patch side in pixels; it must divide the input size."""
-    in_chans: int = 3
+    in_chans: Count = 3
     """Number of image channels, 1 or more."""
-    width: int | None = None
+    width: Count | None = None
     """Token width; overrides the preset."""
-    depth: int | None = None
+    depth: Count | None = None
     """Number of blocks; overrides the preset."""
-    heads: int | None = None
+    heads: Count | None = None
     """Attention heads; overrides the preset."""
-    pos_embed: str = "sincos"
+    pos_embed: Literal["sincos", "learned"] = "sincos"
     """sincos (fixed, as MAE) | learned."""
-    drop_path: float = 0.0
+    drop_path: PartOf = 0.0
     """Stochastic depth rate of the student in pre-training (MAE: 0)."""
 
     def size(self) -> tuple[int, int]:

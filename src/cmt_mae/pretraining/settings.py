@@ -1,17 +1,29 @@
 """Settings of a pre-training run: the command line, the recipes and the Python interface are these names."""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Annotated, Literal
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.indifferent import RESUME_SAFE_SETTINGS as RESUME_SAFE_SETTINGS
-from cmt_mae.core.ranges import check_ranges
+from cmt_mae.core.settings import (
+    RESUME_SAFE,
+    Amount,
+    Count,
+    CountOrNone,
+    Device,
+    PartOf,
+    Positive,
+    Precision,
+    Range,
+    Share,
+    Tracker,
+    check_fields,
+    resume_safe,
+    resume_safe_settings,
+)
 from cmt_mae.data.workers import TIMEOUT_S
-from cmt_mae.method.attention import Heads, Normalise
-from cmt_mae.method.cmtmae import FROM_IMAGE, SOURCES, MaskConfig, TargetConfig
+from cmt_mae.method.cmtmae import FROM_IMAGE, MaskConfig, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
-from cmt_mae.method.masking import GUIDED, RULES
-from cmt_mae.method.targets import LOSSES, NORMS
+from cmt_mae.method.masking import GUIDED
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
 
@@ -20,13 +32,13 @@ from cmt_mae.method.vit import StudentConfig
 class DataConfig:
     """The images."""
 
-    path: str = ""
+    path: str = resume_safe("")
     """A folder, tar shards, parquet files, hf://owner/name, or a folder made by `cmt-mae pack`."""
     scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     """Share of the photo's area that a random crop takes: least and most."""
     flip: bool = True
     """Mirror half of the crops."""
-    crops: str = "random"
+    crops: Literal["random", "fixed"] = "random"
     """random (new ones every epoch) | fixed (an image's crop never changes)."""
     shrink: bool = True
     """Decode a JPEG at 1/2, 1/4 or 1/8 where a crop is then still twice as large as wanted: much faster on
@@ -34,13 +46,13 @@ class DataConfig:
     255."""
     mean: list[float] = field(default_factory=list)
     """Per channel, in 0..1; empty: ImageNet's for three channels, else measured on the data."""
-    std: list[float] = field(default_factory=list)
+    std: list[Positive] = field(default_factory=list)
     """Per channel, in 0..1; empty: as mean."""
-    max_bad: float = 0.01
+    max_bad: Share = resume_safe(0.01)
     """The run stops when a larger share of the images seen cannot be read."""
-    workers: int = -1
+    workers: Annotated[int, Range(-1)] = resume_safe(-1)
     """Loader processes; -1: one for each core but one, at most 16; 0: in the main process."""
-    timeout_s: float = TIMEOUT_S
+    timeout_s: Amount = resume_safe(TIMEOUT_S)
     """A loader process that gives no answer for so many seconds counts as hung and is started again; 0: wait
     for ever."""
 
@@ -49,11 +61,11 @@ class DataConfig:
 class MomentumConfig:
     """The moving average of the student (momentum encoder)."""
 
-    start: float = 0.996
+    start: Share = 0.996
     """m at the switch of stages, 0..1."""
-    end: float = 1.0
+    end: Share = 1.0
     """m at the end."""
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """cosine | linear | constant."""
 
 
@@ -61,17 +73,17 @@ class MomentumConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    blr: float = 1.5e-4
+    blr: Amount = 1.5e-4
     """Base learning rate: lr = blr * batch_size / 256."""
-    weight_decay: float = 0.05
+    weight_decay: Amount = 0.05
     """Not applied to biases and 1-D parameters."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: tuple[PartOf, PartOf] = (0.9, 0.95)
     """Of AdamW."""
-    warmup_epochs: float = 40.0
+    warmup_epochs: Amount = 40.0
     """Linear from 0."""
-    min_lr: float = 0.0
+    min_lr: Amount = 0.0
     """At the end of the cosine."""
-    clip: float = 0.0
+    clip: Amount = 0.0
     """Largest norm of the gradient; 0: no limit."""
 
 
@@ -79,37 +91,37 @@ class OptimConfig:
 class RuntimeConfig:
     """Settings that do not affect the result."""
 
-    device: str = "auto"
+    device: Device = "auto"
     """auto | cpu | cuda | mps."""
-    parallel: str = "ddp"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the work: ddp (each holds the networks) | fsdp (weights, gradients and
     optimizer of student, decoder and momentum student are cut into pieces, one a process)."""
     deterministic: bool = False
     """On a GPU too, the same seed gives the same bits (slower; on CPU it always does)."""
     compile: bool = False
     """torch.compile the blocks of all networks (minutes at the start; off where this machine cannot)."""
-    micro_batch: int = 0
+    micro_batch: CountOrNone = 0
     """Images a process takes at a time; 0: the whole share of batch_size. Gradients are accumulated."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: float = 1.0
+    checkpoint_every: Amount = 1.0
     """Epochs between checkpoints."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """How many of the newest checkpoints are kept."""
-    keep_every: float = 0.0
+    keep_every: Amount = 0.0
     """Keep for good a checkpoint every so many epochs; 0: none."""
     keep_switch: bool = False
     """Write and keep for good a checkpoint at the switch of stages: `ablate` begins runs from it that have stage
     one in common."""
-    picture_every: float = 0.0
+    picture_every: Amount = 0.0
     """Epochs between pictures of attention and mask; 0: at the switch of stages and at the end."""
     probe_data: str = ""
     """A labelled folder with train and val: k-NN accuracy is logged while training."""
-    probe_every: float = 5.0
+    probe_every: Amount = 5.0
     """Epochs between two k-NN measurements."""
-    max_nonfinite: int = 20
+    max_nonfinite: Count = 20
     """So many steps in a row without a finite loss and gradient stop the run."""
-    tracker: str = "none"
+    tracker: Tracker = "none"
     """none | wandb: a further place for metrics (metrics.jsonl and tensorboard are always written)."""
     progress: bool = True
     """Show the progress bar."""
@@ -119,7 +131,7 @@ class RuntimeConfig:
 class PretrainConfig:
     """Pre-train a vision transformer with CMT-MAE or one of its relatives."""
 
-    out: str = ""
+    out: str = resume_safe("")
     """Run directory. The same command again continues the run in it."""
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -129,29 +141,29 @@ class PretrainConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    epochs: float = 800.0
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig, metadata=RESUME_SAFE)
+    epochs: Positive = 800.0
     """Passes over the images, both stages together."""
-    stage1_share: float = 0.5
+    stage1_share: Share = 0.5
     """Share of the epochs that stage one takes, 0..1."""
-    stage1_epochs: float | None = None
+    stage1_epochs: Amount | None = None
     """Epochs of stage one; overrides stage1_share."""
-    batch_size: int = 4096
+    batch_size: Count = 4096
     """Images an optimizer step, over all processes and accumulation."""
-    alpha: float = 0.3
+    alpha: Share = 0.3
     """Weight of the momentum student in Eqs. 3 and 4, 0..1."""
-    alpha_mask: float | None = None
+    alpha_mask: Share | None = None
     """Of Eq. 3 alone."""
-    alpha_loss: float | None = None
+    alpha_loss: Share | None = None
     """Of Eq. 4 alone."""
-    alpha_ramp_epochs: float = 0.0
+    alpha_ramp_epochs: Amount = 0.0
     """alpha grows linearly over so many epochs of stage two; 0: constant, as the paper."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     """auto (bf16 on GPUs, else fp32) | bf16 | fp32."""
-    frozen_precision: str = "auto"
+    frozen_precision: Literal["auto", "bf16"] = "auto"
     """auto (as precision) | bf16 (teacher and momentum student are held and run wholly in bf16, attention maps
     excepted; the moving average itself stays in fp32)."""
-    seed: int = 0
+    seed: CountOrNone = 0
     """Of weights, order, crops and masks."""
     init_from: str = ""
     """Start from a backbone (any that `evaluate` reads) or from a run directory (decoder and heads too)."""
@@ -164,7 +176,7 @@ class PretrainConfig:
             raise InputError(
                 "no images: give --data FOLDER (or tar shards, parquet, a packed folder)"
             )
-        check_ranges(self)
+        check_fields(self)
         if not 0.0 <= self.stage_one() <= self.epochs:
             raise InputError(
                 f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"
@@ -174,9 +186,6 @@ class PretrainConfig:
                 "teacher.cache keeps the teacher's outputs for one crop an image: set data.crops to fixed, or "
                 "teacher.view to photo"
             )
-        for name, word, choices in self._choices():
-            if word not in choices:
-                raise InputError(f"{name} '{word}' is unknown: use {', '.join(choices)}")
         if self.target.tokens == "all+cls" and self.target.source in FROM_IMAGE:
             raise InputError(
                 f"target.tokens all+cls needs a network as target, not {self.target.source}: use masked or all"
@@ -189,33 +198,6 @@ class PretrainConfig:
             raise InputError(
                 "the momentum student alone guides this run, so there is no stage one: set stage1_epochs to 0"
             )
-
-    def _choices(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """Every setting that takes one of a few words."""
-        return [
-            ("mask.rule", self.mask.rule, RULES),
-            ("mask.source", self.mask.source, SOURCES),
-            ("mask.heads", self.mask.heads, get_args(Heads)),
-            ("mask.normalise", self.mask.normalise, get_args(Normalise)),
-            ("target.source", self.target.source, (*FROM_IMAGE, *SOURCES)),
-            ("target.norm", self.target.norm, NORMS),
-            ("target.loss", self.target.loss, LOSSES),
-            ("target.reduce", self.target.reduce, ("mean", "sum")),
-            ("target.tokens", self.target.tokens, ("masked", "all", "all+cls")),
-            ("teacher.feature", self.teacher.feature, ("projected", "tokens", "last_k")),
-            ("teacher.grid_align", self.teacher.grid_align, ("input", "resample")),
-            ("teacher.pixels", self.teacher.pixels, ("auto", "resize", "crop")),
-            ("teacher.view", self.teacher.view, ("crop", "photo")),
-            ("teacher.keep_as", self.teacher.keep_as, ("auto", "fp32", "fp16", "int8")),
-            ("decoder.kind", self.decoder.kind, ("mae", "prompting")),
-            ("momentum.schedule", self.momentum.schedule, ("cosine", "linear", "constant")),
-            ("data.crops", self.data.crops, ("random", "fixed")),
-            ("precision", self.precision, ("auto", "bf16", "fp32")),
-            ("frozen_precision", self.frozen_precision, ("auto", "bf16")),
-            ("runtime.device", self.runtime.device, ("auto", "cpu", "cuda", "mps")),
-            ("runtime.tracker", self.runtime.tracker, ("none", "wandb")),
-            ("runtime.parallel", self.runtime.parallel, ("ddp", "fsdp")),
-        ]
 
     def stage_one(self) -> float:
         """Epochs of stage one; 0 where no momentum student takes part."""
@@ -252,3 +234,6 @@ class PretrainConfig:
         """alpha of Eq. 3 ("mask") or Eq. 4 ("loss")."""
         own = self.alpha_mask if part == "mask" else self.alpha_loss
         return self.alpha if own is None else own
+
+
+RESUME_SAFE_SETTINGS = resume_safe_settings(PretrainConfig)

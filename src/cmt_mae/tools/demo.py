@@ -13,8 +13,9 @@ from rich.table import Table
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json
 from cmt_mae.core.parsing import parse
-from cmt_mae.core.ranges import check_ranges
+from cmt_mae.core.recipes import load_recipes, merge
 from cmt_mae.core.runs import environment
+from cmt_mae.core.settings import Count, CountOrNone, Positive, check_fields
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.data.sources import open_source, open_split
@@ -24,7 +25,6 @@ from cmt_mae.pretraining import assemble
 from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.writing import save_student
-from cmt_mae.recipes import load_recipes, merge
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 
 PACKED_SIZE = 96
@@ -39,17 +39,17 @@ class DemoConfig:
     """Folder for everything the demo writes. The same command again continues, or shows the table."""
     data: str = ""
     """Own images (folder, tar shards, parquet); empty: the sample images. Class folders are used as labels."""
-    images: int = 2000
+    images: Count = 2000
     """How many of the 2000 sample images to train on; half as many others are held out."""
-    epochs: float = 10
+    epochs: Positive = 10
     """Passes over the images, for each of the two runs."""
     teacher: str = "embedded"
     """Any teacher that `pretrain` takes."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images a step."""
-    seed: int = 0
+    seed: CountOrNone = 0
     """Of weights, crops and masks."""
-    workers: int = 2
+    workers: CountOrNone = 2
     """Processes that pack images."""
     progress: bool = True
     """Show progress bars."""
@@ -60,7 +60,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
     Raises InputError for data that cannot be used.
     """
-    check_ranges(config)
+    check_fields(config)
     started = time.perf_counter()
     console, out = Console(stderr=True), Path(config.out)
     settings(config, "demo", out, out).check()  # before the work of making images

@@ -263,9 +263,9 @@ def test_a_run_directory_keeps_its_results(plain_vit, davis, tmp_path):
         ({"sequences": ("three",)}, "'three' is not in"),
         ({"size": 4}, "smaller than a patch"),
         ({"layer": 3}, "layer is 3; .* has 2 blocks"),
-        ({"batch_size": 0}, "batch_size 0 is out of range"),
-        ({"threads": 0}, "threads 0 is out of range"),
-        ({"topk": 0}, "topk 0 is out of range"),
+        ({"batch_size": 0}, "batch_size is 0: give a"),
+        ({"threads": 0}, "threads is 0: give a"),
+        ({"topk": 0}, "topk is 0: give a"),
         ({"protocol": "jabri"}, "use dino, videowalk, cropmae"),
     ],
 )

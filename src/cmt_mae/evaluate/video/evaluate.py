@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.ranges import check_ranges
+from cmt_mae.core.settings import Count, CountOrNone, Device, Positive, check_fields
 from cmt_mae.data.davis import VideoSequence, open_davis
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import Where, start_processes
@@ -64,13 +64,13 @@ class DavisConfig:
     """Only these sequences of val.txt."""
     key: str | None = None
     """`momentum` evaluates the momentum student of a run."""
-    size: int | tuple[int, int] | None = None
+    size: Count | tuple[Count, Count] | None = None
     """Shorter side of the frames that the network sees, or height and width (dino: 480)."""
     side_rule: SideRule | None = None
     """Longer side: floor64 (dino) cuts it to a multiple of 64, patch to one of the patch."""
     std_typo: bool | None = None
     """Divide by .228 in place of .229 where the backbone has ImageNet's statistics (dino: true)."""
-    layer: int | None = None
+    layer: Count | None = None
     """Block whose output is the feature, from 1. Default: the last."""
     final_norm: bool | None = None
     """Features after the final norm (default: true)."""
@@ -80,23 +80,23 @@ class DavisConfig:
     """First mask to the grid: nearest (dino) or linear (videowalk)."""
     objects: Objects | None = None
     """all objects of the first mask (default), or seen: up to the highest id left at grid size (DINO's script)."""
-    context: int | None = None
+    context: CountOrNone | None = None
     """Preceding frames looked at besides the first (dino: 7)."""
     padded: bool | None = None
     """Fill places of frames before the first with the first (videowalk: true)."""
     soft_queue: bool | None = None
     """Preceding frames lend soft labels (default: true); false: one-hot ones."""
-    radius: int | None = None
+    radius: CountOrNone | None = None
     """Neighbourhood in patches (dino: 12); 0 is the whole frame."""
     window: Window | None = None
     """square (dino) or disc (videowalk)."""
     limit_first: bool | None = None
     """The neighbourhood holds in the first frame too (dino: true, videowalk: false)."""
-    topk: int | None = None
+    topk: Count | None = None
     """Neighbours kept over all context frames together (dino: 5)."""
     keep_ties: bool | None = None
     """Neighbours as near as the last kept one are kept too (dino: true)."""
-    temperature: float | None = None
+    temperature: Positive | None = None
     """A neighbour's weight is exp(cosine similarity / temperature) (dino: 0.1)."""
     softmax_over: SoftmaxOver | None = None
     """Weights sum to 1 over the `kept` neighbours (default) or over the `neighbourhood`."""
@@ -106,23 +106,23 @@ class DavisConfig:
     """Stretch each class map to 0..1 before the decision (dino: true)."""
     save_masks: bool = True
     """Keep the predicted masks as indexed PNGs in davis/*/masks, as the official evaluation reads them."""
-    pictures: int = 3
+    pictures: CountOrNone = 3
     """Sequences to draw as strips of frames, truth and prediction; needs the saved masks."""
-    columns: int = 6
+    columns: Count = 6
     """Frames in a strip."""
     compare: str | None = None
     """A second backbone for one more row in each strip; the drawn sequences are evaluated for it."""
     compare_key: str | None = None
     """`momentum` takes the momentum student of the second backbone."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu or cuda."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Frames in a forward pass. Does not change the result."""
-    threads: int = 2
+    threads: Count = 2
     """Threads that read frames and score masks. Does not change the result."""
     progress: bool = True
     """Say on stderr how far it is."""
-    seed: int = 0
+    seed: CountOrNone = 0
     """Recorded with the result; nothing here is random."""
 
 
@@ -134,7 +134,7 @@ def evaluate_davis(config: DavisConfig) -> Result:
     Raises:
         InputError: unusable backbone, data or setting, in one line.
     """
-    check_ranges(config)
+    check_fields(config)
     started = time.perf_counter()
     protocol = choose_protocol(config)
     where = start_processes(config.device)

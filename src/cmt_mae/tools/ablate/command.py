@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import make_folder
-from cmt_mae.core.parsing import hint
+from cmt_mae.core.text import hint
 from cmt_mae.data.sources import has_splits
 from cmt_mae.engine.signals import StopRequest
 from cmt_mae.evaluate.tasks import TASKS

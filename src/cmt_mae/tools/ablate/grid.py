@@ -6,9 +6,8 @@ from importlib import resources
 from typing import Any
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.parsing import hint, read_settings
-from cmt_mae.core.text import one_line
-from cmt_mae.recipes import MAX_BYTES, merge, recipe_text
+from cmt_mae.core.recipes import MAX_BYTES, merge, read_settings, recipe_text
+from cmt_mae.core.text import hint, one_line
 
 GRID_KEYS = ("title", "recipe", "baseline", "variants", "axes", "settings", "evaluate")
 VARIANT_KEYS = ("recipe", "settings", "what", "paper", "train")

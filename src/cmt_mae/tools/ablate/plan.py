@@ -13,9 +13,9 @@ from typing import Any
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json
 from cmt_mae.core.parsing import flatten, parse
+from cmt_mae.core.recipes import load_recipes, merge
 from cmt_mae.core.runs import plain, refuse_changes
 from cmt_mae.pretraining.settings import RESUME_SAFE_SETTINGS, PretrainConfig
-from cmt_mae.recipes import load_recipes, merge
 from cmt_mae.tools.ablate.grid import Grid
 
 FORMAT = 1

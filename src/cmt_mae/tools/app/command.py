@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.ranges import check_ranges
+from cmt_mae.core.settings import Port, check_fields
 from cmt_mae.data.sample import pictures
 from cmt_mae.tools.app.explorer import Explorer
 from cmt_mae.tools.inspect.images import Album
@@ -34,7 +34,7 @@ class AppConfig:
     """Teachers to choose from besides each run's own: file, timm name, run directory or `embedded`."""
     host: str = "127.0.0.1"
     """Address to serve on. Any but this machine's own lets others in: they see your images and runs."""
-    port: int = 7860
+    port: Port = 7860
     """Port; 0: a free one."""
     browser: bool = False
     """Open a browser window."""
@@ -42,7 +42,7 @@ class AppConfig:
 
 def app(config: AppConfig) -> dict[str, Any]:
     """Serve until interrupted; returns the address. Raises InputError without gradio, runs or a free port."""
-    check_ranges(config)
+    check_fields(config)
     with tempfile.TemporaryDirectory(prefix="cmt-mae-app-") as folder:
         page, address = start(config, Path(folder))
         print(f"serving on {address} (Ctrl-C ends it)", flush=True)

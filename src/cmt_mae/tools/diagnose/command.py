@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.ranges import check_ranges
 from cmt_mae.core.run_reader import RunRecord, read_run
 from cmt_mae.core.runs import plain
+from cmt_mae.core.settings import CountOrNone, Positive, check_fields
 from cmt_mae.data.source import Source
 from cmt_mae.data.sources import open_split
 from cmt_mae.method.teacher import TeacherConfig
@@ -47,15 +47,15 @@ class DoctorConfig(PretrainConfig):
     """A run directory to look at."""
     recipe: str = ""
     """The recipe, as in `pretrain`."""
-    sample: int = 2000
+    sample: CountOrNone = 2000
     """How many images of each split are read, drawn at random; 0: all of them."""
-    images: int = 0
+    images: CountOrNone = 0
     """How many images the run will have, where --data does not give them."""
     machine: bool = True
     """Look at the machine too, which takes a few seconds (an estimate always does)."""
     estimate: bool = True
     """Measure steps and say what the run will take (with --data or --recipe, without a run directory)."""
-    seconds: float = 15.0
+    seconds: Positive = 15.0
     """How long each stage's step is measured, about."""
 
     def settings(self) -> PretrainConfig:
@@ -73,7 +73,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
 
     Raises InputError where there is nothing to look at: no such run, no images, settings that cannot work.
     """
-    check_ranges(config)
+    check_fields(config)
     report: dict[str, Any] = {}
     findings: list[Finding] = []
     console = Console(stderr=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -92,9 +92,10 @@ class Networks:
         guides.momentum = self.student
         return guides
 
-    def target_source(self) -> str:
+    def target_source(self) -> Any:
         """What of the run's targets there is to look at; "" for nothing."""
-        source, alpha = self.config.target.source, self.weights.loss
+        alpha = self.weights.loss
+        source: str = self.config.target.source
         if self.learner is None:
             return ""
         if source == "collab":
@@ -113,7 +114,7 @@ class Run:
         folder: str | Path,
         *,
         teacher: str = "",
-        grid_align: str = "",
+        grid_align: Any = "",
         size: Sequence[int] = (),
     ) -> None:
         """teacher: another one than the run's, or "none". grid_align: as teacher.grid_align of the run.
@@ -266,7 +267,7 @@ def open_backbone(
     )
 
 
-def open_teacher(name: str, grid_align: str, config: PretrainConfig, stats: Statistics) -> Teacher:
+def open_teacher(name: str, grid_align: Any, config: PretrainConfig, stats: Statistics) -> Teacher:
     """A teacher of this name for the student of the settings; see TeacherConfig.grid_align."""
     settings = TeacherConfig(name=name, grid_align=grid_align or "input")
     return assemble.make_teacher(settings, config.student.grid(), stats)[0]

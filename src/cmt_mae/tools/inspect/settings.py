@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.parsing import hint
-from cmt_mae.core.text import one_line
+from cmt_mae.core.text import hint, one_line
 from cmt_mae.tools.report.canvas import FORMATS
 
 OF_IMAGES = (

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
-from cmt_mae.core.indifferent import RESUME_SAFE_SETTINGS
 from cmt_mae.core.run_reader import RunRecord, section
 from cmt_mae.core.text import one_line, printable
+from cmt_mae.pretraining.settings import RESUME_SAFE_SETTINGS
 
 Pairs = list[tuple[str, str]]
 
