@@ -140,7 +140,7 @@ def test_flips_are_left_to_right(vit, pictures, monkeypatch):
 
 def test_bad_settings(vit, pictures, tmp_path):
     for change, message in (
-        ({"protocol": "mea"}, "unknown protocol"),
+        ({"protocol": "mea"}, "did you mean mae"),
         ({"epochs": 0}, "epochs is 0: give a"),
         ({"batch_size": 1}, "2 or more"),
         ({"pools": ("max",)}, "unknown pool"),

@@ -266,7 +266,7 @@ def test_a_run_directory_keeps_its_results(plain_vit, davis, tmp_path):
         ({"batch_size": 0}, "batch_size is 0: give a"),
         ({"threads": 0}, "threads is 0: give a"),
         ({"topk": 0}, "topk is 0: give a"),
-        ({"protocol": "jabri"}, "use dino, videowalk, cropmae"),
+        ({"protocol": "jabri"}, "one of dino, videowalk, cropmae"),
     ],
 )
 def test_bad_settings_are_refused_first(plain_vit, davis, tmp_path, change, message):
