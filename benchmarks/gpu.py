@@ -360,10 +360,10 @@ class Bench:
     def learn(self, method: str, seconds: float) -> dict[str, Any]:
         """A run as long as its share of the time (by a rate measured on 20 steps), then k-NN."""
         from benchmarks.steps import fill
+        from cmt_mae.core.recipes import load_recipes
         from cmt_mae.data.sources import open_split
         from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
         from cmt_mae.pretraining.run import pretrain
-        from cmt_mae.core.recipes import load_recipes
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from benchmarks.naive_cmt import Materialise, NaiveCMT, make_optimizer, train_step
 from benchmarks.timing import Step
 from cmt_mae.backbones import Backbone
+from cmt_mae.core.recipes import load_recipes
 from cmt_mae.data.loader import Batch
 from cmt_mae.engine.memory import keep_memory
 from cmt_mae.method.vit import sincos_table
 from cmt_mae.pretraining import assemble
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.stepping import Stepper
-from cmt_mae.core.recipes import load_recipes
 from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
 
 SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
