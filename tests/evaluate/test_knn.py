@@ -118,5 +118,5 @@ def test_evaluate(vit, pictures, tmp_path):
 def test_evaluate_refuses_first(vit, pictures):
     with pytest.raises(InputError, match="27 training images"):
         evaluate_knn(KnnConfig(vit, pictures, k=(28,), device="cpu", workers=0))
-    with pytest.raises(InputError, match="device is .tpu.: give one of"):
+    with pytest.raises(InputError, match=r"device is .tpu.: give one"):
         evaluate_knn(KnnConfig(vit, pictures, device="tpu"))
