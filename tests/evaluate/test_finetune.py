@@ -1,7 +1,7 @@
 """Fine-tuning's parts against timm, scikit-learn, torch and the table of the protocols."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,20 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from cmt_mae.backbones import Backbone, load_backbone, save_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.augment import Erased
+from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.evaluate import finetune_accuracy
 from cmt_mae.evaluate.features import forward_parts, normalise
 from cmt_mae.evaluate.finetune import FinetuneConfig, collate, to_device
-from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes
+from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
 from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
-from cmt_mae.evaluate.finetune_protocols import Recipe, differences, fit_batch, published, resolve
+from cmt_mae.evaluate.finetune_protocols import (
+    Recipe,
+    differences,
+    eval_crop,
+    fit_batch,
+    published,
+    resolve,
+)
 
 SIZES = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4}
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -253,6 +262,31 @@ def test_to_device_normalises_then_erases_then_mixes(vit_backbone: Backbone) -> 
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
 
 
+@pytest.mark.parametrize(("size", "shorter"), [(192, 219), (224, 256), (288, 288), (448, 448)])
+def test_images_are_cropped_as_maes_build_transform_does(size: int, shorter: int) -> None:
+    """crop_pct is 224 / 256 up to 224 pixels and 1 above; Resize gets int(size / crop_pct)."""
+    share = 224 / 256 if size <= 224 else 1
+    assert round(size * eval_crop((size, size))[0]) == shorter == int(size / share)
+
+
+def test_large_images_are_predicted_whole(vit_backbone: Backbone, monkeypatch) -> None:
+    ratios: list[float] = []
+
+    def seen(*_: Any, resize_ratio: float, **__: Any) -> Any:
+        ratios.append(resize_ratio)
+        raise InterruptedError
+
+    monkeypatch.setattr(finetune_accuracy, "eval_batches", seen)
+    model = Classifier(vit_backbone, 7)
+    for size in (224, 240):
+        with pytest.raises(InterruptedError):
+            predict(
+                model, None, replace(vit_backbone, img_size=(size, size)), make_accelerator("cpu", "fp32"),
+                batch_size=1, workers=0, timeout_s=1.0,
+            )  # fmt: skip
+    assert ratios == [256 / 224, 1.0]
+
+
 @pytest.mark.parametrize("classes", [2, 5, 9])
 def test_accuracy_is_scikit_learns(classes: int) -> None:
     rng = np.random.default_rng(classes)
@@ -319,7 +353,7 @@ def test_table_of_spec_6_3() -> None:
     assert published("paper256", 768).lr == published("paper256", 768).blr
     assert published("ibot", 768).lr == pytest.approx(4e-3)
     assert published("mae", 192) == published("mae", 768)
-    assert published("mae", 1280) == published("mae", 1024)
+    assert published("mae", 1280) == replace(published("mae", 1024), drop_path=0.3)  # ViT-H
     with pytest.raises(InputError, match="use mae, paper256, milan, dbot, ibot or quick"):
         published("best", 768)  # type: ignore[arg-type]
 

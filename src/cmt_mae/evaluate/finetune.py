@@ -46,6 +46,7 @@ from cmt_mae.evaluate.finetune_protocols import (
     PresetName,
     Recipe,
     differences,
+    eval_crop,
     published,
     resolve,
 )
@@ -410,7 +411,7 @@ def describe(
         "train_crop": "random resized crop, bicubic, and flip",
         "mixing": "timm Mixup, one draw a micro-batch" if recipe.mixes else "none",
         "size": backbone.img_size,
-        "crop": "centre crop, shorter side 256/224 of the size, bicubic",
+        "crop": eval_crop(backbone.img_size)[1],
         "few_shot": few,
         "frozen_layers": config.frozen_layers,
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",

@@ -13,6 +13,7 @@ from cmt_mae.data.loader import eval_batches
 from cmt_mae.data.source import Source
 from cmt_mae.evaluate.features import Where, gather_rows, normalise
 from cmt_mae.evaluate.finetune_model import Classifier
+from cmt_mae.evaluate.finetune_protocols import eval_crop
 
 
 @torch.no_grad()
@@ -39,6 +40,7 @@ def predict(
         size=backbone.img_size,
         channels=len(backbone.mean),
         batch_size=batch_size,
+        resize_ratio=eval_crop(backbone.img_size)[0],
         rank=where.rank,
         world=where.world,
         workers=workers,

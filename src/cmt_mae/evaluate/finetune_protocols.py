@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.evaluate.features import CENTRE_CROP
 
 if TYPE_CHECKING:
     from cmt_mae.evaluate.finetune import FinetuneConfig
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 PresetName = Literal["mae", "paper256", "milan", "dbot", "ibot", "quick"]
 Pool = Literal["mean", "cls"]
 
-LARGE = 1024  # width from which a backbone takes the numbers published for ViT-L
+LARGE, HUGE = (
+    1024,
+    1280,
+)  # widths from which a backbone takes the numbers published for ViT-L, ViT-H
 FEW_STEPS = 500  # below so many optimizer steps a run is told of
 
 
@@ -80,7 +84,8 @@ class Recipe:
 def published(name: PresetName, width: int) -> Recipe:
     """The recipe for a ViT of this width: the ViT-L column from 1024 on, the ViT-B column below.
 
-    Nothing is published for smaller networks; they take ViT-B's numbers.
+    MAE's own differs for ViT-H (from 1280 on) in its drop path alone. Nothing is published for smaller networks;
+    they take ViT-B's numbers.
 
     mae: FINETUNE.md. paper256: the CMT-MAE paper's "batch size of 256", MAE's otherwise, so that the
     rate is blr (specification 0.3 item 3: it may mean the batch that rates refer to). milan, dbot: both lower
@@ -98,7 +103,7 @@ def published(name: PresetName, width: int) -> Recipe:
         batch_size=1024,
         blr=1e-3 if large else 5e-4,
         layer_decay=0.75 if large else 0.65,
-        drop_path=0.2 if large else 0.1,
+        drop_path=0.3 if width >= HUGE else 0.2 if large else 0.1,
         warmup_epochs=5,
     )
     if name == "mae":
@@ -128,6 +133,16 @@ def published(name: PresetName, width: int) -> Recipe:
             smallest_crop=0.25,
         )
     raise InputError(f"unknown preset {name!r}; use mae, paper256, milan, dbot, ibot or quick")
+
+
+def eval_crop(size: tuple[int, int]) -> tuple[float, str]:
+    """How test images are resized before the centre crop, relative to it, and that in words.
+
+    MAE's build_transform: to 256/224 of the crop up to 224 pixels, above them to the crop itself.
+    """
+    if max(size) > 224:
+        return 1.0, "centre crop, shorter side to the size, bicubic"
+    return 256 / 224, CENTRE_CROP
 
 
 def resolve(config: FinetuneConfig, width: int, n: int) -> Recipe:
