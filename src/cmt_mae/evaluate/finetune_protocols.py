@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 PresetName = Literal["mae", "paper256", "milan", "dbot", "ibot", "quick"]
 Pool = Literal["mean", "cls"]
 
-LARGE, HUGE = (
-    1024,
-    1280,
-)  # widths from which a backbone takes the numbers published for ViT-L, ViT-H
+LARGE, HUGE = 1024, 1280
+"""Widths from which a backbone takes the numbers published for ViT-L and ViT-H."""
 FEW_STEPS = 500  # below so many optimizer steps a run is told of
 
 
