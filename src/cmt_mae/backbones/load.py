@@ -152,7 +152,8 @@ def _published(name: str, weights: Weights, img_size: int | Sequence[int] | None
     except Exception as error:  # the hub's client raises many kinds when there is no network
         raise InputError(
             f"'{name}': no weights in the local cache and none to be had from the hub "
-            f"({one_line(error)}); go online once, or give a file"
+            f"({one_line(error)}); go online once, give a file, or take what is in the package (pretrain: "
+            "--teacher embedded --recipe cmt_all,micro64)"
         ) from error
     state = {k: v.detach() for k, v in learned_state(model).items()}
     head, bias = state.pop("head.weight", None), state.pop("head.bias", None)

@@ -67,6 +67,22 @@ def show_help(
     return "\n".join(lines)
 
 
+def list_settings(settings: Any) -> str:
+    """Name, value and meaning of every setting, one a paragraph, for ``help()`` in Python."""
+    lines = []
+    for name, kind, one in walk(settings):
+        if not is_dataclass(kind):
+            holder, _, last = name.rpartition(".")
+            text = docs_of(kind_of_section(settings, holder)).get(last, "")
+            value = default_of(one)
+            told = "" if value is MISSING else f" = {value!r}"
+            lines += [
+                f"    {name}{told}",
+                *textwrap.wrap(text, 92, initial_indent=" " * 8, subsequent_indent=" " * 8),
+            ]
+    return "\n".join(lines)
+
+
 def summary(settings: type) -> str:
     """The docstring of a settings dataclass on one line."""
     return " ".join((inspect.getdoc(settings) or "").split())

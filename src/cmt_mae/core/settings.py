@@ -114,6 +114,24 @@ def check_fields(config: Any, prefix: str = "") -> None:
             raise InputError(refusal(f"--{name} is", value, kind))
 
 
+def build(settings: Any, nested: dict[str, Any], prefix: str = "") -> Any:
+    """A settings dataclass from nested values by name.
+
+    Raises InputError for unknown names and for values that a setting cannot have.
+    """
+    kinds = kinds_of(settings)
+    values: dict[str, Any] = {}
+    for name, value in nested.items():
+        if name not in kinds:
+            near = hint(name, list(kinds))
+            raise InputError(f"setting {prefix}{one_line(name, 60)} is unknown{near}")
+        whole = is_dataclass(kinds[name]) and isinstance(value, dict)
+        values[name] = build(kinds[name], value, f"{prefix}{name}.") if whole else value
+    made = settings(**values)
+    check_fields(made, prefix)
+    return made
+
+
 def refuse_meaningless(name: str, value: Any) -> None:
     """Raise InputError for what no setting can mean: nan, infinity, beyond 64 bits, a zero byte."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,9 +1,10 @@
 """Settings of a pre-training run: the command line, the recipes and the Python interface are these names."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Annotated, Any, Literal, Self
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.recipes import load_recipes, merge
 from cmt_mae.core.settings import (
     RESUME_SAFE,
     Amount,
@@ -16,6 +17,7 @@ from cmt_mae.core.settings import (
     Range,
     Share,
     Tracker,
+    build,
     check_fields,
     resume_safe,
     resume_safe_settings,
@@ -168,8 +170,35 @@ class PretrainConfig:
     init_from: str = ""
     """Start from a backbone (any that `evaluate` reads) or from a run directory (decoder and heads too)."""
 
+    def __post_init__(self) -> None:
+        """A text in place of a section: ``data="photos/"`` is its path, ``teacher="embedded"`` its name."""
+        if isinstance(self.data, str):
+            self.data = DataConfig(path=self.data)
+        if isinstance(self.teacher, str):
+            self.teacher = TeacherConfig(name=self.teacher)
+
+    @classmethod
+    def from_recipe(cls, recipes: str, **settings: Any) -> Self:
+        """Settings of one recipe, or of several joined by commas, with others on top.
+
+        ``PretrainConfig.from_recipe("cmt_all,micro64", data="photos/", teacher="embedded", out="runs/a",
+        mask={"ratio": 0.6})``: a section is a dict, a section of settings, or for data and teacher a text.
+
+        Raises:
+            InputError: an unknown recipe or setting, or a value that a setting cannot have.
+        """
+        nested = load_recipes(recipes)
+        short = {"data": "path", "teacher": "name"}
+        for name, value in settings.items():
+            if name in short and isinstance(value, str):
+                value = {short[name]: value}
+            whole = is_dataclass(value) and not isinstance(value, type)
+            merge(nested, {name: asdict(value) if whole else value})
+        return build(cls, nested)
+
     def check(self) -> None:
         """Raise InputError for settings that cannot work, before anything is loaded."""
+        self.__post_init__()  # where a text took a section's place since
         if not self.out:
             raise InputError("no folder for the run: give --out FOLDER")
         if not self.data.path:

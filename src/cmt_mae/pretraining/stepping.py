@@ -54,7 +54,8 @@ def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
     if n_images < config.batch_size:
         raise InputError(
             f"{config.data.path} has {n_images} images, fewer than --batch-size {config.batch_size}: "
-            f"lower it to {n_images} or less"
+            f"lower it to {n_images} or less, or take a recipe of a smaller scale, such as --recipe "
+            "cmt_all,micro64"
         )
     per_process, rest = divmod(config.batch_size, processes)
     micro = config.runtime.micro_batch or per_process
