@@ -99,6 +99,7 @@ SHORT = {
     "device": "runtime.device",
     "workers": "data.workers",
     "probe_data": "runtime.probe_data",
+    "val_share": "data.val_share",
     "deterministic": "runtime.deterministic",
 }
 USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows them)

@@ -120,6 +120,14 @@ def is_alive(process: int) -> bool:
     return True
 
 
+def same_fingerprint(one: str, other: str) -> bool:
+    """Whether two recorded fingerprints can be of the same data: those of older versions (without a dash) know
+    names and sizes alone, which the first half of a newer one stands for."""
+    if ("-" in one) != ("-" in other):
+        return one[:32] == other[:32]
+    return one == other
+
+
 def sha256(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

@@ -173,10 +173,3 @@ def joined_fingerprint(train: Source, val: Source) -> str:
     content = " ".join(part.partition("-")[2] for part in parts)
     first, second = (hashlib.sha256(text.encode()).hexdigest() for text in (names, content))
     return f"{first[:32]}-{second[:31]}"
-
-
-def same_fingerprint(one: str, other: str) -> bool:
-    """Whether two recorded fingerprints can be of the same data; older ones know names and sizes alone."""
-    if ("-" in one) != ("-" in other):
-        return one[:32] == other[:32]
-    return one == other

@@ -1,10 +1,9 @@
 """Tar shards in the WebDataset layout, indexed once and then read at random.
 
 A sample is a run of members with one key (the path up to the first dot of the file name, as in
-webdataset): key.jpg + key.cls (an integer) or key.json ({"label": 3}). Where such a run holds several images of
-one kind and what stands between the dots is a number, the names just have dots (IMG_0.1.jpg, 2024.05.01-007.jpg)
-and end at the last one. Only offsets are kept, so shuffling and resuming are as exact as over a folder. Nothing is
-ever unpacked to the disk.
+webdataset): key.jpg + key.cls (an integer) or key.json ({"label": 3}). Where a digit stands between the dots, the
+names just have dots (IMG_0.1.jpg, 2024.05.01-007.jpg) and end at the last one. Only offsets are kept, so
+shuffling and resuming are as exact as over a folder. Nothing is ever unpacked to the disk.
 """
 
 import json
@@ -125,8 +124,14 @@ def _samples(shard: str) -> Iterator[tuple[str, list[Member], int]]:
     """(key, members, label or -1) for each run of members with one key."""
     with open(shard, "rb") as raw:
         for key, members in _runs(shard):
-            for name, own in _parted(key, members).items():
-                yield name, own, _label(shard, raw.fileno(), name, own)
+            parted = _parted(key, members)
+            shared = parted.pop(key, [])
+            common = _label(shard, raw.fileno(), key, shared)
+            if not parted or any(_suffix(m) in IMAGE_SUFFIXES for m in shared):
+                yield key, shared, common
+            for name, own in parted.items():
+                label = _label(shard, raw.fileno(), name, own)
+                yield name, own, common if label < 0 else label
 
 
 def _runs(shard: str) -> Iterator[tuple[str, list[Member]]]:
@@ -150,11 +155,10 @@ def _runs(shard: str) -> Iterator[tuple[str, list[Member]]]:
 def _parted(key: str, members: list[Member]) -> dict[str, list[Member]]:
     """A run as it is; or, where its names have dots of their own, by what stands before the last one.
 
-    That is so where several images have one suffix and differ by a part with a digit: `IMG_1.0.jpg` and
-    `IMG_1.1.jpg` are two pictures, `1.left.jpg` and `1.right.jpg` two members of one sample.
+    That is so where an image has a digit between the dots: `IMG_1.0.jpg` and `IMG_1.1.jpg` are two pictures (with
+    the label in IMG_1.cls, if there is one), `1.left.jpg` and `1.right.jpg` two members of one sample.
     """
-    kinds = Counter(_suffix(m) for m in members if _suffix(m) in IMAGE_SUFFIXES)
-    between = [m[0].rpartition(".")[0] for m in members if kinds[_suffix(m)] > 1]
+    between = [m[0].rpartition(".")[0] for m in members if _suffix(m) in IMAGE_SUFFIXES]
     if not any(re.search(r"\d", part) for part in between):
         return {key: members}
     parted: dict[str, list[Member]] = {}

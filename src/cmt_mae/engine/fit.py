@@ -27,6 +27,7 @@ from cmt_mae.core.checkpoint import (
     save_checkpoint,
 )
 from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.core.files import same_fingerprint
 from cmt_mae.core.runs import RunDir
 from cmt_mae.core.text import printable
 from cmt_mae.engine.meters import Bad, Meters
@@ -331,7 +332,7 @@ class _Fit:
         before = self.run.known_facts()
         for part, key in (("backbone", "digest"), ("data", "fingerprint")):
             old, new = before.get(part, {}).get(key), self.facts[part][key]
-            if state is not None and old not in (None, new):
+            if state is not None and old and not same_fingerprint(str(old), str(new)):
                 raise InputError(
                     f"{self.run.path} was started with another {part} ({key} {str(old)[:10]}, now "
                     f"{str(new)[:10]}): give that one, or another --out"

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from cmt_mae.core.files import sweep, write_atomically
 from cmt_mae.core.settings import Amount, Count, CountOrNone, Device
 from cmt_mae.data.loader import eval_batches
 from cmt_mae.data.source import Source, joined_fingerprint
-from cmt_mae.data.sources import open_split
+from cmt_mae.data.sources import SHARE_SEED, open_split
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.engine.processes import meeting
 
@@ -45,6 +45,10 @@ class FrozenSettings:
     """Run directory, checkpoint file, timm name or `embedded`."""
     data: str
     """Labelled data set with a train and a val split."""
+    val_share: float = 0.0
+    """Share of each class to hold out as val where there is no val split."""
+    range: tuple[float, ...] = ()
+    """Values of black and white in images of more than 8 bits; empty: measured on some of them."""
     out: str | None = None
     """Folder for results/*.json. Default: the run directory, if the backbone is one."""
     pools: tuple[str, ...] | None = None
@@ -118,13 +122,18 @@ def start_processes(device: str) -> Where:
     return Where(where, state.process_index, state.num_processes)
 
 
-def open_labelled(path: str) -> tuple[Source, Source]:
+def open_labelled(
+    path: str, limits: Sequence[float] = (), val_share: float = 0.0
+) -> tuple[Source, Source]:
     """The training and validation images under ``path``, every one labelled, with equal classes.
+
+    limits, val_share: see ``open_split``.
 
     Raises:
         InputError: a split is missing, an image has no label, or the classes differ.
     """
-    train, val = open_split(path, "train"), open_split(path, "val")
+    train = open_split(path, "train", limits, val_share)
+    val = open_split(path, "val", limits, val_share)
     a, b = train.classes, val.classes
     if a is not None and b is not None and a != b:
         gap = f"only in train: {_few(set(a) - set(b))}; only in val: {_few(set(b) - set(a))}"
@@ -172,12 +181,16 @@ def _few(values: set[Any]) -> str:
 
 def describe_data(path: str, train: Source, val: Source) -> dict[str, Any]:
     """``Result.data`` of a data set with two splits."""
+    more: dict[str, Any] = {} if train.limits is None else {"range": list(train.limits)}
+    if val.parent is not None:
+        more["held_out"] = f"{len(val)} images of train, drawn by seed {SHARE_SEED}"
     return {
         "path": path,
         "fingerprint": joined_fingerprint(train, val),
         "train": len(train),
         "val": len(val),
         "classes": count_classes(train),
+        **more,
     }
 
 
@@ -412,7 +425,7 @@ def _cache_key(
         "digest": backbone.digest,
         "architecture": [backbone.architecture, backbone.kwargs],
         "normalisation": [backbone.mean, backbone.std],
-        "data": source.fingerprint(),
+        "data": [source.fingerprint(), source.limits],
         "size": size,
         "precision": precision,
     }

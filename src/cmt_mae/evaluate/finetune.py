@@ -64,6 +64,10 @@ class FinetuneConfig(TaskSettings):
     ViT-L from width 1024 on, of ViT-B below."""
     size: int | None = None
     """Input size in pixels. Default: the backbone's own."""
+    val_share: float = 0.0
+    """Share of each class to hold out as val where there is no val split."""
+    range: tuple[float, ...] = ()
+    """Values of black and white in images of more than 8 bits; empty: measured on some of them."""
     few_shot: str | None = None
     """Train on a part of every class: 1% or 10% of its images, or their number, like 5. Drawn by the seed."""
     frozen_layers: int | Literal["all"] = 0
@@ -158,7 +162,7 @@ def open_data(config: FinetuneConfig) -> tuple[Source, Source]:
 
     Raises InputError for data without labels or with labels beyond the list of classes.
     """
-    train, val = open_labelled(config.data)
+    train, val = open_labelled(config.data, config.range, config.val_share)
     labels = label_list(train, config.data)
     names = train.classes
     if names is not None and max(labels) >= len(names):
@@ -196,6 +200,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         plain(config) | asdict(recipe),
         RESUME_SAFE_SETTINGS,
         writes=accelerator.is_main_process,
+        defaults={"val_share": 0.0, "range": []},
     )
     said = differences(config, recipe, width, len(train))
     job = make_job(config, recipe, backbone, train, val, accelerator, run)

@@ -157,7 +157,7 @@ def evaluate_knn(config: KnnConfig) -> Result:
     check_fields(config)
     started = time.perf_counter()
     where = start_processes(config.device)
-    train, val = open_labelled(config.data)
+    train, val = open_labelled(config.data, config.range, config.val_share)
     _check(config.k, config.temperature, len(train))
     backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
     pools = tuple(config.pools or default_pools(backbone))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.data.folder import is_litter
 from cmt_mae.data.sources import has_splits
 from cmt_mae.evaluate.features import open_labelled
 from cmt_mae.evaluate.tasks import Layout
@@ -35,7 +36,7 @@ def find_data(root: Path, wanted: set[Layout]) -> tuple[list[Found], list[str]]:
     if layout is not None:
         folders = [root]
     else:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_litter(p.name))
     found, notes = [], []
     for folder in folders:
         layout = layout_of(folder)

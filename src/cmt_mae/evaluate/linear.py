@@ -90,7 +90,7 @@ def evaluate_linear(config: LinearConfig) -> Result:
     refuse_training(config)
     started = time.perf_counter()
     where = start_processes(config.device)
-    train, val = open_labelled(config.data)
+    train, val = open_labelled(config.data, config.range, config.val_share)
     backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
     with evaluation_progress(config.progress and where.rank == 0) as progress:
         if config.protocol == "logistic":

@@ -1,5 +1,6 @@
 """k-NN accuracy while a run goes on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -20,9 +21,12 @@ class OnlineProbe:
     val: Source
 
     @staticmethod
-    def open(path: str) -> "OnlineProbe | None":
-        """None for an empty path. Raises InputError for data without train, val or labels."""
-        return OnlineProbe(*open_labelled(path)) if path else None
+    def open(
+        path: str, limits: Sequence[float] = (), val_share: float = 0.0
+    ) -> "OnlineProbe | None":
+        """None for an empty path. limits, val_share: see `open_split`. Raises InputError for data without train,
+        val or labels."""
+        return OnlineProbe(*open_labelled(path, limits, val_share)) if path else None
 
     def measure(self, backbone: Backbone, accelerator: Accelerator) -> float:
         """Top-1 in percent of k-NN (k 20, T 0.07) on mean-pooled patch tokens."""

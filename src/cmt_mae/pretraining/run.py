@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from cmt_mae.core.checkpoint import (
     checkpoint_path,
     forget_after,
+    list_checkpoints,
     load_last,
     mark_best,
     rotate,
@@ -19,7 +20,6 @@ from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.loader import pretrain_batches
 from cmt_mae.data.source import Source
-from cmt_mae.data.sources import open_split
 from cmt_mae.engine import compiling
 from cmt_mae.engine.collapse import signs
 from cmt_mae.engine.energy import GpuEnergy
@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     config.check()
     runtime = config.runtime
     accelerator = make_accelerator(runtime.device, config.precision, runtime.deterministic)
-    source = open_split(config.data.path, "train")
+    source = config.data.open_train()
     plan = make_plan(config, len(source), accelerator.num_processes)
     run = RunDir(
         config.out,
@@ -67,12 +67,20 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         writes=accelerator.is_main_process,
         defaults=plain(PretrainConfig()),
     )
+    keep_range(source, run)
     try:
         with stopping_with_the_others(accelerator, run.path):
             accelerator.wait_for_everyone()  # nobody writes before everybody has looked at the folder
             return Training(config, accelerator, source, plan, run).run_to_the_end()
     finally:
         run.close()
+
+
+def keep_range(source: Source, run: RunDir) -> None:
+    """A run that is continued reads images of more than 8 bits as it did; older ones by all of 16 bits."""
+    if list_checkpoints(run.checkpoints) and (known := run.known_facts().get("data")):
+        before = known.get("range")
+        source.limits = (float(before[0]), float(before[1])) if before else None
 
 
 class Training:
@@ -111,7 +119,7 @@ class Training:
         """Resume or start, then step to the end."""
         self.run.claim()
         config, plan, runtime = self.config, self.plan, self.config.runtime
-        probe = OnlineProbe.open(runtime.probe_data)
+        probe = OnlineProbe.open(runtime.probe_data, config.data.range, config.data.val_share)
         self.resume(probe)
         self.open_store()
         self.announce()
@@ -333,9 +341,10 @@ class Training:
         agree(self.accelerator, state["step"] if state else -1)  # all have read before one writes
         facts = self.facts()
         known = self.run.known_facts()
-        before = known.get("data", {}).get("fingerprint")
         self.placed_before = known.get("placement", {})
-        if state is not None and before not in (None, facts["data"]["fingerprint"]):
+        if state is not None and not self.source.is_data_of(
+            known.get("data", {}).get("fingerprint")
+        ):
             raise InputError(
                 f"{self.config.data.path} no longer holds the images that {self.run.path} was started with: give "
                 "those, or another --out"
@@ -371,6 +380,9 @@ class Training:
                 "path": self.config.data.path,
                 "images": len(source),
                 "fingerprint": source.fingerprint(),
+                "range": source.limits and list(source.limits),
+                "held_out": self.config.data.val_share,
+                "left_out": dict(source.left_out),
             },
             "teacher": None
             if teacher is None

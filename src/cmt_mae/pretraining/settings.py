@@ -22,6 +22,8 @@ from cmt_mae.core.settings import (
     resume_safe,
     resume_safe_settings,
 )
+from cmt_mae.data.source import Source
+from cmt_mae.data.sources import open_split
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.method.cmtmae import FROM_IMAGE, MaskConfig, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
@@ -36,6 +38,10 @@ class DataConfig:
 
     path: str = resume_safe("")
     """A folder, tar shards, parquet files, hf://owner/name, or a folder made by `cmt-mae pack`."""
+    range: list[float] = field(default_factory=list)
+    """Values of black and white in images of more than 8 bits, like 0 4095; empty: measured on some of them."""
+    val_share: float = 0.0
+    """Share of the images to hold out where there is no val split: not trained on, and what the probe measures."""
     scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     """Share of the photo's area that a random crop takes: least and most."""
     flip: bool = True
@@ -57,6 +63,10 @@ class DataConfig:
     timeout_s: Amount = resume_safe(TIMEOUT_S)
     """A loader process that gives no answer for so many seconds counts as hung and is started again; 0: wait
     for ever."""
+
+    def open_train(self) -> Source:
+        """The images to train on. Raises InputError."""
+        return open_split(self.path, "train", self.range, self.val_share)
 
 
 @dataclass

@@ -21,7 +21,6 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import make_folder, write_text
 from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import plain
-from cmt_mae.data.sources import open_split
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.stepping import make_plan
 from cmt_mae.tools.ablate.plan import Plan, PlannedRun, settings_of, stage_one_key
@@ -41,7 +40,7 @@ def borrow_stage_one(run: PlannedRun, plan: Plan, out: Path) -> str:
         for other in plan.runs
         if other.name != run.name and other.train and stage_one_key(other.settings) == key
     ]
-    images = len(open_split(own.data.path, "train")) if siblings else 0
+    images = len(own.data.open_train()) if siblings else 0
     common: list[tuple[int, Path]] = []
     for sibling in siblings:
         limit = min(make_plan(one, images, 1).switch_step for one in (own, sibling))

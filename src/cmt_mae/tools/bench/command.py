@@ -19,7 +19,6 @@ from cmt_mae.core.runs import environment, plain
 from cmt_mae.core.text import printable
 from cmt_mae.data.loader import Batch, pretrain_batches
 from cmt_mae.data.source import Source
-from cmt_mae.data.sources import open_split
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.method.masking import noise_length
 from cmt_mae.pretraining import assemble
@@ -84,7 +83,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     the second the one to compare with other code. Raises InputError for settings that cannot work.
     """
     run = config.run_settings()
-    source = open_split(config.data.path, "train") if config.data.path else None
+    source = config.data.open_train() if config.data.path else None
     backbone = frozen_backbone(run) if run.needs_teacher() else None
     processes = make_accelerator(run.runtime.device, run.precision).num_processes
     run.batch_size = run.runtime.micro_batch * processes

@@ -99,7 +99,10 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     planned = run or RunRecord(Path(settings.out), "planned", config=plain(settings))
     if source is not None:
         bar = settings.runtime.progress and config.runtime.progress
-        note("data", check_images(path, settings.student.in_chans, config.sample, bar))
+        note(
+            "data",
+            check_images(path, settings.student.in_chans, config.sample, bar, settings.data.range),
+        )
         size = min(settings.student.size())
         findings.extend(check_pixels(planned, size, report["data"]["splits"]["train"]))
     named = config.teacher.name != TeacherConfig().name

@@ -249,7 +249,7 @@ def time_checkpoint(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dic
 
 def time_probe(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str, Any]:
     """Seconds of one k-NN measurement, from the features of a few images, and how many there will be."""
-    probe = OnlineProbe.open(config.runtime.probe_data)
+    probe = OnlineProbe.open(config.runtime.probe_data, config.data.range, config.data.val_share)
     if probe is None or config.runtime.probe_every <= 0:
         return {"seconds": 0.0, "measured": 0}
     images = len(probe.train) + len(probe.val)

@@ -4,6 +4,7 @@ Everything is looked at in small sets; of large ones a sample drawn by seed, and
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from cmt_mae.data.decode import BadImage, decode_image
+from cmt_mae.data.folder import left_out_of
 from cmt_mae.data.loader import order
 from cmt_mae.data.source import Source
 from cmt_mae.data.sources import has_splits, open_split
@@ -56,29 +58,49 @@ class Seen:
 
 
 def check_images(
-    path: str, channels: int, sample: int, progress: bool
+    path: str, channels: int, sample: int, progress: bool, limits: Sequence[float] = ()
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Facts about the images under ``path`` (its train split, and val where there is one), and what is wrong.
 
     sample: how many images of each split are read; 0: all. Raises InputError where there are none.
     """
-    splits = {"train": open_split(path, "train")}
+    splits = {"train": open_split(path, "train", limits)}
     if has_splits(path):
-        splits["val"] = open_split(path, "val")
+        splits["val"] = open_split(path, "val", limits)
     seen = {name: look(source, channels, sample, progress, name) for name, source in splits.items()}
     train = seen["train"]
     facts: dict[str, Any] = {
         "path": path,
         "fingerprint": splits["train"].fingerprint(),
+        "left_out": {name: dict(source.left_out) for name, source in splits.items()},
+        "range": splits["train"].limits and list(splits["train"].limits),
         "classes": class_counts(splits["train"]),
         "splits": {name: summary(one) for name, one in seen.items()},
     }
-    found = [*judge_readable(train), *judge_content(train), *judge_classes(facts["classes"])]
+    found = [
+        *judge_left_out(splits),
+        *judge_readable(train),
+        *judge_content(train),
+        *judge_classes(facts["classes"]),
+    ]
     if "val" in seen:
         facts["in_both_splits"] = in_both(train, seen["val"])
         found += judge_leak(facts["in_both_splits"], seen["val"])
         found += [one for one in judge_readable(seen["val"]) if one.what == "broken images"]
     return facts, found
+
+
+def judge_left_out(splits: dict[str, Source]) -> list[Finding]:
+    """Files in the folders that are no images by their suffix."""
+    texts = [
+        name + text
+        for name, source in splits.items()
+        if (text := left_out_of(len(source), source.left_out))
+    ]
+    if not texts:
+        return []
+    fix = "convert them to JPEG or PNG, give them the right suffix, or move them away"
+    return [warning("data", "files left out", "; ".join(texts), fix)]
 
 
 def look(source: Source, channels: int, sample: int, progress: bool, name: str = "") -> Seen:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.files import same_fingerprint
 from cmt_mae.core.run_reader import is_run, result_files
 from cmt_mae.evaluate.result import Result
 from cmt_mae.tools.report.gains import METRICS, Column, Gain, gains, metrics_of, name_of
@@ -247,7 +248,7 @@ def tabulate(found: Iterable[tuple[Path, Result]], paper: list[PaperNumber]) -> 
     """Rows, columns and marks of the results and, below them, of the paper's numbers."""
     found = sorted(found, key=lambda item: _task_order(item[1].task))
     table = Comparison([], [], {}, [])
-    marks: dict[str, str] = {}
+    marks: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], Row] = {}
     cells: dict[tuple[str, str], dict[tuple[Column, str], list[tuple[Path, Result, str]]]] = {}
     for path, result in found:
@@ -275,22 +276,26 @@ def tabulate(found: Iterable[tuple[Path, Result]], paper: list[PaperNumber]) -> 
 
 
 def measured_mark(
-    result: Result, marks: dict[str, str], footnotes: dict[str, dict[str, Any]]
+    result: Result, marks: dict[tuple[str, str], str], footnotes: dict[str, dict[str, Any]]
 ) -> str:
     """The mark of this task, protocol and data; a new letter where none has them yet."""
     data = {k: v for k, v in result.data.items() if k != "path"}
-    key = json.dumps([result.task, result.protocol, data], sort_keys=True)
-    if key not in marks:
-        marks[key] = letters(len(marks))
-        footnotes[marks[key]] = {
+    rest = {k: v for k, v in data.items() if k != "fingerprint"}
+    text = json.dumps([result.task, result.protocol, rest], sort_keys=True)
+    fingerprint = str(data.get("fingerprint"))
+    alike = (m for (t, f), m in marks.items() if t == text and same_fingerprint(f, fingerprint))
+    mark = next(alike, "")
+    if not mark:
+        mark = marks[text, fingerprint] = letters(len(marks))
+        footnotes[mark] = {
             "task": result.task,
             "protocol": result.protocol,
             "data": {"path": result.data.get("path"), **data},
             "seeds": [],
         }
-    note = footnotes[marks[key]]
+    note = footnotes[mark]
     note["seeds"] = sorted({*note["seeds"], result.seed})
-    return marks[key]
+    return mark
 
 
 def letters(index: int) -> str:
