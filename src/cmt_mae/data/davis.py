@@ -99,7 +99,7 @@ def read_list(root: Path) -> list[str]:
             f"{file} is missing; the layout of DAVIS-2017 needs it, with one sequence a line"
         )
     try:
-        names = list(dict.fromkeys(read_file(file, LIST_BYTES).decode().split()))
+        names = list(dict.fromkeys(read_file(file, LIST_BYTES).decode("utf-8-sig").split()))
     except (BadImage, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     if not names:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import sweep, write_atomically
-from cmt_mae.core.settings import Amount, Count, CountOrNone, Device
+from cmt_mae.core.settings import Amount, Count, CountOrNone, Device, PartOf
 from cmt_mae.data.loader import eval_batches
 from cmt_mae.data.source import Source, joined_fingerprint
 from cmt_mae.data.sources import SHARE_SEED, open_split
@@ -45,7 +45,7 @@ class FrozenSettings:
     """Run directory, checkpoint file, timm name or `embedded`."""
     data: str
     """Labelled data set with a train and a val split."""
-    val_share: float = 0.0
+    val_share: PartOf = 0.0
     """Share of each class to hold out as val where there is no val split."""
     range: tuple[float, ...] = ()
     """Values of black and white in images of more than 8 bits; empty: measured on some of them."""

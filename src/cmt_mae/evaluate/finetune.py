@@ -20,6 +20,7 @@ from torch import Tensor
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.runs import RunDir, plain
+from cmt_mae.core.settings import PartOf
 from cmt_mae.data.augment import Augment, seeded
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
@@ -64,7 +65,7 @@ class FinetuneConfig(TaskSettings):
     ViT-L from width 1024 on, of ViT-B below."""
     size: int | None = None
     """Input size in pixels. Default: the backbone's own."""
-    val_share: float = 0.0
+    val_share: PartOf = 0.0
     """Share of each class to hold out as val where there is no val split."""
     range: tuple[float, ...] = ()
     """Values of black and white in images of more than 8 bits; empty: measured on some of them."""

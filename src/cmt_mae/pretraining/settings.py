@@ -40,7 +40,7 @@ class DataConfig:
     """A folder, tar shards, parquet files, hf://owner/name, or a folder made by `cmt-mae pack`."""
     range: list[float] = field(default_factory=list)
     """Values of black and white in images of more than 8 bits, like 0 4095; empty: measured on some of them."""
-    val_share: float = 0.0
+    val_share: PartOf = 0.0
     """Share of the images to hold out where there is no val split: not trained on, and what the probe measures."""
     scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     """Share of the photo's area that a random crop takes: least and most."""
