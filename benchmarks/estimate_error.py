@@ -17,9 +17,9 @@ from cmt_mae.core.recipes import load_recipes
 from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import environment
 from cmt_mae.data.sources import open_split
-from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.diagnose.estimate import estimate
+from cmt_mae.tools.pretrain import pretrain
 
 CASES: dict[str, tuple[str, list[str], float]] = {
     "MAE, micro, steps of 64": ("mae,demo,mae", ["--epochs=2"], 5.0),

@@ -143,7 +143,7 @@ class Bench:
         """(all gradients as one fp32 vector on the CPU, the mask) of a step whose weights stay."""
         import torch
 
-        from benchmarks.steps import our_stepper
+        from benchmarks.steps import our_trainer
         from cmt_mae.method import cmtmae
         from cmt_mae.tools.bench.measure import replaced
 
@@ -158,12 +158,14 @@ class Bench:
 
         torch._dynamo.reset()
         torch.manual_seed(0)
-        stepper, batches, step = our_stepper(run, "two")
-        if run.runtime.compile and stepper.no_compiler:
-            raise RuntimeError(f"nothing can be compiled here: {stepper.no_compiler}")
+        trainer, task, batches, step = our_trainer(run, "two")
+        if run.runtime.compile and trainer.no_compiler:
+            raise RuntimeError(f"nothing can be compiled here: {trainer.no_compiler}")
         with replaced(cmtmae, "sample_mask", keep):
-            stepper.accelerator.backward(stepper.loss(next(batches), step))
-        parts = [p.grad.detach().float().flatten() for p in stepper.learner.parameters() if p.grad is not None]
+            with trainer.accelerator.autocast():
+                loss, _ = task.loss(trainer.model, next(batches), step)
+            trainer.accelerator.backward(loss)
+        parts = [p.grad.detach().float().flatten() for p in task.learner.parameters() if p.grad is not None]
         return torch.cat(parts).cpu(), used[0]
 
     def resume(self) -> dict[str, Any]:
@@ -188,9 +190,9 @@ class Bench:
     def train(self, data: Path, out: Path, stop_at: int | None) -> None:
         """A real run of 6 steps, stage two from the 4th; SIGTERM to this very process in step ``stop_at``."""
         from cmt_mae.core.errors import Stopped
-        from cmt_mae.pretraining.run import pretrain
-        from cmt_mae.pretraining.stepping import Stepper
+        from cmt_mae.engine.trainer import Trainer
         from cmt_mae.tools.bench.measure import replaced
+        from cmt_mae.tools.pretrain import pretrain
 
         run = self.settings("two", "micro", 16, epochs=6.0)
         run.data.path, run.out, run.data.workers = str(data), str(out), 0
@@ -198,14 +200,14 @@ class Bench:
         run.optim.warmup_epochs = 1
 
         def stopping(real: Any) -> Any:
-            def step(stepper: Any, batches: Any, number: int) -> Any:
+            def step(trainer: Any, batches: Any, number: int) -> Any:
                 if number + 1 == stop_at:
                     os.kill(os.getpid(), signal.SIGTERM)
-                return real(stepper, batches, number)
+                return real(trainer, batches, number)
 
             return step
 
-        with replaced(Stepper, "step", stopping), contextlib.suppress(Stopped):
+        with replaced(Trainer, "step", stopping), contextlib.suppress(Stopped):
             pretrain(run)
 
     def fsdp(self) -> dict[str, Any]:
@@ -278,7 +280,7 @@ class Bench:
         """Images/s, MFU against the product measured in this run, peak of memory, host waits a step."""
         import torch
 
-        from benchmarks.steps import METHODS, our_stepper
+        from benchmarks.steps import METHODS, our_trainer
         from cmt_mae.tools.bench import measure
         from cmt_mae.tools.bench.flops import OURS, PLAIN, step_macs, step_of
 
@@ -286,17 +288,17 @@ class Bench:
         run = self.settings(method, size, batch, **{"runtime.compile": way == "compiled"})
         if way == "compiled":
             run.frozen_precision = "bf16"
-        stepper, batches, step = our_stepper(run, METHODS[method][1], pin=not self.dry)
+        trainer, task, batches, step = our_trainer(run, METHODS[method][1], pin=not self.dry)
         measure.forget_peak(self.device)
         rounds, count = (5, 5) if not self.dry else (1, 1)
-        timed = measure.rates(stepper, batches, step, batch, rounds, count)
-        sizes = step_of(stepper.learner, stepper.guides, stepper.weights_at(step), stepper.plan.n_mask)
+        timed = measure.rates(trainer, batches, step, batch, rounds, count)
+        sizes = step_of(task.learner, task.frozen_networks, task.alphas_at(step), task.plan.n_mask)
         rate = timed["images_per_second"]["median"]
         ours, plain = (2 * sum(step_macs(sizes, cuts).values()) for cuts in (OURS, PLAIN))
         return {
             **timed, "mfu": rate * ours / peak, "mfu_plain": rate * plain / peak,
             "peak_memory_gb": measure.peak_gb(self.device),
-            "host_waits": host_waits(lambda: stepper.step(batches, step), self.device),
+            "host_waits": host_waits(lambda: trainer.step(batches, step), self.device),
         }  # fmt: skip
 
     def rival(self, size: str, method: str, name: str, batch: int) -> dict[str, Any]:
@@ -363,7 +365,7 @@ class Bench:
         from cmt_mae.core.recipes import load_recipes
         from cmt_mae.data.sources import open_split
         from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
-        from cmt_mae.pretraining.run import pretrain
+        from cmt_mae.tools.pretrain import pretrain
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -14,7 +14,7 @@ from cmt_mae.core.runs import environment
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
 from cmt_mae.method.vit import StudentConfig, build_student
-from cmt_mae.pretraining.assemble import IMAGENET
+from cmt_mae.pretraining.assembly import IMAGENET
 
 Rungs = dict[str, tuple[str, list[str], str]]
 STUDENT = StudentConfig(preset="micro", img_size=[64], patch_size=8)

@@ -137,10 +137,10 @@ def processes(rounds: int, images: int, size: str, quick: bool) -> dict[str, Any
 
 def unshared(config: Any) -> Step:
     """Our step without the exchange of gradients (that of the guard against NaN stays)."""
-    stepper, batches, at = steps.our_stepper(config, "two")
-    real = stepper.synchronised
-    stepper.synchronised = lambda _: real(False)  # type: ignore[method-assign]
-    return Step(lambda: stepper.step(batches, at))
+    trainer, _, batches, at = steps.our_trainer(config, "two")
+    real = trainer._synchronised
+    trainer._synchronised = lambda _: real(False)  # type: ignore[method-assign]
+    return Step(lambda: trainer.step(batches, at))
 
 
 # --- checkpoints, loader, index ------------------------------------------------------------------------------
@@ -149,12 +149,12 @@ def unshared(config: Any) -> Step:
 def checkpoints(rounds: int, size: str, folder: Path) -> dict[str, Any]:
     """Bytes and seconds of a real checkpoint of stage two, optimizer state included."""
     run = settings("two", size, **{"teacher.name": "embedded"})
-    stepper, _, _ = steps.our_stepper(run, "two")
-    for parameter in stepper.learner.parameters():
+    trainer, task, _, _ = steps.our_trainer(run, "two")
+    for parameter in task.learner.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    stepper.optimizer.step()  # makes its state, which a first step would make
-    state = {"step": 1, **stepper.state_dict()}
+    task.optimizer.step()  # makes its state, which a first step would make
+    state = {"step": 1, **trainer.state_dict()}
     written, loaded = [], []
     for number in range(rounds):
         begin = time.perf_counter()

@@ -262,10 +262,10 @@ def measure_costs(
     """One axis: time, multiplications and their ratio at every point."""
     contestants, gflop, plain = {}, {}, {}
     for name, (config, stage) in points.items():
-        stepper, batches, at = steps.our_stepper(config, stage)
-        contestants[name] = partial(stepper.step, batches, at)
+        trainer, task, batches, at = steps.our_trainer(config, stage)
+        contestants[name] = partial(trainer.step, batches, at)
         sizes = step_of(
-            stepper.learner, stepper.guides, stepper.weights_at(at), stepper.plan.n_mask
+            task.learner, task.frozen_networks, task.alphas_at(at), task.plan.n_mask
         )
         gflop[name] = 2e-9 * sum(step_macs(sizes, OUR_CUTS).values())
         plain[name] = 2e-9 * sum(step_macs(sizes, PLAIN).values())

@@ -20,11 +20,12 @@ from cmt_mae.backbones import Backbone
 from cmt_mae.core.recipes import load_recipes
 from cmt_mae.data.loader import Batch
 from cmt_mae.engine.memory import keep_memory
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method.vit import sincos_table
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Stepper
-from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
+from cmt_mae.pretraining.task import Pretraining
+from cmt_mae.tools.bench.build import frozen_backbone, make_trainer, synthetic_batches
 
 SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
     # name: recipe of the scale, further settings, images a step
@@ -83,30 +84,30 @@ def describe(config: PretrainConfig) -> str:
 # --- ours ------------------------------------------------------------------------------------------------
 
 
-def our_stepper(
+def our_trainer(
     config: PretrainConfig, stage: str, backbone: Backbone | None = None, pin: bool = False
-) -> tuple[Stepper, Iterator[Batch], int]:
-    """A stepper in its stage, synthetic uint8 batches, and a step of that stage."""
-    stepper, teacher = make_stepper(config, backbone)
-    step = stepper.plan.switch_step if stage == "two" else 0
-    stepper.enter_stage(step)
-    images = stepper.plan.micro_batch
-    crops = assemble.crop_settings(config, teacher)
-    batches = synthetic_batches(crops, config.mask.rule, stepper.plan.n_patches, images, pin=pin)
-    return stepper, batches, step
+) -> tuple[Trainer, Pretraining, Iterator[Batch], int]:
+    """A trainer in its stage, its task, synthetic uint8 batches, and a step of that stage."""
+    trainer, task = make_trainer(config, backbone)
+    step = task.switch_step if stage == "two" else 0
+    trainer.enter(step)
+    crops = assembly.crop_settings(config, task.frozen_networks.teacher)
+    rule, patches = config.mask.rule, task.plan.n_patches
+    batches = synthetic_batches(crops, rule, patches, task.micro_batch, pin=pin)
+    return trainer, task, batches, step
 
 
 def ours(config: PretrainConfig, stage: str) -> Step:
     """A whole optimizer step as `pretrain` takes it: uint8 in, meters and the guard against NaN included."""
     backbone = frozen_backbone(config) if config.needs_teacher() else None
-    stepper, batches, step = our_stepper(config, stage, backbone)
+    trainer, task, batches, step = our_trainer(config, stage, backbone)
     held = backbone.model if backbone is not None else None
     facts = {
-        "frozen_gb": gigabytes(held, stepper.guides.momentum),
-        "gradient_bytes": sum(4 * p.numel() for p in stepper.learner.parameters() if p.requires_grad),
+        "frozen_gb": gigabytes(held, task.frozen_networks.momentum),
+        "gradient_bytes": sum(4 * p.numel() for p in task.learner.parameters() if p.requires_grad),
     }
     del backbone, held
-    return Step(lambda: stepper.step(batches, step), facts)
+    return Step(lambda: trainer.step(batches, step), facts)
 
 
 def gigabytes(*networks: Any) -> float:
@@ -148,7 +149,7 @@ def naive_model(config: PretrainConfig, backbone: Backbone, materialise: Materia
     student.pos_embed = nn.Parameter(table[None], requires_grad=False)
     teacher: Any = copy.deepcopy(backbone.model)
     return NaiveCMT(
-        student, teacher, backbone.proj, images=assemble.IMAGENET,
+        student, teacher, backbone.proj, images=assembly.IMAGENET,
         teacher_images=(backbone.mean, backbone.std), mask_ratio=config.mask.ratio, alpha=config.alpha,
         decoder=(config.decoder.width, config.decoder.depth, config.decoder.heads), materialise=materialise,
     )  # fmt: skip

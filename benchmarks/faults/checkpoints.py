@@ -144,7 +144,7 @@ def _killed_writes(options: Options, verdict: Verdict, counts: Counter[str]) -> 
         save_checkpoint(folder, 2, _small(2))
         save_checkpoint(folder, 2, {**_small(2), "evaluated": True})
         mark_best(folder / "step_00000002.pt")
-        rotate(folder, 1, set())
+        rotate(folder, 1, lambda _: False)
         os._exit(0)
 
     def once(fault: Fault | None) -> Launch:

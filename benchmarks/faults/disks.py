@@ -144,15 +144,15 @@ def forbidden(
             os.setuid(NOBODY)
 
     def slow(rank: int) -> None:
-        from cmt_mae.pretraining.stepping import Stepper
+        from cmt_mae.engine.trainer import Trainer
 
-        step = Stepper.step
+        step = Trainer.step
 
-        def slower(self: Stepper, batches: Any, number: int) -> Any:
+        def slower(self: Trainer, batches: Any, number: int) -> Any:
             time.sleep(0.05)
             return step(self, batches, number)
 
-        Stepper.step = slower  # type: ignore[method-assign]
+        Trainer.step = slower  # type: ignore[method-assign]
         drop(rank)
 
     def owned(path: Path, mode: int) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from benchmarks.faults import tiny
 from benchmarks.faults.campaign import Options, Verdict
@@ -24,7 +23,8 @@ from benchmarks.faults.poisons import COLLAPSES, METHODS, PLACES, Now
 from benchmarks.faults.sameness import differences
 from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 from cmt_mae.engine.collapse import limit_of, signs
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.engine.trainer import Trainer
+from cmt_mae.pretraining.task import Pretraining
 
 PLAIN = ["--student.drop_path=0", "--runtime.log_every=1"]
 AT = 13
@@ -56,31 +56,31 @@ def campaign(options: Options) -> Verdict:
 def moment(first: int, last: int, rank: int, hurt: int | None) -> Now:
     """True in steps first..last (from 1) on process ``hurt`` (None: on all)."""
     step = [0]
-    real = Stepper.step
+    real = Trainer.step
 
-    def counting(self: Stepper, batches: Any, number: int) -> Any:
+    def counting(self: Trainer, batches: Any, number: int) -> Any:
         step[0] = number + 1
         return real(self, batches, number)
 
-    Stepper.step = counting  # type: ignore[method-assign]
+    Trainer.step = counting  # type: ignore[method-assign]
     return lambda: first <= step[0] <= last and hurt in (None, rank)
 
 
 def learner_hash(out: Path, rank: int) -> None:
     """Every process leaves the sum of its weights behind, exactly, for comparison."""
-    from cmt_mae.pretraining.run import Training
+    from cmt_mae.engine.fit import _Fit
 
-    real = Training.run_to_the_end
+    real = _Fit.run_to_the_end
 
-    def run(self: Training) -> Any:
+    def run(self: _Fit) -> Any:
         last = real(self)
         numbers = [
-            p.detach().double().sum().item().hex() for p in self.stepper.learner.parameters()
+            p.detach().double().sum().item().hex() for p in self.task.model.parameters()
         ]
         (out.parent / f"{out.name}.weights{rank}").write_text(" ".join(numbers))
         return last
 
-    Training.run_to_the_end = run  # type: ignore[method-assign]
+    _Fit.run_to_the_end = run  # type: ignore[method-assign]
 
 
 def spoilt_once(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
@@ -180,15 +180,15 @@ def spoilt_weights(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
 
         def inject(rank: int, name: str = name, hurt: int | None = hurt) -> None:
             now = moment(AT, AT, rank, hurt)
-            real = Stepper.loss
+            real = Pretraining.loss
 
-            def loss(self: Stepper, batch: Any, step: int) -> Tensor:
+            def loss(self: Pretraining, model: Any, batch: Any, step: int) -> Any:
                 if now():
                     with torch.no_grad():
                         self.learner.get_parameter(name).view(-1)[0] = math.nan
-                return real(self, batch, step)
+                return real(self, model, batch, step)
 
-            Stepper.loss = loss  # type: ignore[method-assign]
+            Pretraining.loss = loss  # type: ignore[method-assign]
 
         words = work.pretrain(work.packed, out, *PLAIN, "--runtime.max_nonfinite=30")
         launch = tiny.Launch(words, out.with_suffix(".log"), processes, prepare=inject).start()
@@ -326,15 +326,15 @@ def same_bits(options: Options, work: tiny.Tiny, verdict: Verdict) -> None:
 
 def strict(_: int) -> None:
     """torch refuses what it cannot do alike; checked at the end of the first step."""
-    real = Stepper.step
+    real = Trainer.step
 
-    def step(self: Stepper, batches: Any, number: int) -> Any:
-        asked = self.config.runtime.deterministic
+    def step(self: Trainer, batches: Any, number: int) -> Any:
+        asked = self.task.config.runtime.deterministic  # type: ignore[attr-defined]
         assert torch.are_deterministic_algorithms_enabled() == asked
         assert torch.backends.cudnn.deterministic == asked
         return real(self, batches, number)
 
-    Stepper.step = step  # type: ignore[method-assign]
+    Trainer.step = step  # type: ignore[method-assign]
 
 
 def extremes(options: Options, verdict: Verdict) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmt_mae.method import cmtmae
 from cmt_mae.method.decoder import Decoder
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.pretraining.task import Pretraining
 
 Now = Callable[[], bool]
 """Whether this is the moment (and the process) for the fault."""
@@ -23,13 +23,13 @@ def poison(tensor: Tensor, value: float) -> Tensor:
 
 def poison_image(now: Now, value: float) -> None:
     """One pixel of one image, as the device sees it."""
-    real = Stepper.to_device
+    real = Pretraining.to_device
 
-    def to_device(self: Stepper, batch: Any) -> Any:
+    def to_device(self: Pretraining, batch: Any) -> Any:
         images, second = real(self, batch)
         return (poison(images, value), second) if now() else (images, second)
 
-    Stepper.to_device = to_device  # type: ignore[method-assign]
+    Pretraining.to_device = to_device  # type: ignore[method-assign]
 
 
 def poison_guide(which: str) -> Callable[[Now, float], None]:

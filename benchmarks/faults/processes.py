@@ -21,7 +21,7 @@ from benchmarks.faults import tiny
 from benchmarks.faults.campaign import Options, Verdict
 from benchmarks.faults.sameness import differences, steps_done
 from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.engine.trainer import Trainer
 
 PLAIN = ["--student.drop_path=0", "--runtime.log_every=1"]
 """Drop path draws its random numbers by process, not by image: the one thing that may differ."""
@@ -164,15 +164,15 @@ def stop_after(step: int) -> Any:
     """SIGTERM to itself when a step is done, on process 0."""
 
     def place(rank: int) -> None:
-        real = Stepper.step
+        real = Trainer.step
 
-        def step_then(self: Stepper, batches: Any, number: int) -> Any:
+        def step_then(self: Trainer, batches: Any, number: int) -> Any:
             outcome = real(self, batches, number)
             if rank == 0 and number + 1 == step:
                 signal.raise_signal(signal.SIGTERM)
             return outcome
 
-        Stepper.step = step_then  # type: ignore[method-assign]
+        Trainer.step = step_then  # type: ignore[method-assign]
 
     return place
 

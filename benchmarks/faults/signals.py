@@ -157,16 +157,16 @@ def _impatient(
 
     def slow(_: int) -> None:
         from cmt_mae.core import checkpoint
-        from cmt_mae.pretraining.stepping import Stepper
+        from cmt_mae.engine.trainer import Trainer
 
-        write, step = checkpoint._Hashed.write, Stepper.step
+        write, step = checkpoint._Hashed.write, Trainer.step
 
         def slow_write(self: Any, data: bytes) -> int:
             if _step_of(self) > 6:
                 time.sleep(0.2)
             return write(self, data)
 
-        def slow_step(self: Stepper, batches: Any, number: int) -> Any:
+        def slow_step(self: Trainer, batches: Any, number: int) -> Any:
             if number == 6:
                 time.sleep(60)
             return step(self, batches, number)
@@ -174,7 +174,7 @@ def _impatient(
         if moment == "the checkpoint":
             checkpoint._Hashed.write = slow_write  # type: ignore[method-assign]
         else:
-            Stepper.step = slow_step  # type: ignore[method-assign]
+            Trainer.step = slow_step  # type: ignore[method-assign]
 
     launch = Launch(words, log, prepare=slow).start()
     while launch.running() and not (run / "checkpoints" / "step_00000006.pt").exists():

@@ -30,7 +30,7 @@ from cmt_mae.core.cli import main
 
 # imported here, so that a forked process need not
 for _module in (
-    "cmt_mae.pretraining.run", "cmt_mae.evaluate.finetune", "cmt_mae.evaluate.segmentation",
+    "cmt_mae.tools.pretrain", "cmt_mae.evaluate.finetune", "cmt_mae.evaluate.segmentation",
     "cmt_mae.evaluate.linear", "cmt_mae.evaluate.knn", "torch.utils.tensorboard", "matplotlib.pyplot",
     "jsonargparse", "torch.distributed", "torch.nn.parallel",
 ):  # fmt: skip
@@ -229,9 +229,9 @@ class Launch:
         fault = self.fault if self.fault is not None and self.fault.rank == rank else None
         if rank == 0 or fault is not None:
             watch(self.counters, fault, out_of(self.words))
-        from cmt_mae.pretraining import picturing
+        from cmt_mae.tools import pretrain
 
-        picturing.PICTURED = 1  # else most of a tiny run is spent, and killed, drawing pictures
+        pretrain.PICTURED = 1  # else most of a tiny run is spent, and killed, drawing pictures
         if self.prepare is not None:
             self.prepare(rank)
         return main(self.words)
@@ -272,7 +272,7 @@ def watch(counters: Counters, fault: Fault | None, run: Path) -> None:
     """Count in this process (and its workers) what faults are placed by, and place one."""
     from cmt_mae.core import checkpoint
     from cmt_mae.data import loader
-    from cmt_mae.pretraining.stepping import Stepper
+    from cmt_mae.pretraining.task import Pretraining
 
     process, text = os.getpid(), str(run)
 
@@ -290,7 +290,7 @@ def watch(counters: Counters, fault: Fault | None, run: Path) -> None:
             count("file")
 
     sys.addaudithook(audit)
-    write, decode, to_device = checkpoint._Hashed.write, loader.decode_image, Stepper.to_device
+    write, decode, to_device = checkpoint._Hashed.write, loader.decode_image, Pretraining.to_device
 
     def write_some(self: Any, data: bytes) -> int:
         before = counters.add("byte", len(data))
@@ -305,13 +305,13 @@ def watch(counters: Counters, fault: Fault | None, run: Path) -> None:
         count("decode")
         return image
 
-    def take_micro(self: Stepper, batch: Any) -> Any:
+    def take_micro(self: Pretraining, batch: Any) -> Any:
         count("step")
         return to_device(self, batch)
 
     checkpoint._Hashed.write = write_some  # type: ignore[method-assign]
     loader.decode_image = decode_one
-    Stepper.to_device = take_micro  # type: ignore[method-assign]
+    Pretraining.to_device = take_micro  # type: ignore[method-assign]
 
 
 def out_of(words: list[str]) -> Path:

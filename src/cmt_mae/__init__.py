@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from cmt_mae.evaluate.video.evaluate import (
         evaluate_davis as evaluate_davis,
     )
-    from cmt_mae.pretraining.run import pretrain as pretrain
     from cmt_mae.pretraining.settings import PretrainConfig as PretrainConfig
     from cmt_mae.tools.ablate import AblateConfig as AblateConfig
     from cmt_mae.tools.ablate import ablate as ablate
@@ -71,6 +70,7 @@ if TYPE_CHECKING:
     from cmt_mae.tools.diagnose.command import doctor as doctor
     from cmt_mae.tools.inspect.command import explain as explain
     from cmt_mae.tools.inspect.settings import ExplainConfig as ExplainConfig
+    from cmt_mae.tools.pretrain import pretrain as pretrain
     from cmt_mae.tools.report.compare import CompareConfig as CompareConfig
     from cmt_mae.tools.report.compare import compare as compare
     from cmt_mae.tools.report.page.command import (
@@ -121,7 +121,7 @@ _HOMES = {
     "load_backbone": "backbones",
     "make_report": "tools.report.page.command",
     "pack": "data.pack",
-    "pretrain": "pretraining.run",
+    "pretrain": "tools.pretrain",
     "watch": "tools.report.page.serve",
 }
 __all__ = [*_HOMES, "__version__"]

@@ -17,7 +17,7 @@ from cmt_mae.core.recipes import load_recipes
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.bench import BenchConfig, bench, measure
-from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
+from cmt_mae.tools.bench.build import frozen_backbone, make_trainer, synthetic_batches
 
 SMALL = [
     "--student.img_size=[32]", "--student.depth=2", "--decoder.depth=1", "--teacher.name=embedded",
@@ -125,22 +125,23 @@ def test_watching_a_step_changes_neither_its_result_nor_its_modules() -> None:
     weights = []
     for watch in (False, True):
         run = run_settings()
-        stepper, _ = make_stepper(run)
-        step = stepper.plan.switch_step
-        stepper.enter_stage(step)
+        trainer, task = make_trainer(run)
+        step = task.switch_step
+        trainer.enter(step)
         batches = synthetic_batches(CropSettings((32, 32)), run.mask.rule, 16, 4)
-        untouched = dict(vars(stepper)), dict(vars(stepper.guides)), dict(vars(measure.cmtmae))
+        owners = (trainer, task, task.frozen_networks, measure.cmtmae)
+        untouched = [dict(vars(owner)) for owner in owners]
         if watch:
             # one step before it counts, and one that does
-            measure.shares(stepper, batches, step, 1)
+            measure.shares(trainer, batches, step, 1)
         else:
             for _ in range(2):
-                stepper.step(batches, step)
-        after = dict(vars(stepper)), dict(vars(stepper.guides)), dict(vars(measure.cmtmae))
+                trainer.step(batches, step)
+        after = [dict(vars(owner)) for owner in owners]
         assert [set(d) for d in after] == [set(d) for d in untouched]
         assert after[0]["model"] is untouched[0]["model"]
-        assert after[2]["sample_mask"] is untouched[2]["sample_mask"]
-        weights.append(stepper.learner.state_dict())
+        assert after[3]["sample_mask"] is untouched[3]["sample_mask"]
+        weights.append(task.learner.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

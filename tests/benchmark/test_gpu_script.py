@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import gpu, photos
-from benchmarks.steps import METHODS, our_stepper, settings
+from benchmarks.steps import METHODS, our_trainer, settings
 from benchmarks.timing import Book
 from PIL import Image
 
@@ -72,10 +72,10 @@ def test_a_step_that_is_not_the_step_is_found(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("method", list(METHODS))
 def test_the_host_reads_no_value_in_a_whole_step(method: str) -> None:
     """On a GPU each such read would wait for the device; logging reads its numbers outside of the step."""
-    stepper, batches, step = our_stepper(settings(method, "micro"), METHODS[method][1])
+    trainer, _, batches, step = our_trainer(settings(method, "micro"), METHODS[method][1])
     with gpu.reading() as seen:
         for _ in range(2):  # the first one makes the optimizer's state
-            stepper.step(batches, step)
+            trainer.step(batches, step)
         assert seen == []
         torch.ones(3)[0].item()  # the watch sees what it is for
     assert seen == ["_local_scalar_dense"]
@@ -150,6 +150,6 @@ def test_it_needs_none_of_the_modules_that_a_lent_machine_may_lack() -> None:
     lacking = "jsonargparse faster_coco_eval pycocotools transformers datasets webdataset gradio"
     code = (
         f"import sys\nfor name in '{lacking}'.split():\n    sys.modules[name] = None\n"
-        "import benchmarks.gpu, benchmarks.steps, cmt_mae.pretraining.run, cmt_mae.evaluate.knn"
+        "import benchmarks.gpu, benchmarks.steps, cmt_mae.tools.pretrain, cmt_mae.evaluate.knn"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

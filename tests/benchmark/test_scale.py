@@ -17,7 +17,7 @@ from benchmarks.timing import exponent
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmt_mae.pretraining.assemble import build_learner
+from cmt_mae.pretraining.assembly import build_learner
 from cmt_mae.tools.bench.flops import PLAIN, step_macs
 
 REPOSITORY = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from benchmarks import side_by_side, timing
 from benchmarks.readings import clusters, ours, plain_head, timm_loader, torchvision_loader
 from benchmarks.side_by_side import Options
 from benchmarks.speed_page import page
-from benchmarks.steps import naive_model, our_stepper, settings, transformers, transformers_model
+from benchmarks.steps import naive_model, our_trainer, settings, transformers, transformers_model
 from benchmarks.timing import OURS, Comparison, Contestant, Step, alternate, alternate_processes
 from PIL import Image
 
@@ -30,12 +30,12 @@ def learned(module: Any) -> int:
 def test_naive_has_our_parameters_and_our_frozen_networks() -> None:
     config = settings("two", "small", batch_size=2)
     backbone = frozen_backbone(config)
-    stepper, _, _ = our_stepper(config, "two", backbone)
+    _, task, _, _ = our_trainer(config, "two", backbone)
     naive = naive_model(config, backbone, "last")
     naive.start_stage_two()
-    assert learned(naive) == learned(stepper.learner)
+    assert learned(naive) == learned(task.learner)
     assert naive.momentum is not None
-    ours_frozen = sum(p.numel() for p in stepper.guides.parameters())
+    ours_frozen = sum(p.numel() for p in task.frozen_networks.parameters())
     theirs = sum(p.numel() for net in (naive.teacher, naive.momentum) for p in net.parameters())
     # a bias for the folded normalisation
     assert abs(ours_frozen - theirs) <= backbone.model.embed_dim
@@ -45,8 +45,8 @@ def test_naive_has_our_parameters_and_our_frozen_networks() -> None:
 
 def test_transformers_has_our_parameters_and_learns() -> None:
     config = settings("mae", "micro")
-    stepper, _, _ = our_stepper(config, "one")
-    assert learned(transformers_model(config)) == learned(stepper.learner)
+    _, task, _, _ = our_trainer(config, "one")
+    assert learned(transformers_model(config)) == learned(task.learner)
     step: Any = transformers(config)
     (model,) = [
         cell.cell_contents for cell in step.run.__closure__ if hasattr(cell.cell_contents, "vit")

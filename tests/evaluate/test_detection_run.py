@@ -31,7 +31,7 @@ from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
 from cmt_mae.evaluate.detection.detector import build_detector
 from cmt_mae.evaluate.detection.protocols import resolve
-from cmt_mae.evaluate.detection.task import Evaluator, make_job, open_backbone, to_device
+from cmt_mae.evaluate.detection.task import Evaluator, make_task, open_backbone, to_device
 from cmt_mae.evaluate.result import Result
 
 PROGRAM = Path(__file__).with_name("detection_program.py")
@@ -198,14 +198,14 @@ def test_schedule_and_normalisation(given: dict[str, Any]) -> None:
     train = open_coco(config.data, "train")
     detector = build_detector(backbone, 10, protocol)
     chosen = np.arange(12)
-    job = make_job(
+    task = make_task(
         config, protocol, detector, backbone, train, chosen, make_accelerator("cpu", "fp32"), lambda _: None,
     )  # fmt: skip
-    assert (job.steps_per_epoch, job.total_steps) == (3, 36)
+    assert (task.steps_per_epoch, task.total_steps) == (3, 36)
     expected = {0: 2e-7, 5: 2e-4 * 0.5005, 10: 2e-4, 23: 2e-4, 24: 2e-5, 32: 2e-5, 33: 2e-6}
     for step, rate in expected.items():
-        assert job.lr_at(step) == pytest.approx(rate)
-    batches = job.batches(0)
+        assert task.lr_at(step) == pytest.approx(rate)
+    batches = task.batches(0)
     examples = next(batches)
     batches.close()
     batch = to_device(examples, backbone, torch.device("cpu"))

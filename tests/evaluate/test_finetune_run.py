@@ -32,7 +32,7 @@ from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import open_labelled
-from cmt_mae.evaluate.finetune import FinetuneConfig, make_job
+from cmt_mae.evaluate.finetune import FinetuneConfig, make_task
 from cmt_mae.evaluate.finetune_protocols import resolve
 from cmt_mae.evaluate.result import Result
 
@@ -89,20 +89,20 @@ def test_the_whole_training_equals_a_plain_loop_with_timms_parts(given: dict[str
     recipe = resolve(config, 48, len(train))
     backbone = load_backbone(config.backbone)
     accelerator = make_accelerator("cpu", "fp32")
-    job = make_job(
+    task = make_task(
         config, recipe, backbone, train, val, accelerator, RunDir(str(config.out), {}, (), False)
     )
 
     network: Any = timm.create_model(
         backbone.architecture, num_classes=3, global_pool="avg", **backbone.kwargs
     )
-    start = {k.removeprefix("backbone."): v for k, v in job.model.state_dict().items()}
+    start = {k.removeprefix("backbone."): v for k, v in task.model.state_dict().items()}
     network.load_state_dict(start)
     groups = param_groups_layer_decay(
         network, 0.05, no_weight_decay_list=network.no_weight_decay(), layer_decay=0.65
     )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    batches = job.batches(0)
+    batches = task.batches(0)
     peak = 0.02 * 8 / 256
     for step in range(6):
         epoch = step / 3
@@ -112,7 +112,7 @@ def test_the_whole_training_equals_a_plain_loop_with_timms_parts(given: dict[str
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         for _ in range(2):  # two micro-batches of 4
-            batch = job.to_device(next(batches))
+            batch = task.to_device(next(batches))
             (SoftTargetCrossEntropy()(network(batch["images"]), batch["labels"]) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -30,7 +30,7 @@ from cmt_mae.data.segmentation_crops import resize_image
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.result import Result
-from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_job, open_ade20k
+from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_task, open_ade20k
 from cmt_mae.evaluate.segmentation_protocols import Recipe, published, resolve
 from cmt_mae.evaluate.upernet import Segmenter
 
@@ -151,28 +151,28 @@ def test_sides_follow_the_crop_and_the_warm_up_the_iterations() -> None:
 
 
 def make(given: dict[str, Any], out: str) -> tuple[Any, Any]:
-    """The job of these settings without training it, and its backbone at the window's size."""
+    """The task of these settings without training it, and its backbone at the window's size."""
     config = Ade20kConfig(**{"workers": 0, "device": "cpu", **given}, out=out)
     data = open_ade20k(config.data, config.classes)
     recipe = resolve(config, len(data.train))
     backbone, _ = at_window(config, load_backbone(config.backbone), recipe.crop_size)
     accelerator = make_accelerator("cpu", "fp32")
     nowhere = RunDir(out, {}, (), False)
-    return make_job(config, recipe, backbone, data, accelerator, nowhere), backbone
+    return make_task(config, recipe, backbone, data, accelerator, nowhere), backbone
 
 
 def test_learning_rates_of_the_paper(small: dict[str, Any], tmp_path: Path) -> None:
     given = {k: small[k] for k in ("backbone", "data", "crop_size", "batch_size", "channels")}
-    job, _ = make(given, str(tmp_path / "r"))
-    assert job.total_steps == 160_000
-    assert job.steps_per_epoch == 2
-    assert job.lr_at(0) == pytest.approx(3e-11)
+    task, _ = make(given, str(tmp_path / "r"))
+    assert task.total_steps == 160_000
+    assert task.steps_per_epoch == 2
+    assert task.lr_at(0) == pytest.approx(3e-11)
     # mmcv: the poly rate times 1 - (1 - step / 1500) (1 - 1e-6)
-    assert job.lr_at(750) == pytest.approx(3e-5 * (1 - 750 / 160_000) * 0.5, rel=1e-5)
-    assert job.lr_at(1500) == pytest.approx(3e-5 * (1 - 1500 / 160_000))
-    assert job.lr_at(80_000) == pytest.approx(1.5e-5)
-    assert job.lr_at(160_000) == 0
-    scales = {g["lr_scale"] for g in job.optimizer.param_groups}
+    assert task.lr_at(750) == pytest.approx(3e-5 * (1 - 750 / 160_000) * 0.5, rel=1e-5)
+    assert task.lr_at(1500) == pytest.approx(3e-5 * (1 - 1500 / 160_000))
+    assert task.lr_at(80_000) == pytest.approx(1.5e-5)
+    assert task.lr_at(160_000) == 0
+    scales = {g["lr_scale"] for g in task.optimizer.param_groups}
     assert min(scales) == pytest.approx(0.9**5)
     assert max(scales) == 1.0
 
@@ -201,8 +201,8 @@ def test_numbers_are_those_of_torchmetrics_on_a_plain_loop(
     undisturbed: Path, small: dict[str, Any], tmp_path: Path
 ) -> None:
     """The trained weights, every image and window by hand, mmseg's order of resizing."""
-    job, backbone = make(small, str(tmp_path / "r"))
-    model: Segmenter = job.model
+    task, backbone = make(small, str(tmp_path / "r"))
+    model: Segmenter = task.model
     model.load_state_dict(state(undisturbed)["model"])
     model.eval()
     data = open_ade20k(small["data"])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cmt_mae.data.sample import write_imagefolder
-from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.tools.pretrain import pretrain
 from random_teacher import write_teacher
 
 

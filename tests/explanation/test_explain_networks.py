@@ -49,7 +49,7 @@ def test_step_0_is_the_start_of_the_run(
     cmt_run: Path, photos: Path, teacher_file: Path, tmp_path: Path
 ) -> None:
     """A run that learns nothing still has at its end the weights that step 0 shows."""
-    from cmt_mae.pretraining.run import pretrain
+    from cmt_mae.tools.pretrain import pretrain
 
     from .conftest import settings
 

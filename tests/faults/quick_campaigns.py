@@ -28,10 +28,10 @@ from benchmarks.faults import (  # noqa: E402
 )
 from benchmarks.faults.campaign import SHARED, Options, Verdict  # noqa: E402
 
-from cmt_mae import stepping  # noqa: E402
 from cmt_mae.data import decode, tar  # noqa: E402
 from cmt_mae.data.steps import Steps  # noqa: E402
-from cmt_mae.pretraining.run import Training  # noqa: E402
+from cmt_mae.engine import trainer  # noqa: E402
+from cmt_mae.engine.fit import _Fit  # noqa: E402
 
 
 def broken_images(_: Path) -> Verdict:
@@ -62,7 +62,7 @@ def broken_workers(place: Path) -> Verdict:
 
 def broken_numerics(place: Path) -> Verdict:
     """A step that is not finite is taken all the same."""
-    stepping.skip_unless = lambda _, finite, __: 0.0 * finite.float()
+    trainer.skip_unless = lambda _, finite, __: 0.0 * finite.float()
     verdict = Verdict("none")
     numerics.spoilt_once(Options(place, quick=True), tiny.prepare(place / "data_"), verdict)
     return verdict
@@ -79,14 +79,14 @@ def broken_processes(place: Path) -> Verdict:
 def broken_soak(place: Path) -> Verdict:
     """Every checkpoint leaves a file open."""
     kept: list[Any] = []
-    real = Training.checkpoint
+    real = _Fit.checkpoint
 
-    def leaking(self: Training) -> None:
+    def leaking(self: _Fit) -> None:
         real(self)
         kept.append(open(self.run.path / "config.yaml"))  # noqa: SIM115
 
     def plant(_: int) -> None:
-        Training.checkpoint = leaking  # type: ignore[method-assign]
+        _Fit.checkpoint = leaking  # type: ignore[method-assign]
 
     soak.WORDS[soak.WORDS.index("--runtime.checkpoint_every=10.0")] = "--runtime.checkpoint_every=1"
     verdict = Verdict("none")

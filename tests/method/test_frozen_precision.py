@@ -8,43 +8,44 @@ import torch
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method import cmtmae
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Stepper
-from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
+from cmt_mae.pretraining.task import Pretraining
+from cmt_mae.tools.bench.build import make_trainer, synthetic_batches
 
 
-def stage_two(frozen: str, precision: str = "fp32") -> Stepper:
+def stage_two(frozen: str, precision: str = "fp32") -> tuple[Trainer, Pretraining]:
     run = PretrainConfig(batch_size=4, frozen_precision=frozen, precision=precision, out="x")
     run.data.path = "x"
     run.student.preset, run.student.img_size, run.student.patch_size = "micro", [32], 8
     run.decoder.width, run.decoder.depth, run.decoder.heads = 32, 1, 2
     run.teacher.name, run.runtime.device = "embedded", "cpu"
-    stepper, _ = make_stepper(run)
-    stepper.enter_stage(stepper.plan.switch_step)
-    return stepper
+    trainer, task = make_trainer(run)
+    trainer.enter(task.switch_step)
+    return trainer, task
 
 
 def batches() -> Any:
     return synthetic_batches(CropSettings((32, 32)), "sampled_high", 16, 4)
 
 
-def guided(stepper: Stepper) -> tuple[Any, dict[str, torch.Tensor]]:
+def guided(task: Pretraining) -> tuple[Any, dict[str, torch.Tensor]]:
     batch = next(batches())
-    images, _ = stepper.to_device(batch)
-    weights = stepper.weights_at(stepper.plan.switch_step)
-    with stepper.accelerator.autocast():
-        mask, targets, _ = stepper.guides(images, batch["noise"], stepper.plan.n_mask, weights)
+    images, _ = task.to_device(batch)
+    alphas, n_mask = task.alphas_at(task.switch_step), task.plan.n_mask
+    with task.accelerator.autocast():
+        mask, targets, _ = task.frozen_networks(images, batch["noise"], n_mask, alphas)
     return mask, targets
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_targets_are_near_those_of_fp32_and_the_stream_is_bf16(precision: str) -> None:
-    plain, low = stage_two("auto"), stage_two("bf16", precision)
+    (_, plain), (_, low) = stage_two("auto"), stage_two("bf16", precision)
     mask, wanted = guided(plain)
     seen: list[torch.dtype] = []
-    assert low.guides.teacher is not None
-    for network in (low.guides.teacher.model, low.guides.momentum_runs()):
+    assert low.frozen_networks.teacher is not None
+    for network in (low.frozen_networks.teacher.model, low.frozen_networks.momentum_runs()):
         network.blocks[1].norm2.register_forward_hook(
             lambda _, args, out: seen.extend([args[0].dtype, out.dtype])
         )  # type: ignore[index,union-attr]
@@ -63,8 +64,8 @@ def test_targets_are_near_those_of_fp32_and_the_stream_is_bf16(precision: str) -
 
 def test_small_movements_of_the_average_are_not_lost() -> None:
     """With m = 0.9999 a bf16 average would never move: one step is less than half a unit of bf16."""
-    stepper = stage_two("bf16")
-    guides, student = stepper.guides, stepper.learner.student
+    _, task = stage_two("bf16")
+    guides, student = task.frozen_networks, task.learner.student
     assert guides.momentum is not None
     start = copy.deepcopy(guides.momentum)
     with torch.no_grad():
@@ -87,18 +88,18 @@ def test_small_movements_of_the_average_are_not_lost() -> None:
 
 
 def test_the_copy_is_right_after_a_resume() -> None:
-    first = stage_two("bf16")
-    step = first.plan.switch_step
+    first, task = stage_two("bf16")
+    step = task.switch_step
     source = batches()
     for number in range(2):
         first.step(source, step + number)
     state = copy.deepcopy(first.state_dict())
     assert all(v.dtype == torch.float32 for v in state["momentum"].values())
-    second = stage_two("bf16")
+    second, _ = stage_two("bf16")
     second.load_state_dict(state)
-    second.enter_stage(step + 2)
-    for stepper in (first, second):
-        stepper.step(source, step + 2)
+    second.enter(step + 2)
+    for trainer in (first, second):
+        trainer.step(source, step + 2)
     one, other = first.state_dict(), second.state_dict()
     for part in ("learner", "momentum"):
         assert all(torch.equal(one[part][n], other[part][n]) for n in one[part])
@@ -110,11 +111,11 @@ def test_teachers_with_rotary_positions_run_in_bf16() -> None:
     run.student.preset, run.student.img_size = "micro", [64]
     run.teacher.name, run.runtime.device = "eva02_tiny_patch14_224.mim_in22k", "cpu"
     run.decoder.depth = 1
-    stepper, _ = make_stepper(run)
-    stepper.enter_stage(0)
+    trainer, _ = make_trainer(run)
+    trainer.enter(0)
     source = synthetic_batches(CropSettings((64, 64)), run.mask.rule, 16, 2)
-    stepper.step(source, 0)
-    means, bad = stepper.meters.read()
+    trainer.step(source, 0)
+    means, bad = trainer.meters.read()
     assert not bad
     assert 0.5 < means["loss"] < 3
 

@@ -20,11 +20,10 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.recipes import load_recipes
 from cmt_mae.core.run_reader import RunRecord
 from cmt_mae.core.runs import plain
-from cmt_mae.pretraining import assemble
-from cmt_mae.pretraining.run import pretrain
+from cmt_mae.pretraining import assembly
+from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import make_plan
-from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
+from cmt_mae.tools.bench.build import make_trainer, synthetic_batches
 from cmt_mae.tools.diagnose import machine
 from cmt_mae.tools.diagnose.command import DoctorConfig, doctor
 from cmt_mae.tools.diagnose.estimate import Size, at, estimate, kept_gb
@@ -33,6 +32,7 @@ from cmt_mae.tools.diagnose.images import check_images
 from cmt_mae.tools.diagnose.run import diagnose
 from cmt_mae.tools.diagnose.settings import check_pixels, check_settings
 from cmt_mae.tools.diagnose.teacher import check_teacher
+from cmt_mae.tools.pretrain import pretrain
 
 from .conftest import Make
 
@@ -366,11 +366,11 @@ def test_line_through_two_sizes_by_hand() -> None:
 def test_what_a_step_keeps_grows_with_its_images(make: Make) -> None:
     kept = {}
     for images in (2, 4):
-        stepper, teacher = make_stepper(make(batch_size=images))
-        crops = assemble.crop_settings(make(), teacher)
-        batches = synthetic_batches(crops, "sampled_high", stepper.plan.n_patches, images)
-        stepper.enter_stage(0)
-        kept[images] = kept_gb(stepper, next(batches), 0)
+        trainer, task = make_trainer(make(batch_size=images))
+        crops = assembly.crop_settings(make(), task.frozen_networks.teacher)
+        batches = synthetic_batches(crops, "sampled_high", task.plan.n_patches, images)
+        trainer.enter(0)
+        kept[images] = kept_gb(trainer, task, next(batches), 0)
     assert kept[4] == pytest.approx(2 * kept[2], rel=0.1)
     tokens, width = 5, 16  # 4 visible patches and the class token
     assert kept[2] * 1e9 > 2 * tokens * width * 4 * 10, "two blocks keep at least five tensors each"

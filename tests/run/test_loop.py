@@ -12,8 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.pretraining.run import Training, pretrain
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.engine.trainer import Trainer
+from cmt_mae.pretraining.task import Pretraining
+from cmt_mae.tools.pretrain import pretrain
 
 from .conftest import Make, as_words, assert_same_state, final_state, rows, start
 
@@ -98,15 +99,14 @@ def test_a_stopped_run_continues_bit_for_bit(
     for config in (whole, broken):
         config.runtime.log_every, config.runtime.micro_batch = 4, 4
     pretrain(whole)
-    real = Stepper.step
+    real = Trainer.step
 
-    def interrupted(self: Stepper, batches: object, step: int) -> object:
-        outcome = real(self, batches, step)  # type: ignore[arg-type]
+    def interrupted(self: Trainer, batches: object, step: int) -> None:
+        real(self, batches, step)  # type: ignore[arg-type]
         if step + 1 == stop_at:
             signal.raise_signal(signal.SIGTERM)
-        return outcome
 
-    monkeypatch.setattr(Stepper, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(Stopped, match=f"step {stop_at} of 10"):
         pretrain(broken)
     monkeypatch.undo()
@@ -259,11 +259,11 @@ def test_init_from_a_run_takes_student_decoder_and_heads(make: Make) -> None:
 
 
 def started(config: object) -> dict[str, torch.Tensor]:
-    from cmt_mae.pretraining import assemble
+    from cmt_mae.pretraining import assembly
 
-    stats = assemble.IMAGENET
-    teacher, _ = assemble.build_teacher(config, stats)  # type: ignore[arg-type]
-    return assemble.build_learner(config, teacher).state_dict()  # type: ignore[arg-type]
+    stats = assembly.IMAGENET
+    teacher, _ = assembly.build_teacher(config, stats)  # type: ignore[arg-type]
+    return assembly.build_learner(config, teacher).state_dict()  # type: ignore[arg-type]
 
 
 def test_online_knn_is_logged_and_the_best_checkpoint_kept(make: Make, images: Path) -> None:
@@ -281,17 +281,17 @@ def test_a_nonfinite_loss_skips_the_step_and_is_named(
     make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make(runtime__max_nonfinite=3)
-    real = Stepper.to_device
+    real = Pretraining.to_device
 
-    def poisoned(self: Stepper, batch: object) -> object:
+    def poisoned(self: Pretraining, batch: object) -> object:
         images, second = real(self, batch)  # type: ignore[arg-type]
         return images * float("nan"), second
 
-    training: list[Training] = []
-    monkeypatch.setattr(Stepper, "to_device", poisoned)
-    real_init = Training.__init__
+    monkeypatch.setattr(Pretraining, "to_device", poisoned)
+    tasks: list[Pretraining] = []
+    begin = Pretraining.begin
     monkeypatch.setattr(
-        Training, "__init__", lambda self, *a: (training.append(self), real_init(self, *a))[1]
+        Pretraining, "begin", lambda self, *a: (tasks.append(self), begin(self, *a))[1]
     )
     with pytest.raises(InputError, match="3 steps in a row up to step 3"):
         pretrain(config)
@@ -300,5 +300,5 @@ def test_a_nonfinite_loss_skips_the_step_and_is_named(
     assert [line["step"] for line in kept] == [1, 2, 3, 3]
     assert "1 step(s) up to step 1 skipped, not finite: first image at step 1" in kept[0]["text"]
     assert kept[-1]["text"].startswith("the run ended: 3 steps in a row up to step 3")
-    for name, value in training[0].stepper.learner.named_parameters():
+    for name, value in tasks[0].learner.named_parameters():
         assert torch.isfinite(value).all(), name

@@ -11,8 +11,8 @@ from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes
 from cmt_mae.method.cmtmae import FrozenNetworks
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.pretraining.run import pretrain
 from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.tools.pretrain import pretrain
 
 from .conftest import Make, as_words, rows
 
@@ -71,7 +71,7 @@ def test_networks_that_have_no_weight_do_not_run(
     looks, stepping = {"teacher": 0, "momentum": 0}, [0]
     real_look, real_step = Teacher.look, FrozenNetworks.forward
     monkeypatch.setattr(FrozenNetworks, "maps", lambda *_, **__: pytest.skip("pictures are not asked for"))
-    monkeypatch.setattr("cmt_mae.pretraining.run.Training.picture", lambda _: None)
+    monkeypatch.setattr("cmt_mae.tools.pretrain.draw_attention", lambda *_: None)
 
     def look(self: Teacher, images: torch.Tensor) -> object:
         looks["teacher"] += 1

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmt_mae.core.checkpoint import load_last
-from cmt_mae.pretraining.run import pretrain
+from cmt_mae.tools.pretrain import pretrain
 
 from .conftest import Make, as_words, rows, start
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.sources import open_split
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.pretraining import assemble, teacher_store
-from cmt_mae.pretraining.run import pretrain
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.pretraining import assembly, teacher_store
 from cmt_mae.pretraining.teacher_store import AT_ONCE, TeacherStore
+from cmt_mae.tools.pretrain import pretrain
 
 from .conftest import Make, as_words, assert_same_state, rows, start
 
@@ -49,15 +49,15 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """As a kill, between two checkpoints, before the number-th step of this process."""
-    before, taken = Stepper.step, [0]
+    before, taken = Trainer.step, [0]
 
-    def step(self: Stepper, batches: Any, which: int) -> Any:
+    def step(self: Trainer, batches: Any, which: int) -> Any:
         taken[0] += 1
         if taken[0] == number:
             raise Stopped("")
         return before(self, batches, which)
 
-    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 @pytest.mark.parametrize("tokens", ["masked", "all+cls"])
@@ -86,8 +86,8 @@ def test_of_a_photo_it_holds_what_the_teacher_puts_out_for_it(
     # 40 photos in batches of 8, filled up to AT_ONCE; then two pictures of 6 (maps and mask)
     assert [shape for shape in looks if shape[0] == AT_ONCE] == [(AT_ONCE, 3, 48, 48)] * 5
     source = open_split(str(images), "train")
-    stats = assemble.statistics(config, source)
-    teacher, _ = assemble.build_teacher(config, stats)
+    stats = assembly.statistics(config, source)
+    teacher, _ = assembly.build_teacher(config, stats)
     assert teacher is not None
     photo = torch.from_numpy(load_image(source, 7, 3)).permute(2, 0, 1)[None]
     photo = torch.nn.functional.interpolate(photo, (48, 48), mode="bicubic", antialias=True)
@@ -164,10 +164,10 @@ def test_what_changes_the_outputs_has_a_store_of_its_own(
 
     def made_by(**changes: Any) -> dict[str, Any]:
         config = make(**{**kept, **changes})
-        teacher, backbone = assemble.build_teacher(config, assemble.IMAGENET)
+        teacher, backbone = assembly.build_teacher(config, assembly.IMAGENET)
         assert teacher is not None
         assert backbone is not None
-        return assemble.what_outputs_follow_from(
+        return assembly.what_outputs_follow_from(
             config, teacher, source, Accelerator(cpu=True), backbone.digest
         )
 
@@ -240,7 +240,7 @@ def test_numbers_that_are_not_finite_are_not_kept(
 @pytest.mark.parametrize(("keep_as", "largest"), [("fp32", 0.0), ("fp16", 5e-4), ("int8", 1e-2)])
 def test_error_of_what_is_kept(make: Make, tmp_path: Path, keep_as: Any, largest: float) -> None:
     """Relative error (root mean square) of features that were written and read back."""
-    teacher, _ = assemble.build_teacher(make(**PHOTO), assemble.IMAGENET)
+    teacher, _ = assembly.build_teacher(make(**PHOTO), assembly.IMAGENET)
     assert teacher is not None
     pictures = torch.randn(20, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

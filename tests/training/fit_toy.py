@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.data.tasks import train_batches
-from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.fit import fit
 from cmt_mae.engine.processes import leave_processes, make_accelerator
+from cmt_mae.engine.supervised import SupervisedTask
+from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
 
 N, BATCH, STEPS_PER_EPOCH = 40, 8, 5
@@ -54,7 +56,7 @@ def toy(
     lr_scale: float = 1.0,
     statistics: str | None = None,
     **settings: Any,
-) -> tuple[Evaluation, Job, RunDir]:
+) -> tuple[Evaluation, SupervisedTask, RunDir]:
     """Train the toy. signal_at: (signal, micro-batch number since step 0) sent to this very process.
 
     statistics: beginning of the files' names that every process writes its BatchNorm's means to at an evaluation.
@@ -94,18 +96,19 @@ def toy(
         weight = float(model.body[0].weight.detach().sum())
         return Evaluation({"score": weight}, {"step": step})
 
-    job = Job(
+    task = SupervisedTask(
         model=model, optimizer=torch.optim.AdamW(groups, lr=1.0, fused=True),
-        lr_at=lambda step: 0.01 * (step + 1), batches=batches, to_device=lambda b: b, evaluate=evaluate,
-        headline="score", batch_size=BATCH, accumulation=accumulation, steps_per_epoch=STEPS_PER_EPOCH,
+        schedule=lambda step: 0.01 * (step + 1), loader=batches, to_device=lambda b: b, measure=evaluate,
+        headline="score", seed=config.seed, batch_size=BATCH, micro_batch=size, accumulation=accumulation,
+        steps_per_epoch=STEPS_PER_EPOCH, eval_every=config.eval_every,
         total_steps=epochs * STEPS_PER_EPOCH, clip=1.0, average=Net(dropout) if average else None,
         average_decay=0.5,
     )  # fmt: skip
-    if job.average is not None:
-        job.average.load_state_dict(model.state_dict())
+    if task.average is not None:
+        task.average.load_state_dict(model.state_dict())
     facts = {"backbone": {"digest": digest}, "data": {"fingerprint": "f"}}
     try:
-        return fit(config, job, accelerator, run, facts), job, run
+        return fit(config, task, accelerator, run, facts).evaluation, task, run
     finally:
         run.close()
 

@@ -9,9 +9,9 @@ from timm.models.vision_transformer import Block
 
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.engine import compiling
-from cmt_mae.pretraining.assemble import build_learner
+from cmt_mae.pretraining.assembly import build_learner
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.tools.bench.build import make_stepper, synthetic_batches
+from cmt_mae.tools.bench.build import make_trainer, synthetic_batches
 
 CPU = torch.device("cpu")
 
@@ -78,19 +78,19 @@ def test_steps_with_compiled_blocks_are_the_same_steps(monkeypatch: pytest.Monke
         torch._dynamo.reset()
         run = run_settings()
         run.runtime.compile = compiled
-        stepper, _ = make_stepper(run)
+        trainer, task = make_trainer(run)
         batches = synthetic_batches(CropSettings((32, 32)), run.mask.rule, 16, 4)
-        for step in (0, 1, stepper.plan.switch_step, stepper.plan.switch_step + 1):
-            if step in (0, stepper.plan.switch_step):
-                stepper.enter_stage(step)
-            stepper.step(batches, step)
-        assert stepper.guides.momentum is not None
+        for step in (0, 1, task.switch_step, task.switch_step + 1):
+            if step in (0, task.switch_step):
+                trainer.enter(step)
+            trainer.step(batches, step)
+        assert task.frozen_networks.momentum is not None
         done = [
             net.blocks[0]._compiled_call_impl
-            for net in (stepper.learner.student, stepper.guides.momentum)
+            for net in (task.learner.student, task.frozen_networks.momentum)
         ]  # type: ignore[index,union-attr]
         assert all((call is not None) == compiled for call in done)
-        states.append({**stepper.learner.state_dict(), **stepper.guides.momentum.state_dict()})
+        states.append({**task.learner.state_dict(), **task.frozen_networks.momentum.state_dict()})
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
     counters = torch._dynamo.utils.counters
@@ -123,7 +123,7 @@ def test_without_a_compiler_the_reason_is_one_line(monkeypatch: pytest.MonkeyPat
     assert compiling.why_not(CPU) == "RuntimeError: no working C++ compiler"
     run = run_settings()
     run.runtime.compile = True
-    stepper, _ = make_stepper(run)
-    stepper.enter_stage(0)
-    assert "C++" in stepper.no_compiler
-    assert all(block._compiled_call_impl is None for block in stepper.learner.student.blocks)
+    trainer, task = make_trainer(run)
+    trainer.enter(0)
+    assert "C++" in trainer.no_compiler
+    assert all(block._compiled_call_impl is None for block in task.learner.student.blocks)

@@ -14,7 +14,8 @@ from fit_toy import BATCH, STEPS_PER_EPOCH, Net, toy
 
 from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.engine.fit import follow, micro_batches
+from cmt_mae.engine.supervised import follow
+from cmt_mae.engine.task import micro_batches
 
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
 
@@ -155,11 +156,11 @@ def test_all_processes_evaluate_with_the_same_batch_statistics(tmp_path: Path) -
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, job, _ = toy(tmp_path / "r", epochs=1, nan_at=(4,))
+    _, task, _ = toy(tmp_path / "r", epochs=1, nan_at=(4,))
     kept = load_checkpoint(tmp_path / "r" / "checkpoints" / "best.pt")
-    assert all(v.isfinite().all() for v in job.model.state_dict().values())  # batch statistics too
+    assert all(v.isfinite().all() for v in task.model.state_dict().values())  # batch statistics too
     assert sum(r.get("skipped_steps", 0) for r in rows(tmp_path / "r")) == 1
-    assert "steps skipped: loss" in capsys.readouterr().err
+    assert "1 step(s) up to step 5 skipped, not finite: first loss at step 5" in capsys.readouterr().err
     assert kept["nonfinite_row"] == 1
 
 
@@ -170,8 +171,8 @@ def test_too_many_such_steps_stop_the_run_with_a_good_checkpoint(tmp_path: Path)
 
 
 def test_the_scale_of_a_group_multiplies_the_rate(tmp_path: Path) -> None:
-    _, job, _ = toy(tmp_path / "r", epochs=1, lr_scale=0.25)
-    assert job.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * STEPS_PER_EPOCH * 0.25)
+    _, task, _ = toy(tmp_path / "r", epochs=1, lr_scale=0.25)
+    assert task.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * STEPS_PER_EPOCH * 0.25)
 
 
 def test_running_average_by_hand() -> None:

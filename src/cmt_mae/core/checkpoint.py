@@ -162,10 +162,10 @@ def forget_after(folder: Path, step: int) -> None:
             delete(path)
 
 
-def rotate(folder: Path, keep_last: int, keep: set[int]) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and the steps in ``keep``, and lone checksums."""
+def rotate(folder: Path, keep_last: int, keeps: Callable[[int], bool]) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and the steps that ``keeps``, and lone checksums."""
     for path in list_checkpoints(folder)[:-keep_last]:
-        if step_of(path) not in keep:
+        if not keeps(step_of(path)):
             delete(path)
     for sidecar in folder.glob("step_*.sha256"):  # of a kill between checksum and name
         if not sidecar.with_suffix(".pt").exists():

@@ -44,7 +44,7 @@ TRAIN_FIRST = (
 )  # fmt: skip
 COMMANDS = {
     "pretrain": Command(
-        "cmt_mae.pretraining.run", "PretrainConfig", "pretrain",
+        "cmt_mae.tools.pretrain", "PretrainConfig", "pretrain",
         "--recipe METHOD,SCALE --data PATH --out PATH", PRETRAIN_FIRST,
     ),
     "pack": Command("cmt_mae.data.pack", "PackConfig", "pack", "--data PATH --out PATH"),

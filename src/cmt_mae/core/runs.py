@@ -55,7 +55,7 @@ class RunDir:
 
         Raises InputError where the folder holds something else, or a run with other settings.
         """
-        self.path, self.writes, self._settings = Path(out), writes, settings
+        self.path, self.writes, self.settings = Path(out), writes, settings
         self.checkpoints = self.path / "checkpoints"
         self._lock = Lock(self.path / "run.lock")
         try:
@@ -92,7 +92,7 @@ class RunDir:
         for part in ("", "checkpoints", "pictures", "results", "predictions"):
             with writing(self.path / part):
                 sweep(self.path / part)
-        write_text(self.path / "config.yaml", yaml.safe_dump(self._settings, sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
     def _foreign(self) -> bool:
         # a run killed at once leaves these two behind

@@ -56,6 +56,7 @@ Port = Annotated[int, Range(0, 65535)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "bf16", "fp32"]
 Tracker = Literal["none", "wandb"]
+Parallel = Literal["ddp", "fsdp"]
 
 NAMES = {float: "number", int: "whole number", str: "word"}
 SAMPLES = {float: "[0.2, 1.0]", int: "[10, 20]", str: "[one, two]"}

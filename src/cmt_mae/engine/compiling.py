@@ -25,14 +25,15 @@ def why_not(device: torch.device, backend: str = "inductor") -> str:
 
 
 def compile_blocks(networks: Iterable[nn.Module | None], backend: str = "inductor") -> int:
-    """Compile every block of ``network.blocks`` in place, with static shapes; how many.
+    """Compile every block below the networks (their ``blocks``) in place, with static shapes; how many.
 
     Names of parameters stay as they are, copies are not compiled, and equal blocks share one piece of code.
     """
     count = 0
-    for network in networks:
-        blocks: Any = getattr(network, "blocks", ())
-        for block in blocks:
+    modules = (module for one in networks if one is not None for module in one.modules())
+    for module in modules:
+        blocks: Any = getattr(module, "blocks", None)
+        for block in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else ():
             if block._compiled_call_impl is None:
                 block.compile(dynamic=False, backend=backend)
                 count += 1

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 
 class GpuEnergy:
@@ -41,3 +42,12 @@ class GpuEnergy:
             return None
         used, self._before = (now - self._before) / 1000, now
         return used if used >= 0 else None  # the driver was loaded anew
+
+
+def joules_of_all(accelerator: Accelerator, own: float | None) -> float | None:
+    """Sum over the processes; None where one of them does not know. Called by all of them."""
+    if accelerator.num_processes == 1 or accelerator.device.type != "cuda":
+        return own
+    each = torch.tensor(float("nan") if own is None else own, device=accelerator.device)
+    total = float(accelerator.reduce(each))
+    return None if total != total else total

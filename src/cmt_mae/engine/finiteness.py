@@ -1,9 +1,12 @@
 """Which part of a step was the first that was not finite, in words."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from cmt_mae.engine.meters import Bad
+from cmt_mae.engine.sharding import local
 
 
 def of_target(name: str) -> tuple[str, ...]:
@@ -21,7 +24,7 @@ PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("student", ("spread_student",)),
     ("decoder", ("spread_decoder",)),
     ("head", tuple(f"spread_prediction_{name}" for name in PREDICTED)),
-    ("loss", (*(f"loss_{name}" for name in PREDICTED), "loss")),
+    ("loss", (*(f"loss_{name}" for name in PREDICTED), "loss")),  # of other tasks too: "loss"
     ("gradient", ("gradient_norm",)),
 )
 
@@ -40,7 +43,7 @@ def first_part(bad: dict[str, Bad]) -> tuple[int, str, str]:
     return step, "step", there[0]
 
 
-def bad_weights(networks: dict[str, nn.Module | None]) -> list[str]:
+def bad_weights(networks: Mapping[str, nn.Module | None]) -> list[str]:
     """Names of parameters and buffers that hold nan or inf, in order; waits for the device once."""
     names: list[str] = []
     flags: list[Tensor] = []
@@ -53,9 +56,3 @@ def bad_weights(networks: dict[str, nn.Module | None]) -> list[str]:
         return []
     whole = torch.stack(flags).tolist()
     return [name for name, fine in zip(names, whole, strict=True) if not fine]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that lies on this process; other tensors as they are."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part

@@ -41,6 +41,12 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies on this process, without gradient; others as they are."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @contextlib.contextmanager
 def whole(*networks: nn.Module | None) -> Iterator[None]:
     """Inside, the parameters of sharded networks are whole, on every process; others are left alone."""
@@ -63,6 +69,22 @@ def gathered(state: Any) -> Any:
     if isinstance(state, list):
         return [gathered(value) for value in state]
     return state
+
+
+def exchange(
+    optimizer: torch.optim.Optimizer,
+    names: dict[nn.Parameter, str],
+    pieces: dict[str, nn.Parameter],
+) -> None:
+    """Give an optimizer the pieces of its parameters, and of their state.
+
+    names: its parameters before they were cut -> name. pieces: name -> parameter now.
+    """
+    state = optimizer.state_dict()
+    for group in optimizer.param_groups:
+        group["params"] = [pieces[names[parameter]] for parameter in group["params"]]
+    optimizer.state.clear()
+    load_optimizer(optimizer, state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from cmt_mae.core.settings import (
     Count,
     CountOrNone,
     Device,
+    Parallel,
     Precision,
     Tracker,
     check_fields,
@@ -37,6 +38,13 @@ class TaskSettings:
     """auto (bf16 on GPUs, else fp32) | bf16 | fp32."""
     device: Device = resume_safe("auto")
     """auto | cpu | cuda | mps."""
+    parallel: Parallel = resume_safe("ddp")
+    """How several processes share the work: ddp (each holds the network) | fsdp (weights, gradients and optimizer
+    are cut into pieces, one a process)."""
+    deterministic: bool = resume_safe(False)
+    """On a GPU too, the same seed gives the same bits (slower; on CPU it always does)."""
+    compile: bool = resume_safe(False)
+    """torch.compile the blocks of the network (minutes at the start; off where this machine cannot)."""
     workers: CountOrNone = resume_safe(2)
     """Processes that load images, for each process that computes; 0: none."""
     timeout_s: Amount = resume_safe(TIMEOUT_S)

@@ -26,10 +26,12 @@ from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.source import Source
 from cmt_mae.data.tasks import train_batches
-from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.fit import fit
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import learning_rate
+from cmt_mae.engine.supervised import SupervisedTask
+from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
 from cmt_mae.evaluate.confusion import confusion_picture
 from cmt_mae.evaluate.features import (
@@ -189,7 +191,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     started = time.perf_counter()
     published(config.preset, 0)  # a wrong name is told first
     out = config.run_directory("finetune", config.preset)
-    accelerator = make_accelerator(config.device, config.precision)
+    accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     train, val = open_data(config)
     backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
     width = int(backbone.model.embed_dim)  # type: ignore[arg-type]
@@ -204,7 +206,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         defaults={"val_share": 0.0, "range": []},
     )
     said = differences(config, recipe, width, len(train))
-    job = make_job(config, recipe, backbone, train, val, accelerator, run)
+    task = make_task(config, recipe, backbone, train, val, accelerator, run)
     if accelerator.is_main_process:
         for line in said:
             print(f"finetune, preset {config.preset}: {line}", file=sys.stderr)
@@ -217,7 +219,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         "data": data,
     }
     try:
-        last = fit(config, job, accelerator, run, facts)
+        last = fit(config, task, accelerator, run, facts).evaluation
         rows: list[Any] = [run.read_metrics() if accelerator.is_main_process else None]
         broadcast_object_list(rows)
         history = [row for row in rows[0] if "val_top1" in row]
@@ -234,16 +236,16 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
             started=started,
             details={
                 **last.details,
-                "steps": job.total_steps,
+                "steps": task.total_steps,
                 "few_shot_images": train.identity() if whole else None,
                 "evaluations": [
-                    {"epoch": row["step"] / job.steps_per_epoch, "top1": row["val_top1"]}
+                    {"epoch": row["step"] / task.steps_per_epoch, "top1": row["val_top1"]}
                     for row in history
                 ],
             },
         )
         if accelerator.is_main_process:
-            classifier = job.model
+            classifier = task.model
             assert isinstance(classifier, Classifier)
             source_line = f"fine-tuned on {Path(config.data).name}, preset {config.preset}, from {backbone.source}"
             save_classifier(run.path, classifier, backbone, train.classes, source_line)
@@ -262,7 +264,7 @@ def load_first(source: Source, channels: int) -> None:
         raise InputError(f"{source.name(0)}: {error}; mend or remove it") from None
 
 
-def make_job(
+def make_task(
     config: FinetuneConfig,
     recipe: Recipe,
     backbone: Backbone,
@@ -270,7 +272,7 @@ def make_job(
     val: Source,
     accelerator: Accelerator,
     run: RunDir,
-) -> Job:
+) -> SupervisedTask:
     """Model, optimizer, batches, schedule and measurement of one fine-tuning."""
     world, rank, device = (
         accelerator.num_processes,
@@ -336,18 +338,21 @@ def make_job(
         epoch = step / steps_per_epoch
         return learning_rate(epoch, recipe.lr, recipe.warmup_epochs, recipe.epochs, lowest)
 
-    return Job(
+    return SupervisedTask(
         model=model,
         optimizer=torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True),
-        lr_at=lr_at,
-        batches=batches,
+        schedule=lr_at,
+        loader=batches,
         to_device=lambda batch: to_device(batch, backbone, device, mixup),
-        evaluate=measurement(config, model, average, backbone, val, accelerator, run, micro),
+        measure=measurement(config, model, average, backbone, val, accelerator, run, micro),
         headline="top1",
+        seed=config.seed,
         batch_size=recipe.batch_size,
+        micro_batch=micro,
         accumulation=accumulation,
         steps_per_epoch=steps_per_epoch,
         total_steps=recipe.epochs * steps_per_epoch,
+        eval_every=config.eval_every,
         average=average,
         average_decay=recipe.ema_decay,
     )
@@ -363,7 +368,7 @@ def measurement(
     run: RunDir,
     micro: int,
 ) -> Callable[[int], Evaluation]:
-    """The job's ``evaluate``: accuracy of the weights, and of their average as ``ema_...``."""
+    """The task's ``measure``: accuracy of the weights, and of their average as ``ema_...``."""
     classes: int = model.backbone.head.out_features
     names = val.classes or [str(number) for number in range(classes)]
 

@@ -31,10 +31,12 @@ from cmt_mae.data.ade20k import (
 )
 from cmt_mae.data.segmentation_crops import SegmentationCrop, resize_image, resized_size
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.fit import fit
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import poly, warmed_up
+from cmt_mae.engine.supervised import SupervisedTask
+from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
@@ -153,7 +155,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     started = time.perf_counter()
     published(config.preset)  # a wrong name is told first
     out = config.run_directory("ade20k", config.preset)
-    accelerator = make_accelerator(config.device, config.precision)
+    accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     data = open_ade20k(config.data, config.classes, config.zero_label)
     recipe = resolve(config, len(data.train))
     given = load_backbone(config.backbone, key=config.key)
@@ -161,7 +163,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     settings = plain(config) | asdict(recipe)
     indifferent = (*RESUME_SAFE_SETTINGS, "save_memory")
     run = RunDir(str(out), settings, indifferent, writes=accelerator.is_main_process)
-    job = make_job(config, recipe, backbone, data, accelerator, run)
+    task = make_task(config, recipe, backbone, data, accelerator, run)
     check_data(data, accelerator)
     said = differences(config, recipe, int(given.model.embed_dim), padded)  # type: ignore[arg-type]
     if accelerator.is_main_process:
@@ -180,13 +182,13 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
         "data": about,
     }
     try:
-        last = fit(config, job, accelerator, run, facts)
+        last = fit(config, task, accelerator, run, facts).evaluation
         result = make_result(
             "ade20k",
             config,
             given,
             metrics=last.metrics,
-            protocol=describe(config, recipe, backbone, job, accelerator, said),
+            protocol=describe(config, recipe, backbone, task, accelerator, said),
             data=about,
             device=accelerator.device,
             processes=accelerator.num_processes,
@@ -237,14 +239,14 @@ def check_data(data: Ade20k, accelerator: Accelerator) -> None:
     check_labels(data, *counts)
 
 
-def make_job(
+def make_task(
     config: Ade20kConfig,
     recipe: Recipe,
     backbone: Backbone,
     data: Ade20k,
     accelerator: Accelerator,
     run: RunDir,
-) -> Job:
+) -> SupervisedTask:
     """Model, optimizer, batches, schedule and measurement of one segmentation."""
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     micro, accumulation = micro_batches(recipe.batch_size, config.micro_batch, world)
@@ -304,18 +306,21 @@ def make_job(
         rate = poly(step, recipe.lr, recipe.iterations, recipe.power)
         return warmed_up(step, rate, recipe.warmup, recipe.warmup_ratio)
 
-    return Job(
+    return SupervisedTask(
         model=model,
         optimizer=torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True),
-        lr_at=lr_at,
-        batches=batches,
+        schedule=lr_at,
+        loader=batches,
         to_device=to_device,
-        evaluate=measurement(config, recipe, model, backbone, data, accelerator, run),
+        measure=measurement(config, recipe, model, backbone, data, accelerator, run),
         headline="mIoU",
+        seed=config.seed,
         batch_size=recipe.batch_size,
+        micro_batch=micro,
         accumulation=accumulation,
         steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
         total_steps=recipe.iterations,
+        eval_every=config.eval_every,
     )
 
 
@@ -334,7 +339,7 @@ def measurement(
     accelerator: Accelerator,
     run: RunDir,
 ) -> Callable[[int], Evaluation]:
-    """The job's ``evaluate``: every validation image once over all processes, whole, by sliding windows."""
+    """The task's ``measure``: every validation image once over all processes, whole, by sliding windows."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     classes = len(data.classes)
     scale = (recipe.longer_side, recipe.shorter_side)
@@ -409,12 +414,11 @@ def describe(
     config: Ade20kConfig,
     recipe: Recipe,
     backbone: Backbone,
-    job: Job,
+    task: SupervisedTask,
     accelerator: Accelerator,
     said: list[str],
 ) -> dict[str, Any]:
     """``Result.protocol``: every setting that moves the number."""
-    micro = recipe.batch_size // accelerator.num_processes // job.accumulation
     ignored = (
         "label 255 (0 is the first class)" if config.zero_label == "class" else "label 0 and 255"
     )
@@ -431,7 +435,7 @@ def describe(
         "schedule": "poly to 0, linear warm-up, every iteration",
         "head": "UPerNet (pooling 1, 2, 3, 6), auxiliary FCN of 256 channels on the third map",
         "loss": "cross-entropy, mean over all pixels, unlabelled ones count 0 (mmseg's mean)",
-        "batch_norm_images": norm_images(micro, accelerator),
+        "batch_norm_images": norm_images(task.micro_batch, accelerator),
         "augmentation": "resize, crop, flip, photometric distortion (as mmseg); mean colour as padding",
         "test": "resized to fit shorter and longer side, windows averaged as logits, resized to the image, argmax",
         "metric": f"one confusion matrix over all images; {ignored} ignored; classes that occur neither in "

@@ -11,6 +11,7 @@ from cmt_mae.core.settings import (
     Count,
     CountOrNone,
     Device,
+    Parallel,
     PartOf,
     Positive,
     Precision,
@@ -105,7 +106,7 @@ class RuntimeConfig:
 
     device: Device = "auto"
     """auto | cpu | cuda | mps."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Parallel = "ddp"
     """How several processes share the work: ddp (each holds the networks) | fsdp (weights, gradients and
     optimizer of student, decoder and momentum student are cut into pieces, one a process)."""
     deterministic: bool = False

@@ -21,10 +21,10 @@ from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.data.sources import open_source, open_split
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
-from cmt_mae.pretraining import assemble
-from cmt_mae.pretraining.run import pretrain
+from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.writing import save_student
+from cmt_mae.pretraining.student_files import save_student
+from cmt_mae.tools.pretrain import pretrain
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 
 PACKED_SIZE = 96
@@ -162,9 +162,9 @@ def settings(config: DemoConfig, recipes: str, data: Path, out: Path) -> Pretrai
 
 def write_untrained(config: PretrainConfig, folder: Path) -> None:
     """The student as it was before the first step (the same seed gives the same weights)."""
-    learner = assemble.build_learner(config, None)
+    learner = assembly.build_learner(config, None)
     folder.mkdir(parents=True, exist_ok=True)
-    save_student(folder, config, learner.student, assemble.IMAGENET, {}, "")
+    save_student(folder, config, learner.student, assembly.IMAGENET, {}, "")
 
 
 def measure(backbone: str, data: Path, out: Path, size: int | None = None) -> dict[str, float]:
@@ -183,7 +183,7 @@ def measure(backbone: str, data: Path, out: Path, size: int | None = None) -> di
 
 def teacher_size(config: PretrainConfig) -> int:
     """Side in pixels of the teacher's input when it guides this student (a square one)."""
-    teacher, _ = assemble.build_teacher(config, assemble.IMAGENET)
+    teacher, _ = assembly.build_teacher(config, assembly.IMAGENET)
     assert teacher is not None
     return teacher.input_size[0]
 

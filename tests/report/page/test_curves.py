@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmt_mae.core.run_reader import RunRecord, read_run
+from cmt_mae.pretraining.plan import alphas_at
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Stepper
 from cmt_mae.tools.report.charts import alphas, charts, label_of, thinned
 from cmt_mae.tools.report.curves import curves_figure
 
@@ -48,8 +48,7 @@ def test_alpha_is_that_of_the_step(switch: int, ramp: float, mask: float | None,
     shared = {"alpha": 0.3, "alpha_mask": mask, "alpha_loss": None, "alpha_ramp_epochs": ramp}
     at = alphas(RunRecord(Path("x"), "x", config=shared, facts={"plan": plan}))
     assert at is not None
-    stepper = SimpleNamespace(config=PretrainConfig(**shared), plan=SimpleNamespace(**plan))
-    weights = Stepper.weights_at(stepper, step - 1)  # type: ignore[arg-type]
+    weights = alphas_at(PretrainConfig(**shared), SimpleNamespace(**plan), step - 1)  # type: ignore[arg-type]
     both = {"alpha_mask": weights.mask, "alpha_loss": weights.loss}
     assert at(step) == ({"alpha": weights.loss} if mask is None else both)
 

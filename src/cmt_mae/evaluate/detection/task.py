@@ -29,10 +29,12 @@ from cmt_mae.data.detection_crops import (
     scaled_size,
 )
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.engine.fit import Evaluation, Job, fit, micro_batches
+from cmt_mae.engine.fit import fit
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import step_decay, warmed_up
+from cmt_mae.engine.supervised import SupervisedTask
+from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS
 from cmt_mae.evaluate.detection.detector import Batch, Detector, build_detector, depth_of
 from cmt_mae.evaluate.detection.metrics import coco_metrics
@@ -57,7 +59,7 @@ def evaluate_coco(config: CocoConfig) -> Result:
     """
     started = time.perf_counter()
     out = config.run_directory("coco", config.preset)
-    accelerator = make_accelerator(config.device, config.precision)
+    accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     train, val = open_coco(config.data, "train"), open_coco(config.data, "val")
     same_classes(train, val)
     if train.has_masks != val.has_masks:
@@ -81,7 +83,7 @@ def evaluate_coco(config: CocoConfig) -> Result:
     sync_norms(detector.to(accelerator.device), accelerator.device, accelerator.num_processes)
     evaluated = train if config.eval_split == "train" else val
     evaluate = Evaluator(detector, evaluated, protocol, backbone, accelerator, run.path, config)
-    job = make_job(config, protocol, detector, backbone, train, chosen, accelerator, evaluate)
+    task = make_task(config, protocol, detector, backbone, train, chosen, accelerator, evaluate)
     data = {
         "path": config.data,
         "fingerprint": f"{train.fingerprint()[:32]}{val.fingerprint()[:32]}",
@@ -94,10 +96,10 @@ def evaluate_coco(config: CocoConfig) -> Result:
     about = {"name": config.backbone, "architecture": backbone.architecture}
     facts = {"backbone": {**about, "digest": backbone.digest}, "data": data}
     with closing(run):
-        evaluation = fit(config, job, accelerator, run, facts)
+        evaluation = fit(config, task, accelerator, run, facts).evaluation
         precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
         settings = describe(config, protocol, changed, precision, masks) | {
-            "steps": job.total_steps
+            "steps": task.total_steps
         }
         result = make_result(
             "coco",
@@ -197,7 +199,7 @@ def keep(samples: list[Any]) -> list[Any]:
     return samples
 
 
-def make_job(
+def make_task(
     config: CocoConfig,
     protocol: Protocol,
     detector: Detector,
@@ -206,7 +208,7 @@ def make_job(
     chosen: np.ndarray,
     accelerator: Accelerator,
     evaluate: Callable[[int], Evaluation],
-) -> Job:
+) -> SupervisedTask:
     """The training as ``fit`` takes it."""
     world = accelerator.num_processes
     micro, accumulation = micro_batches(protocol.batch_size, config.micro_batch, world)
@@ -242,18 +244,21 @@ def make_job(
             start_step=start,
         )
 
-    return Job(
+    return SupervisedTask(
         model=detector,
         optimizer=torch.optim.AdamW(groups, lr=protocol.lr, betas=(0.9, 0.999), fused=True),
-        lr_at=lr_at,
-        batches=batches,
+        schedule=lr_at,
+        loader=batches,
         to_device=lambda examples: to_device(examples, backbone, accelerator.device),
-        evaluate=evaluate,
+        measure=evaluate,
         headline="box/AP",
+        seed=config.seed,
         batch_size=protocol.batch_size,
+        micro_batch=micro,
         accumulation=accumulation,
         steps_per_epoch=per_epoch,
         total_steps=total,
+        eval_every=config.eval_every,
         clip=protocol.clip,
     )
 

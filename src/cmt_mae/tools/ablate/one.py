@@ -20,7 +20,7 @@ from cmt_mae.core.files import make_folder, write_json
 from cmt_mae.core.lock import Lock
 from cmt_mae.core.text import one_line
 from cmt_mae.evaluate.tasks import TASKS
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
 from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun, read_plan, settings_of
 from cmt_mae.tools.ablate.share import borrow_stage_one
 
@@ -63,8 +63,8 @@ def work(run: PlannedRun, plan: Plan, out: Path) -> tuple[str, list[str]]:
     Returns the sibling whose stage one was taken, or "", and below the run's folder the result file of each
     evaluation of the plan.
     """
-    from cmt_mae.pretraining.run import pretrain
-    from cmt_mae.pretraining.writing import save_student
+    from cmt_mae.pretraining.student_files import save_student
+    from cmt_mae.tools.pretrain import pretrain
 
     config = settings_of(run, out)
     borrowed = ""
@@ -76,8 +76,8 @@ def work(run: PlannedRun, plan: Plan, out: Path) -> tuple[str, list[str]]:
     else:
         folder = Path(config.out)
         make_folder(folder)
-        student = assemble.build_learner(config, None).student
-        save_student(folder, config, student, assemble.IMAGENET, {}, "")
+        student = assembly.build_learner(config, None).student
+        save_student(folder, config, student, assembly.IMAGENET, {}, "")
         write_json(folder / "run.json", {"untrained": True, "seed": run.seed})
     features = out / "features" / run.name
     results = [

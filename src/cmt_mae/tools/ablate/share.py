@@ -21,8 +21,8 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import make_folder, write_text
 from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import plain
+from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import make_plan
 from cmt_mae.tools.ablate.plan import Plan, PlannedRun, settings_of, stage_one_key
 
 

@@ -12,12 +12,14 @@ import torch
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.data.loader import Batch, CropSettings
 from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method.masking import noise_length
 from cmt_mae.method.teacher import Teacher
 from cmt_mae.method.vit import Vit
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
+from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Stepper, make_plan
+from cmt_mae.pretraining.task import Pretraining
 
 STEPS = 1000  # of an imagined epoch, so that both stages have steps
 
@@ -47,7 +49,7 @@ def frozen_backbone(config: PretrainConfig) -> Backbone:
     return backbone
 
 
-def teacher_of(config: PretrainConfig, backbone: Backbone, stats: assemble.Statistics) -> Teacher:
+def teacher_of(config: PretrainConfig, backbone: Backbone, stats: assembly.Statistics) -> Teacher:
     """The method's teacher on a copy of the backbone (it folds its normalisation into the weights)."""
     return Teacher(
         copy.deepcopy(backbone.model), config.teacher, mean=backbone.mean, std=backbone.std,
@@ -55,26 +57,28 @@ def teacher_of(config: PretrainConfig, backbone: Backbone, stats: assemble.Stati
     )  # fmt: skip
 
 
-def make_stepper(
+def make_trainer(
     config: PretrainConfig, backbone: Backbone | None = None, images: int | None = None
-) -> tuple[Stepper, Teacher | None]:
-    """A stepper of this run in an imagined data set of ``STEPS`` steps an epoch (or ``images`` images).
+) -> tuple[Trainer, Pretraining]:
+    """The steps of this run in an imagined data set of ``STEPS`` steps an epoch (or ``images`` images).
 
     backbone: the teacher; made from the settings by default. Normalisation: ImageNet's, or the settings'.
     """
     accelerator = make_accelerator(config.runtime.device, config.precision)
     channels = config.student.in_chans
     stats = (
-        tuple(config.data.mean) or assemble.IMAGENET[0] if channels == 3 else (0.5,) * channels,
-        tuple(config.data.std) or assemble.IMAGENET[1] if channels == 3 else (0.25,) * channels,
+        tuple(config.data.mean) or assembly.IMAGENET[0] if channels == 3 else (0.5,) * channels,
+        tuple(config.data.std) or assembly.IMAGENET[1] if channels == 3 else (0.25,) * channels,
     )
     teacher = None
     if config.needs_teacher():
         teacher = teacher_of(config, backbone or frozen_backbone(config), stats)
     plan = make_plan(config, images or STEPS * config.batch_size, accelerator.num_processes)
-    learner = assemble.build_learner(config, teacher)
-    guides = assemble.build_guides(config, teacher, stats)
-    return Stepper(config, accelerator, plan, learner, guides), teacher
+    learner = assembly.build_learner(config, teacher)
+    guides = assembly.build_guides(config, teacher, stats)
+    task = Pretraining(config, accelerator, plan, learner, guides, stats=stats)
+    runtime = config.runtime
+    return Trainer(task, accelerator, parallel=runtime.parallel, compiled=runtime.compile), task
 
 
 def synthetic_batches(

@@ -20,12 +20,13 @@ from cmt_mae.core.text import printable
 from cmt_mae.data.loader import Batch, pretrain_batches
 from cmt_mae.data.source import Source
 from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method.masking import noise_length
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.bench import measure
-from cmt_mae.tools.bench.build import frozen_backbone, make_stepper, synthetic_batches
+from cmt_mae.tools.bench.build import frozen_backbone, make_trainer, synthetic_batches
 from cmt_mae.tools.bench.flops import OURS, PLAIN, step_macs, step_of
 
 
@@ -91,15 +92,15 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         raise InputError(
             f"{config.data.path} has {len(source)} images, fewer than a step of {run.batch_size}: lower --images"
         )
-    stepper, teacher = make_stepper(run, backbone, len(source) if source else None)
-    peak = measure.peak_flops(stepper.device, stepper.precision, config.peak)
+    trainer, task = make_trainer(run, backbone, len(source) if source else None)
+    peak = measure.peak_flops(trainer.device, trainer.precision, config.peak)
     content: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "data": "synthetic" if source is None else config.data.path,
         "teacher": None if backbone is None else backbone.source,
-        "device": str(stepper.device),
-        "precision": stepper.precision,
+        "device": str(trainer.device),
+        "precision": trainer.precision,
         "processes": processes,
         "images_per_step": run.batch_size,
         "peak": peak,
@@ -107,19 +108,21 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         **environment(),
         "stages": {},
     }
-    with closing(open_batches(run, stepper, teacher, source)) as batches:
-        for name, step in stages_of(config, stepper).items():
-            content["stages"][name] = measure_stage(config, stepper, batches, step, peak["flops"])
-            if config.out and stepper.accelerator.is_main_process:
+    with closing(open_batches(run, task, source)) as batches:
+        for name, step in stages_of(config, task).items():
+            content["stages"][name] = measure_stage(
+                config, trainer, task, batches, step, peak["flops"]
+            )
+            if config.out and trainer.accelerator.is_main_process:
                 write_json(out_file(config.out), content)  # written as it goes
-    if stepper.accelerator.is_main_process:
+    if trainer.accelerator.is_main_process:
         show(content)
     return content
 
 
-def stages_of(config: BenchConfig, stepper: Stepper) -> dict[str, int]:
+def stages_of(config: BenchConfig, task: Pretraining) -> dict[str, int]:
     """Name of each stage to measure -> a step in it. Raises InputError where the run has no such stage."""
-    plan = stepper.plan
+    plan = task.plan
     found = {}
     if plan.switch_step > 0 and config.stages != "two":
         found["one"] = 0
@@ -131,22 +134,27 @@ def stages_of(config: BenchConfig, stepper: Stepper) -> dict[str, int]:
 
 
 def measure_stage(
-    config: BenchConfig, stepper: Stepper, batches: Iterator[Batch], step: int, peak: float
+    config: BenchConfig,
+    trainer: Trainer,
+    task: Pretraining,
+    batches: Iterator[Batch],
+    step: int,
+    peak: float,
 ) -> dict[str, Any]:
     """Everything about one stage."""
-    stepper.enter_stage(step)
-    on_gpu = stepper.device.type == "cuda"
+    trainer.enter(step)
+    on_gpu = trainer.device.type == "cuda"
     steps = config.steps or (10 if on_gpu else 2)
-    images = stepper.plan.micro_batch
-    fresh = measure.forget_peak(stepper.device)
-    timed = measure.rates(stepper, batches, step, images, config.rounds, steps)
-    memory = measure.peak_gb(stepper.device)
-    parts = measure.shares(stepper, batches, step, steps)
-    sizes = step_of(stepper.learner, stepper.guides, stepper.weights_at(step), stepper.plan.n_mask)
+    images = task.plan.micro_batch
+    fresh = measure.forget_peak(trainer.device)
+    timed = measure.rates(trainer, batches, step, images, config.rounds, steps)
+    memory = measure.peak_gb(trainer.device)
+    parts = measure.shares(trainer, batches, step, steps)
+    sizes = step_of(task.learner, task.frozen_networks, task.alphas_at(step), task.plan.n_mask)
     macs, plain_macs = step_macs(sizes, OURS), step_macs(sizes, PLAIN)
     rate = timed["images_per_second"]["median"]
     total, plain_total = 2 * sum(macs.values()), 2 * sum(plain_macs.values())
-    world = stepper.accelerator.num_processes
+    world = trainer.accelerator.num_processes
     timed["images_per_second"] = {k: v * world for k, v in timed["images_per_second"].items()}
     return {
         **timed,
@@ -165,12 +173,12 @@ def measure_stage(
 
 
 def open_batches(
-    run: PretrainConfig, stepper: Stepper, teacher: Any, source: Source | None
+    run: PretrainConfig, task: Pretraining, source: Source | None
 ) -> Generator[Batch, None, None]:
     """Synthetic batches, or those of the run."""
-    crops, plan = assemble.crop_settings(run, teacher), stepper.plan
-    pin = stepper.device.type == "cuda"
-    accelerator = stepper.accelerator
+    crops, plan = assembly.crop_settings(run, task.frozen_networks.teacher), task.plan
+    pin = task.device.type == "cuda"
+    accelerator = task.accelerator
     if source is None:
         yield from synthetic_batches(
             crops, run.mask.rule, plan.n_patches, plan.micro_batch, run.seed, pin
@@ -180,7 +188,7 @@ def open_batches(
             source, crops, noise_length=noise_length(run.mask.rule, plan.n_patches), seed=run.seed,
             batch_size=run.batch_size, micro_batch=plan.micro_batch, rank=accelerator.process_index,
             world=accelerator.num_processes, pin_memory=pin,
-            workers=assemble.worker_count(run.data.workers, accelerator.num_processes),
+            workers=assembly.worker_count(run.data.workers, accelerator.num_processes),
         )  # fmt: skip
 
 

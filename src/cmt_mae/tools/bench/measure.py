@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cmt_mae.data.loader import Batch
+from cmt_mae.engine import trainer as engine_trainer
 from cmt_mae.engine.processes import peak_memory
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method import cmtmae
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.pretraining.task import Pretraining
 
 PARTS = (
     "wait", "prepare", "teacher", "momentum", "mask", "targets", "encoder", "decoder", "backward",
@@ -107,25 +108,26 @@ def replaced(
 
 
 @contextmanager
-def watched(stepper: Stepper, spans: Spans) -> Iterator[None]:
-    """Time the parts of every step of ``stepper`` (not its results: the same functions run)."""
-    timed = spans.timed
+def watched(trainer: Trainer, spans: Spans) -> Iterator[None]:
+    """Time the parts of every step of ``trainer`` (not its results: the same functions run)."""
+    timed, task = spans.timed, trainer.task
+    assert isinstance(task, Pretraining)
     wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
-        (stepper, "to_device", timed("prepare")),
+        (task, "to_device", timed("prepare")),
         (cmtmae.CachedForwards, "state", spans.by_network),
         (cmtmae.CachedForwards, "features", spans.by_network),
         (cmtmae.CachedForwards, "attention", timed("mask")),
         (cmtmae.FrozenNetworks, "_scores", timed("mask")),
         (cmtmae, "sample_mask", timed("mask")),
         (cmtmae.FrozenNetworks, "_targets", timed("targets")),
-        (stepper, "model", timed("decoder")),  # less the encoder inside it
+        (trainer, "model", timed("decoder")),  # less the encoder inside it
         (cmtmae, "encode_visible", timed("encoder")),
-        (stepper.accelerator, "backward", timed("backward")),
-        (nn.utils, "clip_grad_norm_", timed("optimizer")),
-        (stepper, "_skip_unless", timed("optimizer")),
-        (stepper.optimizer, "step", timed("optimizer")),
-        (stepper.optimizer, "zero_grad", timed("optimizer")),
-        (stepper.guides, "update_momentum", timed("ema")),
+        (trainer.accelerator, "backward", timed("backward")),
+        (trainer, "_clip_gradients", timed("optimizer")),
+        (engine_trainer, "skip_unless", timed("optimizer")),
+        (task.optimizer, "step", timed("optimizer")),
+        (task.optimizer, "zero_grad", timed("optimizer")),
+        (task.frozen_networks, "update_momentum", timed("ema")),
     ]
     with ExitStack() as stack:
         for owner, name, wrap in wrapped:
@@ -143,16 +145,16 @@ def watched_batches(batches: Iterator[Batch], spans: Spans) -> Iterator[Batch]:
         yield batch
 
 
-def shares(stepper: Stepper, batches: Iterator[Batch], step: int, count: int) -> dict[str, Any]:
+def shares(trainer: Trainer, batches: Iterator[Batch], step: int, count: int) -> dict[str, Any]:
     """Share of each part in ``count`` steps (after one that is not counted), and the seconds of a step."""
-    spans = Spans(stepper.device)
+    spans = Spans(trainer.device)
     seen = watched_batches(batches, spans)
-    with watched(stepper, spans):
-        stepper.step(seen, step)
+    with watched(trainer, spans):
+        trainer.step(seen, step)
         spans.seconds.clear()
         for _ in range(count):
             with spans.span("other"):
-                stepper.step(seen, step)
+                trainer.step(seen, step)
     total = sum(spans.seconds.values())
     return {
         "step_seconds": total / count,
@@ -162,20 +164,20 @@ def shares(stepper: Stepper, batches: Iterator[Batch], step: int, count: int) ->
 
 
 def rates(
-    stepper: Stepper, batches: Iterator[Batch], step: int, images: int, rounds: int, steps: int
+    trainer: Trainer, batches: Iterator[Batch], step: int, images: int, rounds: int, steps: int
 ) -> dict[str, Any]:
     """Images a second of this process: each round times ``steps`` steps with one wait for the device."""
     for _ in range(2):  # allocations, kernels chosen, loader filled
-        stepper.step(batches, step)
+        trainer.step(batches, step)
     seconds, waits = [], []
     for _ in range(rounds):
-        synchronise(stepper.device)
-        stepper.waited, begin = 0.0, time.perf_counter()
+        synchronise(trainer.device)
+        trainer.waited, begin = 0.0, time.perf_counter()
         for _ in range(steps):
-            stepper.step(batches, step)
-        synchronise(stepper.device)
+            trainer.step(batches, step)
+        synchronise(trainer.device)
         seconds.append(time.perf_counter() - begin)
-        waits.append(stepper.waited)
+        waits.append(trainer.waited)
     return {
         "images_per_second": spread([images * steps / s for s in seconds]),
         "step_seconds": spread([s / steps for s in seconds]),

@@ -14,8 +14,8 @@ from cmt_mae.core.settings import CountOrNone, Positive, check_fields
 from cmt_mae.data.source import Source
 from cmt_mae.data.sources import open_split
 from cmt_mae.method.teacher import TeacherConfig
+from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import make_plan
 from cmt_mae.tools.diagnose.estimate import estimate
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 from cmt_mae.tools.diagnose.images import check_images

@@ -20,14 +20,16 @@ import torch
 from cmt_mae.core.checkpoint import save_checkpoint
 from cmt_mae.data.loader import Batch
 from cmt_mae.data.source import Source
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.evaluate.features import extract
 from cmt_mae.evaluate.online import POOL, OnlineProbe
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
+from cmt_mae.pretraining.plan import Plan, make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Plan, Stepper, make_plan
-from cmt_mae.pretraining.writing import as_backbone, save_student
+from cmt_mae.pretraining.student_files import as_backbone, save_student
+from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.bench import measure
-from cmt_mae.tools.bench.build import frozen_backbone, make_stepper
+from cmt_mae.tools.bench.build import frozen_backbone, make_trainer
 from cmt_mae.tools.bench.command import open_batches
 from cmt_mae.tools.diagnose.machine import nearest
 
@@ -68,7 +70,7 @@ def estimate(
     plan = make_plan(config, images, 1)
     backbone = frozen_backbone(config) if config.needs_teacher() else None
     small = resized(config, min(FIRST, config.batch_size))
-    stepper, teacher = make_stepper(small, backbone, len(source) if source else None)
+    trainer, task = make_trainer(small, backbone, len(source) if source else None)
     facts: dict[str, Any] = {
         "images": images,
         "synthetic": source is None,
@@ -82,15 +84,15 @@ def estimate(
     }
     try:
         for name, count in stages_of(plan):
-            stepper.enter_stage(0 if name == "one" else stepper.plan.switch_step)
+            trainer.enter(0 if name == "one" else task.switch_step)
             facts["stages"][name] = {
                 "steps": count,
-                **measure_stage(config, stepper, teacher, source, plan, name, seconds),
+                **measure_stage(config, trainer, task, source, plan, name, seconds),
             }
     except (MemoryError, torch.OutOfMemoryError) as error:
         return {**facts, "out_of_memory": " ".join(str(error).split())[:200]}
-    facts["checkpoint"] = time_checkpoint(config, stepper, plan)
-    facts["probe"] = time_probe(config, stepper, plan)
+    facts["checkpoint"] = time_checkpoint(config, trainer, task, plan)
+    facts["probe"] = time_probe(config, task, plan)
     return {**facts, **total(facts)}
 
 
@@ -110,19 +112,19 @@ def resized(config: PretrainConfig, images: int) -> PretrainConfig:
 
 def measure_stage(
     config: PretrainConfig,
-    stepper: Stepper,
-    teacher: Any,
+    trainer: Trainer,
+    task: Pretraining,
     source: Source | None,
     plan: Plan,
     name: str,
     seconds: float,
 ) -> dict[str, Any]:
     """Seconds and memory of a whole step of one stage."""
-    step = 0 if name == "one" else stepper.plan.switch_step
+    step = 0 if name == "one" else task.switch_step
 
     def size(images: int, expected: float, budget: float) -> Size:
         part = resized(config, images)
-        return measure_size(part, stepper, teacher, source, step, expected, budget)
+        return measure_size(part, trainer, task, source, step, expected, budget)
 
     first = min(FIRST, plan.micro_batch)
     tried = size(first, math.inf, 0.0)
@@ -169,8 +171,8 @@ def at(sizes: list[Size], images: int, number: Any) -> float:
 
 def measure_size(
     config: PretrainConfig,
-    stepper: Stepper,
-    teacher: Any,
+    trainer: Trainer,
+    task: Pretraining,
     source: Source | None,
     step: int,
     expected: float,
@@ -181,18 +183,18 @@ def measure_size(
     expected: seconds that a step is likely to take.
     """
     images = config.batch_size
-    stepper.plan.micro_batch = images
+    task.plan.micro_batch = images
     steps = max(1, int(seconds / (ROUNDS + WARM) / expected))
-    with closing(open_batches(config, stepper, teacher, source)) as batches:
+    with closing(open_batches(config, task, source)) as batches:
         if source is not None:
-            drain(batches, assemble.worker_count(config.data.workers, 1))
-        measure.forget_peak(stepper.device)
-        kept = kept_gb(stepper, next(batches), step)
-        timed = measure.rates(stepper, batches, step, images, ROUNDS if seconds else 1, steps)
+            drain(batches, assembly.worker_count(config.data.workers, 1))
+        measure.forget_peak(task.device)
+        kept = kept_gb(trainer, task, next(batches), step)
+        timed = measure.rates(trainer, batches, step, images, ROUNDS if seconds else 1, steps)
     spread = timed["step_seconds"]
     return Size(
         images, spread["median"], spread["low"], spread["high"], timed["data_wait_share"],
-        measure.peak_gb(stepper.device), kept,
+        measure.peak_gb(task.device), kept,
     )  # fmt: skip
 
 
@@ -205,12 +207,12 @@ def drain(batches: Iterator[Batch], workers: int) -> None:
             return
 
 
-def kept_gb(stepper: Stepper, batch: Batch, step: int) -> float:
+def kept_gb(trainer: Trainer, task: Pretraining, batch: Batch, step: int) -> float:
     """GB that the forward pass of these images keeps for the backward pass, weights left out.
 
     Counted, since a process's memory hardly differs between small steps: what was freed is used again.
     """
-    weights = {p.untyped_storage().data_ptr() for p in stepper.learner.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in task.learner.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -219,17 +221,22 @@ def kept_gb(stepper: Stepper, batch: Batch, step: int) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stepper.loss(batch, step)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        trainer.accelerator.autocast(),
+    ):
+        task.loss(trainer.model, batch, step)
     return sum(kept.values()) / 1e9
 
 
-def time_checkpoint(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str, Any]:
+def time_checkpoint(
+    config: PretrainConfig, trainer: Trainer, task: Pretraining, plan: Plan
+) -> dict[str, Any]:
     """Write one checkpoint beside the run-to-be and take it away: seconds, size, number, and disk needed."""
     with tempfile.TemporaryDirectory(dir=nearest(config.out), prefix=".cmt-mae-doctor-") as folder:
         begin = time.perf_counter()
-        path = save_checkpoint(Path(folder), 0, stepper.state_dict())
-        save_student(Path(folder), config, stepper.learner.student, assemble.IMAGENET, {}, "")
+        path = save_checkpoint(Path(folder), 0, trainer.state_dict())
+        save_student(Path(folder), config, task.learner.student, assembly.IMAGENET, {}, "")
         seconds = time.perf_counter() - begin
         size = path.stat().st_size
         backbone = (Path(folder) / "backbone.safetensors").stat().st_size
@@ -247,18 +254,18 @@ def time_checkpoint(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dic
     }
 
 
-def time_probe(config: PretrainConfig, stepper: Stepper, plan: Plan) -> dict[str, Any]:
+def time_probe(config: PretrainConfig, task: Pretraining, plan: Plan) -> dict[str, Any]:
     """Seconds of one k-NN measurement, from the features of a few images, and how many there will be."""
     probe = OnlineProbe.open(config.runtime.probe_data, config.data.range, config.data.val_share)
     if probe is None or config.runtime.probe_every <= 0:
         return {"seconds": 0.0, "measured": 0}
     images = len(probe.train) + len(probe.val)
     some = probe.train.subset(range(min(PROBED, len(probe.train))))
-    backbone = as_backbone(config, stepper.learner.student, assemble.IMAGENET)
+    backbone = as_backbone(config, task.learner.student, assembly.IMAGENET)
     begin = time.perf_counter()
-    extract(backbone, some, device=stepper.device, pools=(POOL,))
+    extract(backbone, some, device=task.device, pools=(POOL,))
     each = (time.perf_counter() - begin) / len(some)
-    stepper.learner.train()
+    task.learner.train()
     every = max(1, round(config.runtime.probe_every * plan.steps_per_epoch))
     measured = 1 + math.ceil(plan.total_steps / every)  # once before the first step
     return {"seconds": round(each * images, 2), "measured": measured}

@@ -26,7 +26,7 @@ from cmt_mae.method.attention import class_rows
 from cmt_mae.method.cmtmae import as_shares
 from cmt_mae.method.teacher import Teacher
 from cmt_mae.method.vit import has_class_token, num_prefix
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 from cmt_mae.tools.diagnose.limits import GREEDY, SAME, UNIFORM
@@ -44,10 +44,10 @@ def check_teacher(
     source: images to show it; None: the sample images. A teacher that cannot be had is a finding, not an error.
     """
     channels = config.student.in_chans
-    stats = assemble.IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
+    stats = assembly.IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
     try:
         native = load_backbone(config.teacher.name)
-        teacher, backbone = assemble.build_teacher(config, stats)
+        teacher, backbone = assembly.build_teacher(config, stats)
     except InputError as error:
         found = problem(
             "teacher", "the teacher cannot be had", str(error), "give another --teacher"

@@ -16,7 +16,7 @@ from cmt_mae.data.folder import read_file
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.source import Source, shown
 from cmt_mae.data.sources import open_source
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
 from cmt_mae.tools.inspect.networks import Networks
 
 SHOWN_SIDE = 224
@@ -124,7 +124,7 @@ def starts(source: Source, count: int) -> list[int]:
 def cut(photos: Sequence[Photo], networks: Networks) -> Inputs:
     """The largest centre crop of each photo that has the proportions of the networks' input."""
     size = networks.size
-    second = assemble.crop_settings(networks.config, networks.teacher).teacher_size
+    second = assembly.crop_settings(networks.config, networks.teacher).teacher_size
     times = max(1, -(-SHOWN_SIDE // min(size)))
 
     def stack(goal: tuple[int, int]) -> Tensor:

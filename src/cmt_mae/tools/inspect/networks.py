@@ -20,13 +20,13 @@ from cmt_mae.method.cmtmae import Alphas, FrozenNetworks, MaskConfig, StudentWit
 from cmt_mae.method.masking import count_masked
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import Vit, build_student
-from cmt_mae.pretraining import assemble
+from cmt_mae.pretraining import assembly
+from cmt_mae.pretraining.plan import Plan, alphas_at
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.stepping import Plan, weights_at
 
 NO_TEACHER = "none"
 """Name that leaves the teacher out."""
-Statistics = assemble.Statistics
+Statistics = assembly.Statistics
 Who = Literal["teacher", "student"]
 
 
@@ -156,7 +156,7 @@ class Run:
             step = known[-1]
         if step == 0 and 0 not in known:
             with torch.random.fork_rng(devices=[]):
-                start = assemble.build_learner(self.trained, self.teacher)
+                start = assembly.build_learner(self.trained, self.teacher)
             return self._networks(0, start.state_dict(), None)
         if step not in known:
             there = ", ".join(map(str, known)) or "none"
@@ -228,7 +228,7 @@ class Run:
         """alpha of the step that came last; of a run without a readable plan those of the settings."""
         if self.plan is None:
             return Alphas(self.config.alpha_of("mask"), self.config.alpha_of("loss"))
-        return weights_at(self.config, self.plan, max(0, step - 1))
+        return alphas_at(self.config, self.plan, max(0, step - 1))
 
 
 def open_backbone(
@@ -270,13 +270,13 @@ def open_backbone(
 def open_teacher(name: str, grid_align: Any, config: PretrainConfig, stats: Statistics) -> Teacher:
     """A teacher of this name for the student of the settings; see TeacherConfig.grid_align."""
     settings = TeacherConfig(name=name, grid_align=grid_align or "input")
-    return assemble.make_teacher(settings, config.student.grid(), stats)[0]
+    return assembly.make_teacher(settings, config.student.grid(), stats)[0]
 
 
 def _own_teacher(config: PretrainConfig, stats: Statistics, folder: Path) -> Teacher:
     """The run's teacher. Raises InputError, with the way round, where it is not to be had any more."""
     try:
-        return assemble.make_teacher(config.teacher, config.student.grid(), stats)[0]
+        return assembly.make_teacher(config.teacher, config.student.grid(), stats)[0]
     except InputError as error:
         raise InputError(
             f"the teacher of {folder} is not to be had ({error}): give its place with --teacher, or --teacher "

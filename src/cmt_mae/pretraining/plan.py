@@ -1,0 +1,66 @@
+"""What the settings of a run and the number of its images make of each other: steps, switch, alphas."""
+
+from dataclasses import dataclass
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.engine.task import micro_batches
+from cmt_mae.method.cmtmae import Alphas
+from cmt_mae.method.masking import count_masked
+from cmt_mae.pretraining.settings import PretrainConfig
+
+
+@dataclass
+class Plan:
+    """The steps of a run; in its run.json."""
+
+    steps_per_epoch: int
+    total_steps: int
+    switch_step: int
+    """The first step of stage two; total_steps where there is none."""
+    n_patches: int
+    n_mask: int
+    lr: float
+    """Peak learning rate."""
+    micro_batch: int
+    """Images a process takes at a time."""
+    accumulation: int
+    """Micro-batches of an optimizer step."""
+
+
+def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
+    """Steps, switch of stages, hidden count, learning rate. Raises InputError where they do not work out."""
+    if n_images < config.batch_size:
+        raise InputError(
+            f"{config.data.path} has {n_images} images, fewer than --batch-size {config.batch_size}: "
+            f"lower it to {n_images} or less, or take a recipe of a smaller scale, such as --recipe "
+            "cmt_all,micro64"
+        )
+    micro, accumulation = micro_batches(config.batch_size, config.runtime.micro_batch, processes)
+    rows, columns = config.student.grid()
+    steps_per_epoch = n_images // config.batch_size
+    total = max(1, round(config.epochs * steps_per_epoch))
+    switch = (
+        min(total, round(config.stage_one() * steps_per_epoch))
+        if config.needs_momentum()
+        else total
+    )
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        switch_step=switch,
+        n_patches=rows * columns,
+        n_mask=count_masked(rows * columns, config.mask.ratio),
+        lr=config.optim.blr * config.batch_size / 256,
+        micro_batch=micro,
+        accumulation=accumulation,
+    )
+
+
+def alphas_at(config: PretrainConfig, plan: Plan, step: int) -> Alphas:
+    """alpha of Eqs. 3 and 4: 0 in stage one, then constant or (by choice) growing."""
+    done = step - plan.switch_step
+    if done < 0:
+        return Alphas(0.0, 0.0)
+    ramp = config.alpha_ramp_epochs * plan.steps_per_epoch
+    share = min(1.0, (done + 1) / ramp) if ramp else 1.0
+    return Alphas(share * config.alpha_of("mask"), share * config.alpha_of("loss"))

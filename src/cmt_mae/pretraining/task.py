@@ -1,0 +1,403 @@
+"""Pre-training as the loop takes it (engine/fit.py): the paper's step is ``Pretraining.loss``."""
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cmt_mae.backbones import Backbone
+from cmt_mae.core.runs import RunDir
+from cmt_mae.data.loader import Batch, CropSettings, pretrain_batches
+from cmt_mae.data.source import Source
+from cmt_mae.engine import sharding
+from cmt_mae.engine.collapse import CollapseAlarm, signs
+from cmt_mae.engine.messages import say, warn
+from cmt_mae.engine.optim import adamw
+from cmt_mae.engine.schedules import learning_rate, momentum
+from cmt_mae.engine.task import Evaluation, Task, falls_due
+from cmt_mae.method.cmtmae import Alphas, FrozenNetworks, StudentWithDecoder
+from cmt_mae.method.masking import noise_length
+from cmt_mae.method.photo_view import at_crops
+from cmt_mae.method.teacher import TeacherOutput
+from cmt_mae.method.vit import build_student
+from cmt_mae.pretraining.assembly import (
+    IMAGENET,
+    Statistics,
+    teacher_store,
+    trainable,
+    worker_count,
+)
+from cmt_mae.pretraining.broken_images import BrokenImages
+from cmt_mae.pretraining.plan import Plan, alphas_at
+from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.student_files import as_backbone, save_student
+from cmt_mae.pretraining.teacher_store import TeacherStore
+
+
+@dataclass
+class Images:
+    """The images of a run."""
+
+    source: Source
+    crops: CropSettings
+
+
+@dataclass
+class Looks:
+    """How other rooms look at a run while it goes on."""
+
+    draw: "Callable[[Pretraining, int, RunDir], None] | None" = None
+    """(task, step, run): draws what guides the mask."""
+    probe: Callable[[Backbone], float] | None = None
+    """Accuracy of the student so far, in percent."""
+
+
+class Pretraining(Task):
+    """CMT-MAE in two stages; pixel MAE and the published relatives are settings of it."""
+
+    headline, prefix, long_evaluation = "knn_top1", "", False
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        accelerator: Accelerator,
+        plan: Plan,
+        learner: StudentWithDecoder,
+        frozen: FrozenNetworks,
+        *,
+        images: Images | None = None,
+        stats: Statistics = IMAGENET,
+        teacher: Backbone | None = None,
+        looks: Looks | None = None,
+    ) -> None:
+        """images: None where batches come from elsewhere (bench, doctor). teacher: what the frozen one is."""
+        self.config, self.accelerator, self.plan = config, accelerator, plan
+        self.device = accelerator.device
+        self.learner, self.frozen_networks = learner.to(self.device), frozen.to(self.device)
+        optim = config.optim
+        betas = (optim.betas[0], optim.betas[1])
+        self.model, self.optimizer = (
+            self.learner,
+            adamw(self.learner, plan.lr, betas, optim.weight_decay),
+        )
+        self.seed, self.batch_size, self.clip = config.seed, config.batch_size, optim.clip
+        self.micro_batch, self.accumulation = plan.micro_batch, plan.accumulation
+        self.steps_per_epoch, self.total_steps = plan.steps_per_epoch, plan.total_steps
+        self.switch_step = plan.switch_step
+        self.images, self.stats, self.teacher = images, stats, teacher
+        self.looks = looks or Looks()
+        self.store: TeacherStore | None = None
+        self.broken, self.collapse = BrokenImages(accelerator), CollapseAlarm()
+
+    # --- a step ---
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The frozen networks make mask (Eq. 3) and targets, the student is compared with them (Eqs. 1, 2, 4)."""
+        self.broken.note(batch["bad"])
+        images, teacher_images = self.to_device(batch)
+        noise = batch["noise"].to(self.device, non_blocking=True)
+        alphas, rules = self.alphas_at(step), self.config.mask
+        mixed = rules.mix_random_end - rules.mix_random_start
+        with sharding.whole(self.frozen_networks.running()):
+            mask, targets, numbers = self.frozen_networks(
+                images,
+                noise,
+                self.plan.n_mask,
+                alphas,
+                teacher_images=teacher_images,
+                teacher_output=self.stored_output(
+                    batch, images if teacher_images is None else teacher_images
+                ),
+                random_mask=step < rules.random_until_epoch * self.steps_per_epoch,
+                guided_share=rules.mix_random_start + mixed * (step / self.total_steps),
+            )
+        loss, more = model(images, mask, targets, alphas.loss)
+        seen = {"image_mean": images.mean()}
+        if teacher_images is not None:
+            seen["teacher_image_mean"] = teacher_images.mean()
+        return loss, {**seen, **numbers, **more}
+
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """The momentum student follows the student (stage two)."""
+        if self.frozen_networks.momentum is not None:
+            settings, left = self.config.momentum, max(1, self.total_steps - self.switch_step)
+            share = (step - self.switch_step) / left
+            m = momentum(share, settings.start, settings.end, settings.schedule)
+            self.frozen_networks.update_momentum(self.learner.student, m, skipped)
+
+    def enter(self, step: int) -> None:
+        """Stage two begins with the momentum student as a copy of the student, and with its head."""
+        in_two = step >= self.switch_step
+        if in_two and self.frozen_networks.momentum is None:
+            self.frozen_networks.start_momentum(self.whole_student())
+        active = set(self.learner.heads)
+        if self.config.target.source == "collab":
+            alpha = self.config.alpha_of("loss") if in_two else 0.0
+            active = {name for name, on in (("teacher", alpha < 1), ("momentum", alpha > 0)) if on}
+        # FSDP leaves a head that is not used without a gradient; DDP has to know it beforehand
+        if self.config.runtime.parallel != "fsdp" or self.accelerator.num_processes == 1:
+            self.learner.activate(active)
+
+    def lr_at(self, step: int) -> float:
+        """Warm-up and cosine."""
+        optim, epoch = self.config.optim, step / self.steps_per_epoch
+        return learning_rate(
+            epoch, self.plan.lr, optim.warmup_epochs, self.config.epochs, optim.min_lr
+        )
+
+    def alphas_at(self, step: int) -> Alphas:
+        """alpha of Eqs. 3 and 4 at this step."""
+        return alphas_at(self.config, self.plan, step)
+
+    # --- images ---
+
+    def batches(self, start: int) -> Generator[Batch, None, None]:
+        """Crops of the run's images, with the mask's noise."""
+        assert self.images is not None
+        processes = self.accelerator.num_processes
+        yield from pretrain_batches(
+            self.images.source,
+            self.images.crops,
+            noise_length=noise_length(self.config.mask.rule, self.plan.n_patches),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            rank=self.accelerator.process_index,
+            world=processes,
+            workers=worker_count(self.config.data.workers, processes),
+            start_step=start,
+            pin_memory=self.device.type == "cuda",
+            timeout_s=self.config.data.timeout_s,
+            photo_wanted=None if self.store is None else self.store.wanted(),
+        )
+
+    def to_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """uint8 to the device; flipped and normalised (for the student) there."""
+        flip = batch["flip"].to(self.device, non_blocking=True)[:, None, None, None]
+
+        def prepare(part: Tensor) -> Tensor:
+            images = part.to(self.device, non_blocking=True)
+            if self.config.data.flip:
+                images = torch.where(flip, images.flip(-1), images)
+            return self.normalise(images)
+
+        second = batch["second"]
+        return prepare(batch["images"]), None if second is None else prepare(second)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> fp32 with the student's mean and std."""
+        # The loader's batches are channels last in memory, the networks want planes.
+        planes = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return (planes / 255 - self.frozen_networks.mean) / self.frozen_networks.std
+
+    def stored_output(self, batch: Batch, seen: Tensor) -> Callable[[], TeacherOutput] | None:
+        """What stands for the teacher's forward pass on the crops ``seen`` where its outputs are kept."""
+        photo = self.config.teacher.view == "photo"
+        # a crop that replaces a broken image's is not the one that would be kept under its number
+        if self.store is None or (batch["bad"] and not photo):
+            return None
+        return partial(self._at_boxes if photo else self._of_crops, batch, seen)
+
+    def _of_crops(self, batch: Batch, seen: Tensor) -> TeacherOutput:
+        """Out of the store; what is missing there the teacher computes from the crops."""
+        assert self.store is not None
+        return self.store.outputs(batch["index"], seen, torch.arange(len(seen)))
+
+    def _at_boxes(self, batch: Batch, _seen: Tensor) -> TeacherOutput:
+        """Outputs of whole photos at the crops' boxes, on the student's grid; what is missing in the store is
+        computed from the photos that came along."""
+        store, teacher = self.store, self.frozen_networks.teacher
+        assert store is not None
+        assert teacher is not None
+        photos = batch["photos"]
+        if photos is not None:
+            photos = self.normalise(photos.to(self.device, non_blocking=True))
+        found = store.outputs(batch["index"], photos, batch["photo_rows"])
+        boxes = batch["box"].to(self.device, non_blocking=True)
+        flip = batch["flip"].to(self.device, non_blocking=True) if self.config.data.flip else None
+        return at_crops(found, teacher.grid, self.frozen_networks.grid, boxes, flip)
+
+    # --- networks ---
+
+    def networks(self) -> dict[str, nn.Module | None]:
+        """Of a checkpoint."""
+        return {"learner": self.learner, "momentum": self.frozen_networks.momentum}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Networks and broken images of a checkpoint."""
+        self.learner.load_state_dict(state["learner"])
+        frozen = self.frozen_networks
+        if state["momentum"] is not None:
+            frozen.start_momentum(self.learner.student)
+            assert frozen.momentum is not None
+            frozen.momentum.load_state_dict(state["momentum"])
+            frozen.round_momentum()
+        self.broken.met = {int(i): (entry[0], entry[1]) for i, entry in state["bad"].items()}
+
+    def extra_state(self) -> dict[str, Any]:
+        """The broken images met."""
+        return {"bad": {index: list(entry) for index, entry in self.broken.of_all().items()}}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """The teacher, and the momentum student's copy in low precision."""
+        parts = {
+            "teacher": self.frozen_networks.teacher,
+            "momentum_low": self.frozen_networks.momentum_low,
+        }
+        return {name: network for name, network in parts.items() if network is not None}
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The decoder's last block is run in parts (last_block.py): it is gathered with the rest."""
+        return [*self.learner.student.blocks, *self.learner.decoder.blocks[:-1]]
+
+    def followers(self) -> list[nn.Module]:
+        """The momentum student, and its copy in low precision."""
+        both = (self.frozen_networks.momentum, self.frozen_networks.momentum_low)
+        return [network for network in both if network is not None]
+
+    def whole_student(self) -> VisionTransformer:
+        """The student in one piece: itself, or a copy where it is sharded (then called by all processes)."""
+        return self._whole(self.learner.student, sharding.is_sharded(self.learner))
+
+    def _whole(self, network: VisionTransformer, sharded: bool) -> VisionTransformer:
+        if not sharded:
+            return network
+        copy = build_student(self.config.student).to(self.device)
+        copy.load_state_dict(sharding.gathered(network.state_dict()))
+        return copy.train(network.training)
+
+    # --- a run ---
+
+    def begin(self, run: RunDir) -> None:
+        """Say what is about to run, once; open the teacher's kept outputs."""
+        config, plan = self.config, self.plan
+        assert self.images is not None
+        say(
+            self.accelerator,
+            f"{len(self.images.source)} images, {plan.total_steps} steps of {config.batch_size} "
+            f"(stage one: {plan.switch_step}), lr {config.optim.blr:g} x {config.batch_size}/256 = {plan.lr:g}, "
+            f"{plan.n_mask} of {plan.n_patches} patches hidden, "
+            f"{trainable(self.learner) / 1e6:.1f} M trainable parameters, {self.device}, "
+            f"{'bf16' if self.accelerator.mixed_precision == 'bf16' else 'fp32'}, "
+            f"{self.accelerator.num_processes} process(es), seed {config.seed}",
+        )
+        if self.teacher is not None:
+            licence = self.teacher.licence or "not stated"
+            say(
+                self.accelerator,
+                f"teacher: {self.teacher.source}; licence of its weights: {licence}",
+            )
+        self._open_store(run)
+
+    def _open_store(self, run: RunDir) -> None:
+        """The teacher's outputs so far, where they are kept."""
+        assert self.images is not None
+        networks = self.frozen_networks
+        store = teacher_store(
+            self.config, networks.teacher, self.images.source, self.accelerator, self.teacher
+        )
+        if store is None:
+            return
+        if run.writes:
+            store.create()
+        self.accelerator.wait_for_everyone()
+        store.open()
+        self.store = store
+        say(
+            self.accelerator,
+            f"the teacher's outputs of {store.pictures} pictures take {store.bytes / 1e9:.2f} GB in "
+            f"{store.folder}; {store.count()} are there",
+        )
+
+    def evaluates(self, step: int) -> bool:
+        """Where the student is measured or pictured."""
+        return self._probes(step) or self._draws(step)
+
+    def _probes(self, step: int) -> bool:
+        if self.looks.probe is None:
+            return False
+        every = self.config.runtime.probe_every
+        at_end = every > 0 and step == self.total_steps
+        # the untrained student too: what training adds is known against it
+        return step == 0 or at_end or falls_due(every, step, self.steps_per_epoch)
+
+    def _draws(self, step: int) -> bool:
+        due = falls_due(self.config.runtime.picture_every, step, self.steps_per_epoch)
+        return step > 0 and (due or step in (self.switch_step, self.total_steps))
+
+    def evaluate(self, step: int, run: RunDir) -> Evaluation:
+        """k-NN accuracy of the student so far, and a picture of what guides the mask."""
+        metrics = {}
+        if self.looks.probe is not None and self._probes(step):
+            student = as_backbone(self.config, self.whole_student(), self.stats)
+            metrics["knn_top1"] = self.looks.probe(student)
+        if self.looks.draw is not None and self._draws(step):
+            with sharding.whole(self.frozen_networks.running()):
+                if run.writes:
+                    self.looks.draw(self, step, run)
+        return Evaluation(metrics)
+
+    def describe(self, means: dict[str, float], step: int) -> dict[str, Any]:
+        """Stage of the last step, and how many signs of collapse there are."""
+        stage = 1 if step <= self.switch_step else 2
+        return {"stage": stage, "collapse_signs": len(signs(means))}
+
+    def check(self, row: dict[str, Any], run: RunDir) -> None:
+        """Warn of collapse; name broken images, and stop where there are too many."""
+        text = self.collapse.text(row)
+        if text:
+            warn(self.accelerator, run, row["step"], text)
+        assert self.images is not None
+        self.broken.check(
+            run,
+            seen=min(len(self.images.source), row["step"] * self.batch_size),
+            epoch=self.steps_per_epoch * self.batch_size,
+            over=row["step"] == self.total_steps,
+            most=self.config.data.max_bad,
+        )
+
+    def keeps(self, step: int) -> bool:
+        """Every so many epochs, and at the switch of stages, if so set."""
+        runtime = self.config.runtime
+        at_switch = runtime.keep_switch and step == self.switch_step
+        return at_switch or falls_due(runtime.keep_every, step, self.steps_per_epoch)
+
+    def publish(self, step: int, run: RunDir) -> None:
+        """backbone.safetensors, and that of the momentum student."""
+        average = self.frozen_networks.momentum
+        if average is not None:
+            average = self._whole(average, sharding.is_sharded(average))
+        student = self.whole_student()
+        if run.writes:
+            facts = self.facts(step)
+            save_student(run.path, self.config, student, self.stats, facts, "")
+            if average is not None:
+                save_student(run.path, self.config, average, self.stats, facts, "_momentum")
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What run.json and the header of the backbone say."""
+        assert self.images is not None
+        source, teacher = self.images.source, self.teacher
+        data = {
+            "path": self.config.data.path,
+            "images": len(source),
+            "fingerprint": source.fingerprint(),
+            "range": source.limits and list(source.limits),
+            "held_out": self.config.data.val_share,
+            "left_out": dict(source.left_out),
+        }
+        about = None
+        if teacher is not None:
+            about = {
+                "name": self.config.teacher.name,
+                "source": teacher.source,
+                "licence": teacher.licence,
+                "digest": teacher.digest,
+            }
+        own = {"step": step, "epochs": self.config.epochs, "seed": self.config.seed}
+        return {**own, "data": data, "teacher": about}
