@@ -36,8 +36,10 @@ from cmt_mae.evaluate.result import hardware, versions
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
 from cmt_mae.evaluate.video.features import make_extractor, patch_of
 from cmt_mae.evaluate.video.propagate import Propagation, decide, first_labels
-from cmt_mae.evaluate.video.protocol import DINO, input_size
+from cmt_mae.evaluate.video.protocol import PRESETS, VideoProtocol, input_size
 from cmt_mae.evaluate.video.sequence import read_batches
+
+DINO = VideoProtocol(**PRESETS["dino"])
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TARGET = RESULTS / "davis_speed.json"

@@ -1,7 +1,6 @@
 """docs/results/davis.json and davis.md, from result files and from what benchmarks.davis measured."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def table(folder: Path) -> None:
         plain = {"name", "size"}
         changes = {
             k: result.protocol[k]
-            for k, v in asdict(preset).items()
+            for k, v in ({"layer": None} | preset).items()
             if k not in plain and result.protocol[k] != v
         }
         sequences = result.details["sequences"]

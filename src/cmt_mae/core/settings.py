@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from textwrap import dedent
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import hint, one_line
@@ -62,6 +62,9 @@ NAMES = {float: "number", int: "whole number", str: "word"}
 SAMPLES = {float: "[0.2, 1.0]", int: "[10, 20]", str: "[one, two]"}
 
 
+T = TypeVar("T")
+OF_PRESET: Any = None
+"""Default of a field that a preset fills where it is not given (``filled``): None until then."""
 RESUME_SAFE = {"resume_safe": True}
 """Metadata of a field that does not affect the result: it may change when a run is continued."""
 
@@ -69,6 +72,17 @@ RESUME_SAFE = {"resume_safe": True}
 def resume_safe(default: Any) -> Any:
     """A field with this default that does not affect the result (``RESUME_SAFE``)."""
     return field(default=default, metadata=RESUME_SAFE)
+
+
+def filled(kind: type[T], preset: dict[str, Any], config: Any) -> T:
+    """The numbers of a protocol: those of ``config`` that are given, else the preset's.
+
+    kind: the dataclass of these numbers, of which the settings ``config`` are a child. Lists become tuples.
+    """
+    given = {one.name: getattr(config, one.name) for one in fields(kind)}  # type: ignore[arg-type]
+    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return kind(**{**preset, **given})
 
 
 def walk(settings: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:

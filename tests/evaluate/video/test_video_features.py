@@ -10,8 +10,12 @@ from hypothesis import strategies as st
 
 from cmt_mae.backbones import load_backbone
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import check_fields
+from cmt_mae.evaluate.video.evaluate import DavisConfig
 from cmt_mae.evaluate.video.features import TYPO_STD, make_extractor, patch_of, resize_linear
-from cmt_mae.evaluate.video.protocol import CROPMAE, DINO, PRESETS, VIDEOWALK, choose, input_size
+from cmt_mae.evaluate.video.protocol import PRESETS, VideoProtocol, input_size, resolve
+
+DINO, VIDEOWALK, CROPMAE = (VideoProtocol(**preset) for preset in PRESETS.values())
 
 CPU = torch.device("cpu")
 KINDS = ("plain", "no_class_token", "registers", "beit", "dinov3", "patch14")
@@ -55,7 +59,7 @@ def test_resizing_equals_opencv_at_usual_sizes(sizes):
         ((480, 854), 8, VIDEOWALK, (480, 848)),
         ((480, 854), 16, CROPMAE, (480, 880)),
         ((480, 854), 14, CROPMAE, (476, 868)),
-        ((96, 171), 16, choose("dino", size=96), (96, 128)),
+        ((96, 171), 16, replace(DINO, size=96), (96, 128)),
     ],
 )
 def test_input_sizes(frame, patch, protocol, wanted):
@@ -67,7 +71,7 @@ def test_input_sizes(frame, patch, protocol, wanted):
     st.integers(60, 2000), st.integers(60, 2000), st.integers(4, 32), st.sampled_from([*PRESETS])
 )
 def test_input_sizes_are_whole_patches(height, width, patch, name):
-    size = input_size((height, width), PRESETS[name], (patch, patch))
+    size = input_size((height, width), VideoProtocol(**PRESETS[name]), (patch, patch))
     assert size[0] % patch == size[1] % patch == 0
     if name != "cropmae":
         assert 480 - patch < size[0 if width >= height else 1] <= 480
@@ -75,23 +79,18 @@ def test_input_sizes_are_whole_patches(height, width, patch, name):
 
 def test_what_is_too_small_is_refused():
     with pytest.raises(InputError, match="smaller than a patch of 16 x 16 or a step of 64"):
-        input_size((100, 150), choose("dino", size=32), (16, 16))
+        input_size((100, 150), replace(DINO, size=32), (16, 16))
 
 
-def test_choose():
-    assert choose("dino", topk=5, radius=None) is DINO
-    assert choose("dino", topk=7) == replace(DINO, topk=7, name="dino+changed")
-    for changes in (
-        {"topk": 0},
-        {"radius": -1},
-        {"temperature": 0.0},
-        {"size": (480, 0)},
-        {"layer": 0},
-    ):
-        with pytest.raises(InputError, match=f"DAVIS: {next(iter(changes))} is"):
-            choose("dino", **changes)
-    with pytest.raises(InputError, match="use dino, videowalk, cropmae"):
-        choose("jabri")
+def test_given_settings_change_the_preset_and_its_name():
+    assert resolve("dino", VideoProtocol(topk=5)) == ("dino", DINO)
+    assert resolve("dino", VideoProtocol(topk=7)) == ("dino+changed", replace(DINO, topk=7))
+    assert resolve("cropmae", VideoProtocol(size=[480, 880])) == ("cropmae", CROPMAE)
+    for changes in ({"topk": 0}, {"radius": -1}, {"temperature": 0.0}, {"size": (480, 0)}, {"layer": 0}):
+        with pytest.raises(InputError, match=f"--{next(iter(changes))} is"):
+            check_fields(DavisConfig("backbone", "data", **changes))
+    with pytest.raises(InputError, match="dino, videowalk, cropmae"):
+        check_fields(DavisConfig("backbone", "data", protocol="jabri"))
 
 
 def test_presets_are_those_of_the_specification():

@@ -18,7 +18,9 @@ from cmt_mae.evaluate.video.propagate import (
     make_strips,
     stretch,
 )
-from cmt_mae.evaluate.video.protocol import DINO, VIDEOWALK, VideoProtocol
+from cmt_mae.evaluate.video.protocol import PRESETS, VideoProtocol
+
+DINO, VIDEOWALK = (VideoProtocol(**PRESETS[name]) for name in ("dino", "videowalk"))
 
 
 def plain(features, labels, protocol: VideoProtocol):
@@ -118,7 +120,8 @@ def test_equals_a_plain_loop(data):
     frames, rows, columns = (data.draw(st.integers(*r)) for r in ((2, 5), (1, 5), (1, 12)))
     if data.draw(st.booleans()):
         rows, columns = columns, rows
-    protocol = VideoProtocol(
+    protocol = replace(
+        DINO,
         context=data.draw(st.integers(0, 3)),
         padded=data.draw(st.booleans()),
         radius=data.draw(st.integers(0, 3)),

@@ -7,13 +7,13 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.settings import Count, CountOrNone, Device, Positive, check_fields
+from cmt_mae.core.settings import Count, CountOrNone, Device, check_fields
 from cmt_mae.data.davis import VideoSequence, open_davis
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import Where, start_processes
@@ -22,16 +22,10 @@ from cmt_mae.evaluate.video.features import Extractor, make_extractor, patch_of
 from cmt_mae.evaluate.video.metrics import statistics
 from cmt_mae.evaluate.video.pictures import draw_strips
 from cmt_mae.evaluate.video.protocol import (
-    FirstMask,
-    Objects,
-    Positions,
-    SideRule,
-    SoftmaxOver,
-    Upsample,
+    PresetName,
     VideoProtocol,
-    Window,
-    choose,
     input_size,
+    resolve,
 )
 from cmt_mae.evaluate.video.sequence import Followed, Shelf, follow
 
@@ -45,7 +39,7 @@ MEASURES = ("J_mean", "J_recall", "J_decay", "F_mean", "F_recall", "F_decay")
 
 
 @dataclass
-class DavisConfig:
+class DavisConfig(VideoProtocol):
     """Settings of the DAVIS-2017 evaluation: semi-supervised, frozen features, nothing is trained.
 
     A setting left out is the protocol's; any other value gives the protocol the name NAME+changed.
@@ -58,52 +52,12 @@ class DavisConfig:
     out: str | None = None
     """Folder for results/*.json and davis/ (masks, scores, strips); sequences found there are not
     repeated. Default: the run directory, if the backbone is one."""
-    protocol: Literal["dino", "videowalk", "cropmae"] = "dino"
+    protocol: PresetName = "dino"
     """dino (DINO's script), videowalk (Jabri et al.) or cropmae (CropMAE's and SiamMAE's settings)."""
     sequences: tuple[str, ...] | None = None
     """Only these sequences of val.txt."""
     key: str | None = None
     """`momentum` evaluates the momentum student of a run."""
-    size: Count | tuple[Count, Count] | None = None
-    """Shorter side of the frames that the network sees, or height and width (dino: 480)."""
-    side_rule: SideRule | None = None
-    """Longer side: floor64 (dino) cuts it to a multiple of 64, patch to one of the patch."""
-    std_typo: bool | None = None
-    """Divide by .228 in place of .229 where the backbone has ImageNet's statistics (dino: true)."""
-    layer: Count | None = None
-    """Block whose output is the feature, from 1. Default: the last."""
-    final_norm: bool | None = None
-    """Features after the final norm (default: true)."""
-    positions: Positions | None = None
-    """Table of positions resized to a `size`, or by DINO's `scale_factor` of (grid + .1) / old grid."""
-    first_mask: FirstMask | None = None
-    """First mask to the grid: nearest (dino) or linear (videowalk)."""
-    objects: Objects | None = None
-    """all objects of the first mask (default), or seen: up to the highest id left at grid size (DINO's script)."""
-    context: CountOrNone | None = None
-    """Preceding frames looked at besides the first (dino: 7)."""
-    padded: bool | None = None
-    """Fill places of frames before the first with the first (videowalk: true)."""
-    soft_queue: bool | None = None
-    """Preceding frames lend soft labels (default: true); false: one-hot ones."""
-    radius: CountOrNone | None = None
-    """Neighbourhood in patches (dino: 12); 0 is the whole frame."""
-    window: Window | None = None
-    """square (dino) or disc (videowalk)."""
-    limit_first: bool | None = None
-    """The neighbourhood holds in the first frame too (dino: true, videowalk: false)."""
-    topk: Count | None = None
-    """Neighbours kept over all context frames together (dino: 5)."""
-    keep_ties: bool | None = None
-    """Neighbours as near as the last kept one are kept too (dino: true)."""
-    temperature: Positive | None = None
-    """A neighbour's weight is exp(cosine similarity / temperature) (dino: 0.1)."""
-    softmax_over: SoftmaxOver | None = None
-    """Weights sum to 1 over the `kept` neighbours (default) or over the `neighbourhood`."""
-    upsample: Upsample | None = None
-    """Decide at the input size (patch; dino) or at the frame's own size (frame; videowalk)."""
-    min_max: bool | None = None
-    """Stretch each class map to 0..1 before the decision (dino: true)."""
     save_masks: bool = True
     """Keep the predicted masks as indexed PNGs in davis/*/masks, as the official evaluation reads them."""
     pictures: CountOrNone = 3
@@ -136,7 +90,8 @@ def evaluate_davis(config: DavisConfig) -> Result:
     """
     check_fields(config)
     started = time.perf_counter()
-    protocol = choose_protocol(config)
+    name, protocol = resolve(config.protocol, config)
+    described = describe_protocol(name, protocol)
     where = start_processes(config.device)
     sequences = open_davis(config.data, config.sequences)
     keep = results_folder(config.out, config.backbone)
@@ -154,16 +109,16 @@ def evaluate_davis(config: DavisConfig) -> Result:
         rivals.append((config.compare, config.compare_key, other, drawn))
     outcomes = []
     with evaluation_progress(config.progress and where.rank == 0) as bar:
-        for name, key, native, todo in rivals:
-            shelf = make_shelf(keep, native, protocol, config.save_masks)
-            runner = Runner(name, key, native, protocol, where, config, shelf)
+        for rival, key, native, todo in rivals:
+            shelf = make_shelf(keep, native, described, config.save_masks)
+            runner = Runner(rival, key, native, protocol, where, config, shelf)
             outcomes.append(runner.run(todo, bar))
     result = make_result(
         "davis",
         config,
         backbone,
         metrics=summarise(outcomes[0]),
-        protocol=describe_protocol(protocol),
+        protocol=described,
         data=describe_sequences(config.data, sequences),
         device=where.device,
         processes=where.world,
@@ -180,26 +135,11 @@ def evaluate_davis(config: DavisConfig) -> Result:
     if where.rank == 0:
         save_where(result, config.out, config.backbone)
         if drawn:
-            shelves = [make_shelf(keep, rival[2], protocol, True) for rival in rivals]
+            shelves = [make_shelf(keep, rival[2], described, True) for rival in rivals]
             titles = [label(rival[0], rival[1]) for rival in rivals]
             rows = [(t, s) for t, s in zip(titles, shelves, strict=True) if s is not None]
             draw_strips(drawn, rows, outcomes, config.columns)
     return result
-
-
-def choose_protocol(config: DavisConfig) -> VideoProtocol:
-    """The preset with the changes that the settings ask for, all of them checked.
-
-    Raises:
-        InputError: a setting without meaning.
-    """
-    least = [("batch_size", config.batch_size, 1), ("threads", config.threads, 1)]
-    least += [("pictures", config.pictures, 0), ("columns", config.columns, 1)]
-    for name, value, low in least:
-        if value < low:
-            raise InputError(f"DAVIS: {name} is {value}; it must be {low} or more")
-    names = [field.name for field in fields(VideoProtocol) if field.name != "name"]
-    return choose(config.protocol, **{name: getattr(config, name) for name in names})
 
 
 def label(name: str, key: str | None) -> str:
@@ -221,20 +161,21 @@ def check_sizes(
 
 
 def make_shelf(
-    keep: Path | None, backbone: Backbone, protocol: VideoProtocol, masks: bool
+    keep: Path | None, backbone: Backbone, described: dict[str, Any], masks: bool
 ) -> Shelf | None:
     """Folder of what belongs to these weights under this protocol: KEEP/davis/PROTOCOL-HASH."""
     if keep is None:
         return None
     normalisation = [backbone.mean, backbone.std]
-    what = [VERSION, backbone.digest, normalisation, describe_protocol(protocol)]
+    what = [VERSION, backbone.digest, normalisation, described]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-    return Shelf(keep / "davis" / f"{protocol.name.replace('+', '-')}-{digest}", masks)
+    return Shelf(keep / "davis" / f"{described['name'].replace('+', '-')}-{digest}", masks)
 
 
-def describe_protocol(protocol: VideoProtocol) -> dict[str, Any]:
+def describe_protocol(name: str, protocol: VideoProtocol) -> dict[str, Any]:
     """``Result.protocol``: every quirk by name, and how the numbers are averaged."""
     return {
+        "name": name,
         **asdict(protocol),
         "headline": "J&F",
         "features": "patch tokens, l2-normalised, float32",
@@ -295,10 +236,10 @@ class Runner:
         patch = patch_of(self.native)
         extractor: Extractor | None = None
         total = sum(map(len, share))
-        task = bar.add_task(self.protocol.name, total=total)
+        task = bar.add_task(self.config.protocol, total=total)
         with ThreadPoolExecutor(self.config.threads) as pool:
             for sequence in share:
-                bar.update(task, description=f"{self.protocol.name} {sequence.name}")
+                bar.update(task, description=f"{self.config.protocol} {sequence.name}")
                 kept = self.shelf.load(sequence) if self.shelf is not None else None
                 if kept is not None:
                     done.append(kept)

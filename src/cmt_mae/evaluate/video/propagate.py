@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cmt_mae.evaluate.video.protocol import FirstMask, VideoProtocol, Window
+from cmt_mae.evaluate.video.protocol import VideoProtocol
 
 STRIP = 8
 """Patches across a strip of queries. Wider strips compare with more patches that are too far away;
@@ -123,7 +123,7 @@ class Propagation:
 
 
 def make_strips(
-    shape: tuple[int, int], radius: int, window: Window, device: torch.device
+    shape: tuple[int, int], radius: int, window: str, device: torch.device
 ) -> list[_Strip]:
     """Strips that cover a grid, cut across its first side, with their neighbourhoods.
 
@@ -227,7 +227,7 @@ def _vote_with_ties(
 
 
 def first_labels(
-    mask: NDArray[np.uint8], classes: list[int], grid: tuple[int, int], how: FirstMask
+    mask: NDArray[np.uint8], classes: list[int], grid: tuple[int, int], how: str
 ) -> Tensor:
     """The first mask at grid size: (K, rows, columns) float32, one map a class.
 

@@ -3,112 +3,85 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from cmt_mae.core.errors import InputError
-
-SideRule = Literal["floor64", "patch"]
-Positions = Literal["size", "scale_factor"]
-Objects = Literal["all", "seen"]
-FirstMask = Literal["nearest", "linear"]
-Window = Literal["square", "disc"]
-SoftmaxOver = Literal["kept", "neighbourhood"]
-Upsample = Literal["patch", "frame"]
+from cmt_mae.core.settings import OF_PRESET, Count, CountOrNone, Positive, filled
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class VideoProtocol:
-    """Every setting of label propagation that moves J and F. The defaults are DINO's."""
+    """Every setting of label propagation that moves J and F; those that are not given are the preset's."""
 
-    name: str = "dino"
-    size: int | tuple[int, int] = 480
-    """Shorter side of the frames that the network sees, or their height and width."""
-    side_rule: SideRule = "floor64"
-    """Longer side: floor64 = in proportion, down to a multiple of 64; patch = to one of the patch."""
-    std_typo: bool = True
-    """Divide by (.228, .224, .225), as DINO's script does, where the network has ImageNet's (.229, ...)."""
-    layer: int | None = None
-    """Block whose output is the feature, from 1; None = the last."""
-    final_norm: bool = True
-    """Features after the network's final norm."""
-    positions: Positions = "size"
-    """Table of positions resized to the grid's size, or by the factor (grid + .1) / old grid (DINO)."""
-    first_mask: FirstMask = "nearest"
-    """First mask to the grid: nearest (DINO), or one-hot maps by bilinear resizing (videowalk)."""
-    objects: Objects = "all"
-    """Classes: all = the objects of the first mask; seen = up to the highest id left at grid size (DINO)."""
-    context: int = 7
-    """Number of preceding frames that are looked at, besides the first frame."""
-    padded: bool = False
-    """Fill the places of frames before the first with the first frame (videowalk)."""
-    soft_queue: bool = True
-    """Preceding frames lend their soft labels; False: one-hot at grid size."""
-    radius: int = 12
-    """Neighbourhood in patches; 0 = the whole frame."""
-    window: Window = "square"
-    """square: rows and columns at most radius apart; disc: distance under radius (videowalk)."""
-    limit_first: bool = True
-    """The neighbourhood holds in the first frame too; False: the first frame is seen whole (videowalk)."""
-    topk: int = 5
-    """Neighbours kept for each patch, over all context frames together."""
-    keep_ties: bool = True
-    """Neighbours as near as the k-th are kept too (DINO)."""
-    temperature: float = 0.1
-    """A neighbour's weight is exp(cosine similarity / temperature)."""
-    softmax_over: SoftmaxOver = "kept"
-    """Weights sum to 1 over the kept neighbours, or over the whole neighbourhood before the k are kept."""
-    upsample: Upsample = "patch"
-    """patch: bilinear by the patch's side, decide there, nearest to the frame (DINO); frame: bilinear
-    to the frame's size, decide there (videowalk)."""
-    min_max: bool = True
-    """Stretch each upsampled class map to 0..1 before the decision (DINO)."""
+    size: Count | tuple[Count, Count] = OF_PRESET
+    """Shorter side of the frames that the network sees, or height and width (dino: 480)."""
+    side_rule: Literal["floor64", "patch"] = OF_PRESET
+    """Longer side: floor64 (dino) cuts it to a multiple of 64, patch to one of the patch."""
+    std_typo: bool = OF_PRESET
+    """Divide by .228 in place of .229 where the backbone has ImageNet's statistics, as DINO's script does
+    (dino: true)."""
+    layer: Count | None = None
+    """Block whose output is the feature, from 1. Default: the last."""
+    final_norm: bool = OF_PRESET
+    """Features after the final norm (default: true)."""
+    positions: Literal["size", "scale_factor"] = OF_PRESET
+    """Table of positions resized to a `size`, or by DINO's `scale_factor` of (grid + .1) / old grid."""
+    first_mask: Literal["nearest", "linear"] = OF_PRESET
+    """First mask to the grid: nearest (dino), or one-hot maps by bilinear resizing (linear; videowalk)."""
+    objects: Literal["all", "seen"] = OF_PRESET
+    """all objects of the first mask (default), or seen: up to the highest id left at grid size (DINO's script)."""
+    context: CountOrNone = OF_PRESET
+    """Preceding frames looked at besides the first (dino: 7)."""
+    padded: bool = OF_PRESET
+    """Fill places of frames before the first with the first (videowalk: true)."""
+    soft_queue: bool = OF_PRESET
+    """Preceding frames lend soft labels (default: true); false: one-hot ones at grid size."""
+    radius: CountOrNone = OF_PRESET
+    """Neighbourhood in patches (dino: 12); 0 is the whole frame."""
+    window: Literal["square", "disc"] = OF_PRESET
+    """square (dino): rows and columns at most radius apart; disc (videowalk): distance under radius."""
+    limit_first: bool = OF_PRESET
+    """The neighbourhood holds in the first frame too (dino: true); false (videowalk): that one is seen whole."""
+    topk: Count = OF_PRESET
+    """Neighbours kept for each patch, over all context frames together (dino: 5)."""
+    keep_ties: bool = OF_PRESET
+    """Neighbours as near as the last kept one are kept too (dino: true)."""
+    temperature: Positive = OF_PRESET
+    """A neighbour's weight is exp(cosine similarity / temperature) (dino: 0.1)."""
+    softmax_over: Literal["kept", "neighbourhood"] = OF_PRESET
+    """Weights sum to 1 over the `kept` neighbours (default), or over the `neighbourhood` before they are kept."""
+    upsample: Literal["patch", "frame"] = OF_PRESET
+    """patch (dino): bilinear by the patch's side, decide there, nearest to the frame; frame (videowalk):
+    bilinear to the frame's size, decide there."""
+    min_max: bool = OF_PRESET
+    """Stretch each class map to 0..1 before the decision (dino: true)."""
 
 
-DINO = VideoProtocol()
-VIDEOWALK = VideoProtocol(
-    name="videowalk",
-    side_rule="patch",
-    std_typo=False,
-    first_mask="linear",
-    context=20,
-    padded=True,
-    window="disc",
-    limit_first=False,
-    topk=10,
-    keep_ties=False,
-    temperature=0.05,
-    upsample="frame",
-    min_max=False,
-)
-CROPMAE = replace(VIDEOWALK, name="cropmae", size=(480, 880), topk=7, radius=20, temperature=0.7)
-PRESETS = {preset.name: preset for preset in (DINO, VIDEOWALK, CROPMAE)}
+PresetName = Literal["dino", "videowalk", "cropmae"]
+_DINO: dict[str, Any] = {
+    "size": 480, "side_rule": "floor64", "std_typo": True, "final_norm": True, "positions": "size",
+    "first_mask": "nearest", "objects": "all", "context": 7, "padded": False, "soft_queue": True, "radius": 12,
+    "window": "square", "limit_first": True, "topk": 5, "keep_ties": True, "temperature": 0.1,
+    "softmax_over": "kept", "upsample": "patch", "min_max": True,
+}  # fmt: skip
+_VIDEOWALK = _DINO | {
+    "side_rule": "patch", "std_typo": False, "first_mask": "linear", "context": 20, "padded": True,
+    "window": "disc", "limit_first": False, "topk": 10, "keep_ties": False, "temperature": 0.05,
+    "upsample": "frame", "min_max": False,
+}  # fmt: skip
+_CROPMAE = _VIDEOWALK | {"size": (480, 880), "topk": 7, "radius": 20, "temperature": 0.7}
+PRESETS = {"dino": _DINO, "videowalk": _VIDEOWALK, "cropmae": _CROPMAE}
 """dino: eval_video_segmentation.py, with size=(h, w) for positions and the true number of objects.
 videowalk: Jabri et al.'s test script, temperature of its README. cropmae: videowalk with the settings
 of CropMAE and SiamMAE."""
 
 
-def choose(name: str, **changes: Any) -> VideoProtocol:
-    """A preset with the settings that are not None changed. A changed one is called ``NAME+changed``.
-
-    Raises:
-        InputError: unknown preset, or a value without meaning.
-    """
-    if name not in PRESETS:
-        raise InputError(f"unknown protocol {name!r}; use {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    given = {k: v for k, v in changes.items() if v is not None and v != getattr(preset, k)}
-    protocol = replace(preset, **given, name=f"{name}+changed") if given else preset
-    sides = (protocol.size,) if isinstance(protocol.size, int) else protocol.size
-    lowest = [("context", protocol.context, 0), ("radius", protocol.radius, 0)]
-    lowest += [("topk", protocol.topk, 1), ("size", min(sides), 1)]
-    lowest += [("layer", 1 if protocol.layer is None else protocol.layer, 1)]
-    for setting, value, least in lowest:
-        if value < least:
-            raise InputError(f"DAVIS: {setting} is {value}; it must be {least} or more")
-    if not protocol.temperature > 0:
-        raise InputError(f"DAVIS: temperature is {protocol.temperature}; it must be above 0")
-    return protocol
+def resolve(preset: PresetName, given: VideoProtocol) -> tuple[str, VideoProtocol]:
+    """The preset with the given settings in their places, and its name: a changed one is ``NAME+changed``."""
+    protocol = filled(VideoProtocol, PRESETS[preset], given)
+    same = protocol == VideoProtocol(**PRESETS[preset])
+    return preset if same else f"{preset}+changed", protocol
 
 
 def input_size(
