@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cmt_mae.core.files import write_atomically
 from cmt_mae.core.text import printable
+from cmt_mae.evaluate.drawing import GREY, save_picture
 
 NAMED = 40  # classes up to which each row is named
 NUMBERED = 16  # classes up to which each cell shows its number
@@ -59,9 +59,7 @@ def confusion_picture(
     figure.colorbar(drawn, ax=matrix, shrink=0.7, pad=0.02, label="share of the row")
     _draw_mistakes(bars, confusion, names, mistakes)
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
-    write_atomically(
-        path, lambda aside: figure.savefig(aside, format="png", dpi=110, bbox_inches="tight")
-    )
+    save_picture(figure, path)
 
 
 def _draw_mistakes(axis: Axes, confusion: Tensor, names: list[str], count: int) -> None:
@@ -77,8 +75,8 @@ def _draw_mistakes(axis: Axes, confusion: Tensor, names: list[str], count: int) 
         total = int(confusion[truth].sum())
         axis.barh(place, n, height=0.3, color="tab:red", alpha=0.75)
         text = f"{names[truth]} taken for {names[prediction]}"
-        axis.text(0, place - 0.24, text, fontsize=8, va="bottom", parse_math=False)
-        axis.text(n + 0.02 * highest, place, f"{n} of {total}", fontsize=8, va="center")
+        axis.text(0, place - 0.24, text, fontsize=8, va="bottom", color=GREY, parse_math=False)
+        axis.text(n + 0.02 * highest, place, f"{n} of {total}", fontsize=8, va="center", color=GREY)
     axis.set_xlim(-0.02 * highest, 1.35 * highest)
     axis.set_ylim(max(count, 1) - 0.4, -0.9)
 

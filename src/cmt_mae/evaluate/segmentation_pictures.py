@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from cmt_mae.core.files import write_atomically
 from cmt_mae.core.text import printable
+from cmt_mae.evaluate.drawing import save_picture
 
 NAMES_SHOWN = 20
 UNLABELLED = (0.93, 0.93, 0.93)
@@ -77,7 +77,7 @@ def segmentation_picture(
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a class's name begins no formula
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
-    write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
+    save_picture(figure, path)
 
 
 def _short(name: str) -> str:

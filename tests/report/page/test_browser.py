@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 from cmt_mae.tools.report.page.serve import WatchConfig, make_server
+from cmt_mae.tools.report.pictures import attention_picture
 
 from .conftest import Write, row
 
@@ -110,6 +113,39 @@ def test_the_keyboard_reads_zooms_and_hides(chromium: Any, two: str) -> None:
     assert not page.locator("dialog#large").is_visible()
     assert opened.complaints == []
     opened.close()
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_pictures_have_one_scale(chromium: Any, write: Write, width: int) -> None:
+    """Two columns of one run and five of another: a photo is as large in both, on a phone too."""
+    images = torch.rand(2, 3, 32, 32)
+    share, mask = torch.full((2, 16), 1 / 16), torch.zeros(2, 16, dtype=torch.bool)
+    kinds = {"mae": {}, "cmt": {"teacher": share, "momentum": share, "collab": share}}
+    runs = [write(name, pictures=0) for name in kinds]
+    for run, maps in zip(runs, kinds.values(), strict=True):
+        path = run / "pictures" / "attention_step_00000050.png"
+        attention_picture(path, images, maps, mask, (4, 4), "run")
+    said = make_report(ReportConfig(runs=[str(run) for run in runs], out=str(runs[0].parent / "p.html")))
+    opened = Opened(chromium, f"file://{said['path']}", width=width)
+    shown = opened.page.locator(".pictures img").evaluate_all(
+        "all => all.map(one => [one.getBoundingClientRect().height, one.getBoundingClientRect().width])"
+    )
+    (low, narrow), (high, wide) = shown
+    assert low == pytest.approx(high, rel=0.06), "equal rows are equally high"
+    assert wide > 2 * narrow
+    assert wide <= width
+    # no ground of their own: the page's colour shows, and letters are legible on both
+    picture = Image.open(runs[1] / "pictures" / "attention_step_00000050.png")
+    assert picture.convert("RGBA").getpixel((1, 1))[3] == 0
+    opened.close()
+
+
+def test_tables_that_are_too_wide_say_so(chromium: Any, two: str) -> None:
+    for width, wide in ((390, True), (1100, False)):
+        opened = Opened(chromium, two, width=width)
+        first = opened.page.locator("#differences .scroll")
+        assert ("wide" in first.get_attribute("class").split()) is wide
+        opened.close()
 
 
 def test_a_phone_scrolls_one_way_only(chromium: Any, two: str) -> None:

@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cmt_mae.core.files import write_atomically
 from cmt_mae.core.text import printable
 from cmt_mae.data.coco import CocoSplit
 from cmt_mae.data.coco_masks import mask_of
+from cmt_mae.evaluate.drawing import save_picture
 
 SHOWN_SCORE = 0.3
 """Detections below are not drawn."""
@@ -60,7 +60,7 @@ def detection_picture(
         )
         right.set_title(f"{len(found)} found with score {SHOWN_SCORE} or more", fontsize=8)
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
-    write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
+    save_picture(figure, path)
 
 
 def best_by_image(

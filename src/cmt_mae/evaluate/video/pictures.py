@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from cmt_mae.core.files import write_atomically
 from cmt_mae.core.text import printable
 from cmt_mae.data.davis import VideoSequence, palette_bytes, read_frame, read_mask
+from cmt_mae.evaluate.drawing import save_picture
 from cmt_mae.evaluate.video.metrics import outlines
 from cmt_mae.evaluate.video.sequence import Followed, Shelf
 
@@ -74,7 +74,7 @@ def draw_strip(
 ) -> None:
     """Write a PNG of ``strip_figure``."""
     figure = strip_figure(frames, rows, numbers)
-    write_atomically(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    save_picture(figure, path)
 
 
 def strip_figure(

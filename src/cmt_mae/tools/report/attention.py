@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from cmt_mae.tools.report.canvas import Picture, Sheet, as_picture, common_scale, over, without
+from cmt_mae.tools.report.canvas import (
+    LARGEST,
+    Picture,
+    Sheet,
+    as_picture,
+    common_scale,
+    over,
+    without,
+)
 
 Grid = tuple[int, int]
 UNIT = "attention / uniform"
@@ -31,29 +39,36 @@ def attention_sheet(
     title: str,
     titles: dict[str, str] | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
+    largest: float = LARGEST,
 ) -> Sheet:
     """A row an image: the image, each map over it, the visible patches; one colour scale.
 
-    images uint8 (B, C, H, W); maps: name -> (B, L) that sum to 1; hidden (B, L) bool; titles of the maps in
-    place of TITLES; notes: name -> a line under the map of each image.
+    images uint8, or float in 0..1, (B, C, H, W); maps: name -> (B, L) that sum to 1, or none; hidden (B, L) bool;
+    titles of the maps in place of TITLES; notes: name -> a line under the map of each image; largest: inches, the
+    width of a cell.
     """
     values = {name: in_units(one, grid) for name, one in maps.items()}
-    scale = common_scale(list(values.values()))
+    scale = common_scale(list(values.values())) if values else None
     shown, names = pictures_of(images), {**TITLES, **(titles or {})}
     aspect = shown[0].shape[0] / shown[0].shape[1]
     columns = 1 + len(maps) + (hidden is not None)
-    lines = 1 + max(names[name].count("\n") for name in maps)
-    sheet = Sheet(len(shown), columns, aspect, title, bar=UNIT, below=bool(notes), head_lines=lines)
+    lines = 1 + max((names[name].count("\n") for name in maps), default=0)
+    sheet = Sheet(
+        len(shown), columns, aspect, title, bar=UNIT if scale else "", below=bool(notes), head_lines=lines,
+        largest=largest,
+    )  # fmt: skip
     for row, image in enumerate(shown):
         sheet.show(row, 0, image)
         for column, (name, value) in enumerate(values.items(), start=1):
+            assert scale is not None
             note = (notes or {}).get(name)
             sheet.show(row, column, over(image, value[row], scale), note[row] if note else "")
         if hidden is not None:
             sheet.show(row, columns - 1, without(image, hidden[row].reshape(grid).numpy()))
     last = ["visible patches"] if hidden is not None else []
     sheet.heads(["image", *(names[name] for name in maps), *last])
-    sheet.colour_bar(scale)
+    if scale is not None:
+        sheet.colour_bar(scale)
     return sheet
 
 

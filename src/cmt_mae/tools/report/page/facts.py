@@ -8,7 +8,6 @@ from typing import Any
 
 from cmt_mae.core.run_reader import RunRecord, section
 from cmt_mae.core.text import one_line, printable
-from cmt_mae.pretraining.settings import RESUME_SAFE_SETTINGS
 
 Pairs = list[tuple[str, str]]
 
@@ -197,6 +196,10 @@ def differences(records: list[RunRecord]) -> list[dict[str, Any]]:
 
     Names of folders (out, the label) always differ and are left out.
     """
+    from cmt_mae.pretraining.settings import (
+        RESUME_SAFE_SETTINGS,  # loads torch: for several runs alone
+    )
+
     names = dict.fromkeys(name for record in records for name in record.settings)
     found = []
     for name in names:

@@ -16,6 +16,8 @@ from cmt_mae.core.text import one_line
 SIDES = (1600, 1000, 640)
 """Longest side in pixels, tried from the left until the picture fits into its share."""
 MAX_PIXELS = 64_000_000
+PER_INCH = 130
+"""CSS pixels for an inch of a picture: letters of 6.5 points are then 12 pixels high."""
 STEP = re.compile(r"^(?P<what>.+?)_step_(?P<step>\d+)$")
 WORDS = {
     "attention": "One row an image: the photo, the attention map of each network, the patches left visible. "
@@ -46,6 +48,7 @@ class Shown:
     """data: address, or an address on the server of `watch`."""
     width: int
     height: int
+    """In CSS pixels, by the size in inches that the file states: equal scale for all pictures of the page."""
     caption: str
     alt: str
     name: str
@@ -108,7 +111,7 @@ def linked(record: RunRecord, most: int = 12) -> list[Shown]:
     for path, kind, step in chosen(record, most):
         try:
             with Image.open(path) as image:
-                size, description = image.size, described(image.info)
+                size, description = page_size(image), described(image.info)
             changed = path.stat().st_mtime_ns
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue  # being written, or none
@@ -137,15 +140,16 @@ def _shown(
 
 @lru_cache(maxsize=64)
 def fitted(path: Path, changed: int, most: int) -> tuple[tuple[int, int], bytes, str]:  # noqa: ARG001
-    """(size, WebP of at most ``most`` bytes, description) of a picture; ``changed``: its time, for the cache.
+    """(page_size, WebP of at most ``most`` bytes, description) of a picture; ``changed``: its time, for the cache.
 
     Raises OSError or ValueError where it is no picture, is too large, or cannot be made small enough.
     """
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
-        description = described(image.info)
-        picture = image.convert("RGBA" if "transparency" in image.info else "RGB")
+        description, size = described(image.info), page_size(image)
+        clear = "A" in image.getbands() or "transparency" in image.info
+        picture = image.convert("RGBA" if clear else "RGB")
     for side in SIDES:
         small = picture.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -153,8 +157,15 @@ def fitted(path: Path, changed: int, most: int) -> tuple[tuple[int, int], bytes,
             file = io.BytesIO()
             small.save(file, "WEBP", quality=quality, method=2)
             if file.tell() <= most:
-                return small.size, file.getvalue(), description
+                return size, file.getvalue(), description
     raise ValueError(f"it does not fit into {most // 1000} kB")
+
+
+def page_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in CSS pixels, PER_INCH where the file says how large it is; else its own pixels."""
+    dpi = image.info.get("dpi", (PER_INCH, PER_INCH))[0]
+    scale = PER_INCH / dpi if isinstance(dpi, int | float) and 30 <= dpi <= 1200 else 1.0
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def described(info: dict[Any, Any]) -> str:

@@ -206,12 +206,24 @@
     document.querySelectorAll(".plot").forEach(build);
   }
 
+  // Pictures at one scale: as large as their files say, all smaller together where the widest does not fit.
+  function scaleAll() {
+    const pictures = [...document.querySelectorAll(".pictures img")];
+    const widest = Math.max(1, ...pictures.map((one) => Number(one.getAttribute("width"))));
+    const room = document.querySelector(".pictures")?.clientWidth ?? widest;
+    for (const one of pictures) one.style.width = `${Number(one.getAttribute("width")) * Math.min(1, (room - 2) / widest)}px`;
+    for (const one of document.querySelectorAll(".scroll")) one.classList.toggle("wide", one.scrollWidth > one.clientWidth + 1);
+  }
+
   rebuildAll();
+  scaleAll();
+  document.addEventListener("toggle", scaleAll, true); // a table that is unfolded has a width only then
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", rebuildAll);
   let width = innerWidth;
   addEventListener("resize", () => {
     if (innerWidth === width) return;
     width = innerWidth;
+    scaleAll();
     for (const plot of plots) plot.u.setSize({ width: Math.max(200, plot.holder.clientWidth), height: 240 });
   });
 
@@ -249,6 +261,7 @@
       else if (closed.has(one.id)) one.open = false;
     }
     rebuildAll();
+    scaleAll();
     for (const plot of plots) if (zooms.has(plot.chart.key)) plot.u.setScale("x", zooms.get(plot.chart.key));
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
     // read aloud where the verdict is another one, not with every step
