@@ -19,6 +19,7 @@ from rich.console import Console
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import write_json
+from cmt_mae.core.settings import default_of
 from cmt_mae.core.text import printable
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.evaluate.features import FrozenSettings, start_processes
@@ -212,6 +213,8 @@ def make_job(
 
 # settings of the tasks that change no number
 RESUME_SAFE_SETTINGS = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
+YOUNGER = ("zero_label", "range", "val_share", "deterministic")
+"""Settings that came after the first ledgers: no part of a key while they have their defaults."""
 
 
 def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
@@ -223,8 +226,9 @@ def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
     kept = {k: v for k, v in asdict(settings).items() if k not in RESUME_SAFE_SETTINGS}
     if isinstance(settings, FrozenSettings):
         del kept["progress"]
-    if kept.get("zero_label", ...) is None:  # younger than the keys of old ledgers
-        del kept["zero_label"]
+    for one in fields(settings):
+        if one.name in YOUNGER and kept[one.name] == default_of(one):
+            del kept[one.name]
     network = [backbone.digest, backbone.architecture, backbone.kwargs]
     entry = [backbone.mean, backbone.std, backbone.img_size]
     what = [task, kept, network, entry, folder_fingerprint(data)]
