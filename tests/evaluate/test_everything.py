@@ -333,3 +333,14 @@ def test_every_preset_makes_settings(config, tmp_path):
             job = everything.make_job(name, tmp_path, config(preset=preset), backbone, tmp_path)
             assert (job.config.device, job.config.seed) == ("cpu", 0)
             assert job.config.out == str(tmp_path) or task.trains
+
+
+def test_a_new_setting_changes_no_key_of_an_old_ledger():
+    """What keys were made of before there were zero_label, val_share, compile and so on."""
+    frozen = {"k", "temperature", "pools", "size", "precision", "batch_size", "cache", "seed"}
+    assert set(everything.settings_in_key(knn.KnnConfig("a", "b"))) == frozen
+    assert set(everything.settings_in_key(knn.KnnConfig("a", "b", val_share=0.2))) == {*frozen, "val_share"}
+    counts = {"finetune": 31, "ade20k": 28, "coco": 52, "davis": 31}
+    for name, count in counts.items():
+        settings = everything.TASKS[name].load_settings()(backbone="a", data="b")
+        assert len(everything.settings_in_key(settings)) == count, name

@@ -213,7 +213,7 @@ def make_job(
 
 # settings of the tasks that change no number
 RESUME_SAFE_SETTINGS = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
-YOUNGER = ("zero_label", "range", "val_share", "deterministic")
+YOUNGER = ("zero_label", "range", "val_share", "deterministic", "compile", "parallel")
 """Settings that came after the first ledgers: no part of a key while they have their defaults."""
 
 
@@ -223,16 +223,22 @@ def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
     Like ``Result.identity`` it leaves out places, machine and versions; unlike it, it is known
     before the work.
     """
+    kept = settings_in_key(settings)
+    network = [backbone.digest, backbone.architecture, backbone.kwargs]
+    entry = [backbone.mean, backbone.std, backbone.img_size]
+    what = [task, kept, network, entry, folder_fingerprint(data)]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def settings_in_key(settings: Any) -> dict[str, Any]:
+    """Those that change the number. A key of an old ledger must stay what it was when a setting is added."""
     kept = {k: v for k, v in asdict(settings).items() if k not in RESUME_SAFE_SETTINGS}
     if isinstance(settings, FrozenSettings):
         del kept["progress"]
     for one in fields(settings):
         if one.name in YOUNGER and kept[one.name] == default_of(one):
             del kept[one.name]
-    network = [backbone.digest, backbone.architecture, backbone.kwargs]
-    entry = [backbone.mean, backbone.std, backbone.img_size]
-    what = [task, kept, network, entry, folder_fingerprint(data)]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    return kept
 
 
 def known_result(out: Path, key: str) -> Result | None:
