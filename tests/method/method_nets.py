@@ -82,9 +82,9 @@ def pictures(batch: int = 2, channels: int = 3, seed: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def full_map(model: Any, images: Tensor) -> Tensor:
-    """(B, heads, N, N) softmaxed attention of the last block, out of timm's own forward pass."""
-    attention = model.blocks[-1].attn
+def full_map(model: Any, images: Tensor, block: int = -1) -> Tensor:
+    """(B, heads, N, N) softmaxed attention of a block, out of timm's own forward pass."""
+    attention = model.blocks[block].attn
     seen: list[Tensor] = []
     attention.fused_attn = False  # timm then multiplies the map out and hands it to its dropout
     handle = attention.attn_drop.register_forward_pre_hook(lambda _, given: seen.append(given[0]))

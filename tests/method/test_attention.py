@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cmt_mae.core.errors import InputError
 from cmt_mae.method import attention as A
 from cmt_mae.method.attention import attention_map, mix_attention, normalise_map, reduce_heads
-from cmt_mae.method.last_block import asks_alone
+from cmt_mae.method.last_block import asks_alone, finish
 from cmt_mae.method.masking import from_priority
 from cmt_mae.method.vit import forward_to_last, num_prefix
 
@@ -45,6 +45,29 @@ def test_class_row_equals_the_row_of_timms_full_map(family: str) -> None:
     close(mass, whole[:, :, 0, :prefix].sum(-1).mean(1))
     close(raw.sum(1) + mass, torch.ones(2))
     assert whole[:, :, 0].std() > 0.01  # not a flat map, that any error would pass
+
+
+@pytest.mark.parametrize("block", [0, -2, 2])
+@pytest.mark.parametrize(
+    "family", ["vit", "dinov3 (rotary, registers)", "beit (relative positions)"]
+)
+@torch.no_grad()
+def test_the_map_of_any_block_and_reading(family: str, block: int) -> None:
+    """Class row and column means against timm's full map; the features still come from the end."""
+    model, x, prefix = network(family), pictures(), num_prefix(network(family))
+    state = forward_to_last(model, x, attention_block=block)
+    whole = full_map(model, x, block).mean(1)
+    for read, wanted in (("class", whole[:, 0]), ("column_mean", whole.mean(1))):
+        raw, mass = attention_map(model, state, block=block, read=read)  # type: ignore[arg-type]
+        close(raw, wanted[:, prefix:])
+        close(mass, wanted[:, :prefix].sum(1))
+    close(finish(model, state), finish(model, forward_to_last(model, x)))
+
+
+@pytest.mark.parametrize("block", [3, -4])
+def test_a_block_that_is_not_there_is_refused(block: int) -> None:
+    with pytest.raises(InputError, match=f"attention block {block} .* give -3 to 2"):
+        forward_to_last(network("vit"), pictures(), attention_block=block)
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 64])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from method_nets import GRID, SHAPE, SIZE, full_map, network, pictures, randomise
+from sklearn.metrics import r2_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,13 +18,12 @@ from cmt_mae.method.cmtmae import (
     MaskConfig,
     StudentWithDecoder,
     TargetConfig,
-    select_tokens,
     shares,
 )
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.hog import hog_dim, hog_targets
-from cmt_mae.method.masking import Mask, from_priority, noise_length
-from cmt_mae.method.targets import patchify
+from cmt_mae.method.masking import Mask, from_priority, noise_length, of_other_images
+from cmt_mae.method.targets import RunningMeans, explained_share, patchify
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import StudentConfig, build_student, encode_visible
 
@@ -76,7 +76,9 @@ def numbers(rule: str = "sampled_high", batch: int = 2, seed: int = 0) -> Tensor
     return torch.rand(batch, noise_length(rule, 12), generator=generator)
 
 
-def look(made: FrozenNetworks, alpha: float = 0.3, **more: Any) -> tuple[Mask, dict[str, Tensor], Any]:
+def look(
+    made: FrozenNetworks, alpha: float = 0.3, **more: Any
+) -> tuple[Mask, dict[str, Tensor], Any]:
     return made(pictures(), numbers(made.mask.rule), N_MASK, Alphas(alpha, alpha), **more)
 
 
@@ -250,7 +252,9 @@ def test_momentum_target_of_the_last_blocks() -> None:
 # --- tokens, pixels, HOG ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "count"), [("masked", N_MASK), ("all", 12), ("all+cls", 13)])
+@pytest.mark.parametrize(
+    ("tokens", "count"), [("masked", 9), ("masked+cls", 10), ("all", 12), ("all+cls", 13)]
+)
 def test_where_the_loss_is_taken(tokens: str, count: int) -> None:
     target = TargetConfig(tokens=tokens)
     made, learns, x = guides(target=target), learner(target), pictures()
@@ -259,21 +263,34 @@ def test_where_the_loss_is_taken(tokens: str, count: int) -> None:
     assert targets["teacher"].shape == (2, count, 32)
     assert targets["momentum"].shape == (2, count, 24)
     whole = made.teacher.model.forward_features(x)
-    wanted = {"masked": whole[:, 1:][mask.mask].view(2, -1, 32), "all": whole[:, 1:]}
-    given = F.layer_norm(wanted.get(tokens, whole), (32,))
+    given = F.layer_norm(at_tokens(whole, mask, tokens), (32,))
     close(targets["teacher"], given, atol=1e-4)
-    out = learns.decoder(encode_visible(learns.student, x, mask.ids_keep), mask)
-    places = {"masked": out[:, 1:][mask.mask].view(2, -1, 16), "all": out[:, 1:]}
-    if tokens == "masked":
-        latents = encode_visible(learns.student, x, mask.ids_keep)
-        close(learns.decoder(latents, mask, hidden_only=True), places["masked"], atol=1e-5)
-    else:
-        assert torch.equal(select_tokens(out, tokens), places.get(tokens, out))
+    latents = encode_visible(learns.student, x, mask.ids_keep)
+    out = at_tokens(learns.decoder(latents, mask), mask, tokens)
+    close(learns.decoder(latents, mask, tokens), out, atol=1e-5)
     loss, logs = learns(x, mask, targets, 0.3)
-    prediction = learns.heads["teacher"](places.get(tokens, out))
+    prediction = learns.heads["teacher"](out)
     close(logs["loss_teacher"], F.mse_loss(prediction, given).detach(), atol=1e-5)
     loss.backward()
     assert learns.get_parameter("student.cls_token").grad is not None
+
+
+def at_tokens(tokens: Tensor, mask: Mask, which: str) -> Tensor:
+    """Of all tokens (B, 1 + L, D) those of a setting of ``target.tokens``."""
+    chosen = mask.mask if which.startswith("masked") else torch.ones_like(mask.mask)
+    chosen = F.pad(chosen, (1, 0), value=which.endswith("+cls"))
+    return tokens[chosen].view(len(tokens), -1, tokens.shape[-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", ["masked", "masked+cls", "all", "all+cls"])
+def test_outputs_that_are_given_equal_those_of_the_teacher(tokens: str) -> None:
+    made = guides(target=TargetConfig(tokens=tokens))
+    assert made.teacher is not None
+    output = made.teacher.outputs(pictures(), "mean", tokens.endswith("+cls"))
+    (mask, targets, _), (same, given, _) = look(made), look(made, teacher_output=lambda: output)
+    assert torch.equal(mask.mask, same.mask)
+    close(given["teacher"], targets["teacher"], atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["pixel", "hog"])
@@ -300,7 +317,7 @@ def test_impossible_targets_are_refused() -> None:
         with pytest.raises(InputError, match="all\\+cls"):
             look(guides(target=TargetConfig(source, tokens="all+cls")))
     with pytest.raises(InputError, match=r"target\.tokens 'hidden'"):
-        select_tokens(torch.zeros(1, 5, 8), "hidden")
+        learner().decoder(torch.zeros(2, 4, 24), look(guides())[0], "hidden")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="'both' names no network"):
         shares("both", 0.3)
 
@@ -487,3 +504,99 @@ def test_maps_for_pictures_are_those_of_the_step() -> None:
     maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Alphas(0.0, 0.0), pictures())
     assert set(maps) == {"teacher"}
     assert torch.equal(mask.mask, from_priority(maps["teacher"], N_MASK).mask)
+
+
+# --- what is logged, and settings that are off by default --------------------------------------------
+
+
+def test_explained_share_by_hand() -> None:
+    """Mean squares of scikit-learn's r2_score, for all tokens at once and against a given constant."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(4, 6, 5, generator=generator)
+    prediction = target + 0.5 * torch.randn(4, 6, 5, generator=generator)
+    rows, guess = target.flatten(0, 1), prediction.flatten(0, 1)
+    constant = rows.mean(0)
+    wanted = r2_score(rows, guess, multioutput="variance_weighted")
+    found = explained_share(prediction, target, constant, unit=False)
+    assert found.item() == pytest.approx(wanted, abs=1e-5)
+    of_constant = explained_share(constant.expand(4, 6, 5), target, constant, unit=False)
+    assert of_constant.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_latents_of_another_image_cost_what_the_own_ones_told() -> None:
+    """0 where the decoder does not listen to latents; the sum of both numbers is the loss of all images."""
+    target = TargetConfig(tokens="all")
+    made, learns = guides(target=target), learner(target)
+    mask, targets, _ = look(made)
+    before = torch.get_rng_state()
+    _, logs = learns(pictures(), mask, targets, 0.3, compare=True)
+    assert torch.equal(before, torch.get_rng_state())
+    assert learns.student.training
+    swapped = [part.flip(0) for part in (mask.ids_keep, mask.ids_mask, mask.mask)]
+    turned = {name: value.flip(0) for name, value in targets.items()}
+    _, others = learns(pictures(), Mask(*swapped), turned, 0.3)
+    close(logs["other_image_loss"], others["loss"], atol=1e-5)
+    close(logs["other_image_loss"] - logs["image_gain"], logs["loss"], atol=1e-5)
+    nn.init.zeros_(learns.decoder.embed.weight)
+    _, deaf = learns(pictures(), mask, targets, 0.3, compare=True)
+    close(deaf["image_gain"], torch.zeros(()), atol=1e-6)
+
+
+def test_running_means_are_those_of_the_whole_batch() -> None:
+    """The same for one batch and for its quarters; about the last hundred steps; bad numbers leave no trace."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(8, 3, 5, generator=generator) + 2 for _ in range(4)]
+    whole, parts = RunningMeans(), RunningMeans()
+    for features in steps:
+        whole.add("teacher", features)
+        for quarter in features.chunk(4):
+            parts.add("teacher", quarter)
+        for means in (whole, parts):
+            means.step(lambda vector: vector)
+    close(whole.means["teacher"], parts.means["teacher"])
+    close(whole.means["teacher"], torch.cat(steps).mean((0, 1)))
+    again = RunningMeans()
+    again.load_state_dict(whole.state_dict(), torch.device("cpu"))
+    again.add("teacher", steps[0] * torch.nan)
+    again.step(lambda vector: vector)
+    assert torch.equal(again.means["teacher"], whole.means["teacher"])
+
+
+@torch.no_grad()
+def test_centred_targets() -> None:
+    """Features less their running mean, then normalised; in the first step there is none yet."""
+    made, x = guides(target=TargetConfig(tokens="all", centre=True)), pictures()
+    assert made.teacher is not None
+    raw = made.teacher.model.forward_features(x)[:, 1:]
+    _, first, _ = look(made)
+    close(first["teacher"], F.layer_norm(raw, (32,)), atol=1e-4)
+    made.means.step(lambda vector: vector)
+    _, second, _ = look(made)
+    close(second["teacher"], F.layer_norm(raw - raw.mean((0, 1)), (32,)), atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_map_of_another_image_guides_the_mask() -> None:
+    """Neighbours are exchanged, so that images of one process need none of another."""
+    x, noise = pictures(), numbers()
+    straight, other = (
+        guides(MaskConfig(source="teacher", rule="high", other_image=swap))
+        for swap in (False, True)
+    )
+    own, _, _ = straight(x, noise, N_MASK, Alphas(0, 0))
+    theirs, _, _ = other(x, noise, N_MASK, Alphas(0, 0))
+    assert torch.equal(theirs.mask, own.mask.flip(0))
+    assert of_other_images(torch.arange(7)).tolist() == [1, 0, 3, 2, 5, 4, 5]
+
+
+@torch.no_grad()
+def test_the_students_map_is_read_as_its_settings_say() -> None:
+    x = pictures()
+    made = guides(MaskConfig(source="momentum", student_block=-2, student_map="column_mean"))
+    assert made.momentum is not None
+    _, _, logs = look(made)
+    whole = full_map(made.momentum, x, -2).mean(1)
+    close(logs["class_mass_momentum"], whole.mean(1)[:, 0].mean())
+    maps, _ = made.maps(x, numbers(), N_MASK, Alphas(1, 1), x)
+    wanted = whole.mean(1)[:, 1:]
+    close(maps["momentum"], wanted / wanted.sum(1, keepdim=True), atol=1e-6)

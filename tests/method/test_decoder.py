@@ -179,11 +179,11 @@ def test_hidden_only_equals_picking_hidden_tokens(kind: str, depth: int) -> None
     model, (latents, mask) = decoder(kind, depth).double(), case()
     weight = torch.randn(2, 9, 16, dtype=torch.float64)
     found = []
-    for hidden_only in (False, True):
+    for which in ("all+cls", "masked"):
         given = latents.double().requires_grad_()
         model.zero_grad()
-        tokens = model(given, mask, hidden_only)
-        if not hidden_only:
+        tokens = model(given, mask, which)
+        if which != "masked":
             tokens = tokens[:, 1:].gather(1, mask.ids_mask[:, :, None].expand(-1, -1, 16))
         (tokens * weight).sum().backward()
         gradients = {

@@ -97,7 +97,9 @@ def drawn(rule: str, n_mask: int, share: Sequence[float] = SHARE, **more: float)
 def test_147_of_196_in_every_image(rule: str) -> None:
     n_mask = count_masked(196, 0.75)
     assert n_mask == 147
-    mask = sample_mask(rule, n_mask, noise(64, 196, rule), FULL, attention(64, 196), guided_share=0.5)
+    mask = sample_mask(
+        rule, n_mask, noise(64, 196, rule), FULL, attention(64, 196), guided_share=0.5
+    )
     check_counts(mask, 196, 147)
 
 

@@ -59,7 +59,11 @@ def test_of_the_whole_photo_it_is_torchs_antialiased_interpolation(goal: tuple[i
 
 
 @given(
-    shares, shares, st.floats(0.0625, 1.0, width=32), st.floats(0.0625, 1.0, width=32), st.booleans()
+    shares,
+    shares,
+    st.floats(0.0625, 1.0, width=32),
+    st.floats(0.0625, 1.0, width=32),
+    st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_small_box_is_torchs_grid_sample(

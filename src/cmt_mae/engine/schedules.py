@@ -34,6 +34,11 @@ def momentum(share: float, start: float, end: float, shape: str = "cosine") -> f
     raise InputError(f"momentum.schedule '{shape}' is unknown: use cosine, linear or constant")
 
 
+def half_lives(ms: Sequence[float]) -> float:
+    """How often the moving average has lost half of what it was, over steps with these m."""
+    return -sum(math.log2(max(m, 1e-6)) for m in ms)
+
+
 def warmed_up(step: int, peak: float, steps: int, ratio: float) -> float:
     """Linear warm-up by steps, as the detection and segmentation protocols have it (spec 7, 8).
 

@@ -7,7 +7,7 @@ Pixel MAE (Eq. 1) and the published relatives are settings of the same two class
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,15 +15,23 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Amount, Count, Positive, Share
 from cmt_mae.method import targets as T
-from cmt_mae.method.attention import Heads, Normalise, attention_map, mix_attention, normalise_map
-from cmt_mae.method.decoder import Decoder, DecoderConfig
+from cmt_mae.method.attention import (
+    Heads,
+    Normalise,
+    Reading,
+    attention_map,
+    mix_attention,
+    normalise_map,
+)
+from cmt_mae.method.decoder import Decoder, DecoderConfig, Tokens
 from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
-from cmt_mae.method.masking import GUIDED, Mask, Rule, sample_mask
+from cmt_mae.method.masking import GUIDED, Mask, Rule, of_other_images, sample_mask
 from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.method.vit import LastBlockInput, encode_visible, forward_to_last, gather_tokens
@@ -60,6 +68,12 @@ class MaskConfig:
     """mix_random: guided share of the hidden patches at the first step."""
     mix_random_end: Share = 0.5
     """mix_random: guided share at the last step."""
+    student_block: int = -1
+    """Block of the momentum student whose attention is its map: -1 the last (as the paper), 0 the first."""
+    student_map: Reading = "class"
+    """How its map is read: class (the class token's row, as the paper) | column_mean (of all tokens' rows)."""
+    other_image: bool = False
+    """The attention of another image of the batch guides the mask: the control that tells what attention does."""
 
 
 @dataclass
@@ -76,10 +90,12 @@ class TargetConfig:
     """Of smooth_l1 (data2vec: 2)."""
     reduce: Literal["mean", "sum"] = "mean"
     """Over channels: mean | sum (the paper's squared norm, literally)."""
-    tokens: Literal["masked", "all", "all+cls"] = "masked"
-    """Where the loss is taken: masked | all | all+cls (MILAN)."""
+    tokens: Tokens = "masked"
+    """Where the loss is taken: masked | masked+cls (and the class token) | all | all+cls (MILAN)."""
     momentum_last_k: Count = 1
     """Momentum target: mean of the last K block outputs; 1 = last block after the final norm."""
+    centre: bool = False
+    """Subtract the running mean of a network's features before they are normalised."""
 
 
 @dataclass
@@ -118,41 +134,88 @@ class StudentWithDecoder(nn.Module):
             head.requires_grad_(name in names)
 
     def forward(
-        self, images: Tensor, mask: Mask, targets: dict[str, Tensor], alpha: float = 0.0
+        self,
+        images: Tensor,
+        mask: Mask,
+        targets: dict[str, Tensor],
+        alpha: float = 0.0,
+        *,
+        constants: dict[str, Tensor] | None = None,
+        compare: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar fp32) and the numbers to log.
 
         images (B, C, H, W) normalised; targets: name -> (B, N, D_name) normalised, at the tokens that
         ``target.tokens`` names, one or both of teacher and momentum (or one of pixel, hog); alpha in 0..1
-        weighs the momentum student where both are predicted (Eq. 4).
+        weighs the momentum student where both are predicted (Eq. 4). constants: running means of the targets
+        (D_name,), against which the explained share is logged. compare: log the loss with other images' latents.
         """
         latents = encode_visible(self.student, images, mask.ids_keep)
-        hidden_only = self.target.tokens == "masked"
-        tokens = self.decoder(latents, mask, hidden_only)
-        if not hidden_only:
-            tokens = select_tokens(tokens, self.target.tokens)
-        losses: dict[str, Tensor] = {}
+        tokens, predictions = self.predict(latents, mask, targets)
+        loss, each = self._loss(predictions, targets, alpha)
         logs = {"spread_student": T.spread(latents), "spread_decoder": T.spread(tokens)}
-        for name, target in targets.items():
-            prediction = self.heads[name](tokens)
-            losses[name] = T.distance(
-                prediction, target, loss=self.target.loss, norm=self.target.norm,
-                beta=self.target.beta, reduce=self.target.reduce,
-            )  # fmt: skip
+        unit = self.target.norm == "l2" or self.target.loss == "cosine"
+        for name, prediction in predictions.items():
             logs[f"spread_prediction_{name}"] = T.spread(prediction)
-            logs[f"loss_{name}"] = losses[name].detach()
-        if len(losses) == 2:
-            loss = T.combine_losses(losses["momentum"], losses["teacher"], alpha)
-        else:
-            (loss,) = losses.values()
+            logs[f"loss_{name}"] = each[name].detach()
+            if constants and name in constants:
+                logs[f"explained_{name}"] = T.explained_share(
+                    prediction, targets[name], constants[name], unit=unit
+                )
+        if compare:
+            logs |= self.with_other_images(images, mask, targets, predictions, alpha)
         return loss, {"loss": loss.detach(), **logs}
 
+    def predict(
+        self, latents: Tensor, mask: Mask, names: Iterable[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoder tokens (B, N, W) where the loss is taken, and each named head's prediction (B, N, D_name)."""
+        tokens = self.decoder(latents, mask, self.target.tokens)
+        return tokens, {name: self.heads[name](tokens) for name in names}
 
-def select_tokens(tokens: Tensor, which: str) -> Tensor:
-    """Decoder tokens (B, 1 + L, W) where the loss is taken: all (B, L, W) or all+cls."""
-    if which not in ("all", "all+cls"):
-        raise InputError(f"target.tokens '{which}' is unknown: use masked, all or all+cls")
-    return tokens if which == "all+cls" else tokens[:, 1:]
+    def _loss(
+        self, predictions: dict[str, Tensor], targets: dict[str, Tensor], alpha: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 4, or the one loss there is; and each network's own."""
+        target = self.target
+        each = {
+            name: T.distance(
+                prediction, targets[name], loss=target.loss, norm=target.norm, beta=target.beta,
+                reduce=target.reduce,
+            )
+            for name, prediction in predictions.items()
+        }  # fmt: skip
+        if len(each) == 2:
+            return T.combine_losses(each["momentum"], each["teacher"], alpha), each
+        (loss,) = each.values()
+        return loss, each
+
+    @torch.no_grad()
+    def with_other_images(
+        self,
+        images: Tensor,
+        mask: Mask,
+        targets: dict[str, Tensor],
+        predictions: dict[str, Tensor],
+        alpha: float,
+        most: int = 32,
+    ) -> dict[str, Tensor]:
+        """The loss where the decoder gets another image's latents, of the same visible places; and how much
+        higher it is than with the own ones: 0 means that the student tells the decoder nothing about an image.
+
+        Of at most ``most`` images. No drop path, so that the run's random numbers stay where they are.
+        """
+        mask = Mask(mask.ids_keep[:most], mask.ids_mask[:most], mask.mask[:most])
+        targets = {name: target[:most] for name, target in targets.items()}
+        training = self.student.training
+        self.student.eval()
+        with uncompiled(self.student):  # a shape of its own is not worth compiling
+            latents = encode_visible(self.student, of_other_images(images[:most]), mask.ids_keep)
+            _, others = self.predict(latents, mask, targets)
+        self.student.train(training)
+        other, _ = self._loss(others, targets, alpha)
+        own, _ = self._loss({name: p[:most] for name, p in predictions.items()}, targets, alpha)
+        return {"other_image_loss": other, "image_gain": other - own}
 
 
 class FrozenNetworks(nn.Module):
@@ -180,6 +243,8 @@ class FrozenNetworks(nn.Module):
         self.momentum: VisionTransformer | None = None
         self.momentum_low: VisionTransformer | None = None  # the same weights rounded to dtype
         self.dtype = dtype
+        self.means = T.RunningMeans()
+        """Of each target as it is predicted (by name) and, with ``target.centre``, before ("raw" + name)."""
         self.grid, self.patch_size = grid, patch_size
         self.mean: Tensor
         self.std: Tensor
@@ -255,12 +320,7 @@ class FrozenNetworks(nn.Module):
         seen = images if teacher_images is None else teacher_images
         look = CachedForwards(self, images, seen, teacher_output)
         logs: dict[str, Tensor] = {}
-        rule = "random" if random_mask and self.mask.rule in GUIDED else self.mask.rule
-        scores = self._scores(look, weights.mask, logs) if rule in GUIDED else None
-        mask = sample_mask(
-            rule, n_mask, noise, self.grid, scores, temperature=self.mask.temperature,
-            guided_share=guided_share, hint_share=self.mask.hint_share, square_side=self.mask.square_side,
-        )  # fmt: skip
+        mask = self._mask(look, noise, n_mask, weights.mask, logs, random_mask, guided_share)
         return mask, self._targets(look, mask, weights.loss, logs), logs
 
     @torch.no_grad()
@@ -276,8 +336,26 @@ class FrozenNetworks(nn.Module):
                 maps[name] = as_shares(raw)
         if len(maps) == 2:
             maps["collab"] = mix_attention(maps["momentum"], maps["teacher"], weights.mask)
-        mask, _, _ = self(images, noise, n_mask, weights, teacher_images=teacher_images)
-        return maps, mask
+        return maps, self._mask(look, noise, n_mask, weights.mask, {})
+
+    def _mask(
+        self,
+        look: "CachedForwards",
+        noise: Tensor,
+        n_mask: int,
+        alpha: float,
+        logs: dict[str, Tensor],
+        random_mask: bool = False,
+        guided_share: float = 1.0,
+    ) -> Mask:
+        rule = "random" if random_mask and self.mask.rule in GUIDED else self.mask.rule
+        scores = self._scores(look, alpha, logs) if rule in GUIDED else None
+        if scores is not None and self.mask.other_image:
+            scores = of_other_images(scores)
+        return sample_mask(
+            rule, n_mask, noise, self.grid, scores, temperature=self.mask.temperature,
+            guided_share=guided_share, hint_share=self.mask.hint_share, square_side=self.mask.square_side,
+        )  # fmt: skip
 
     def _scores(self, look: "CachedForwards", alpha: float, logs: dict[str, Tensor]) -> Tensor:
         """Normalised attention that guides the mask (Eq. 3), on the student's grid."""
@@ -299,12 +377,12 @@ class FrozenNetworks(nn.Module):
     def _targets(
         self, look: "CachedForwards", mask: Mask, alpha: float, logs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        ids = mask.ids_mask if self.target.tokens == "masked" else None
-        with_class = self.target.tokens == "all+cls"
+        ids = mask.ids_mask if self.target.tokens.startswith("masked") else None
+        with_class = takes_class_token(self.target)
         if self.target.source in FROM_IMAGE:
             if with_class:
                 raise InputError(
-                    "target.tokens all+cls needs a network as target: use masked or all"
+                    f"target.tokens {self.target.tokens} needs a network as target: use masked or all"
                 )
             raw: dict[str, Tensor] = {self.target.source: self._image_target(look.images, ids)}
         else:
@@ -316,11 +394,21 @@ class FrozenNetworks(nn.Module):
         for name, features in raw.items():
             logs[f"spread_target_{name}"] = T.spread(features)
             logs[f"rank_target_{name}"] = T.effective_rank(features)
-            places = features.shape[1] if ids is None else mask.mask.shape[1]
-            logs[f"image_share_{name}"] = T.image_share(features, ids, places)
-        return {
-            name: T.normalise_target(features, self.target.norm) for name, features in raw.items()
-        }
+            places = features.shape[1] if ids is None else mask.mask.shape[1] + with_class
+            at = ids if ids is None or not with_class else F.pad(1 + ids, (1, 0))
+            logs[f"image_share_{name}"] = T.image_share(features, at, places)
+        return {name: self._normalised(name, features) for name, features in raw.items()}
+
+    def _normalised(self, name: str, features: Tensor) -> Tensor:
+        """A target as it is predicted: centred if wanted, then normalised; both means are kept."""
+        if self.target.centre:
+            mean = self.means.means.get(f"raw {name}")
+            self.means.add(f"raw {name}", features)
+            features = features if mean is None else features - mean
+        target = T.normalise_target(features, self.target.norm)
+        unit = F.normalize(target, dim=-1) if self.target.loss == "cosine" else target
+        self.means.add(name, unit)
+        return target
 
     def _image_target(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Pixels of patches in MAE's order, or HOG of the unnormalised image; at hidden patches ids."""
@@ -333,6 +421,18 @@ class FrozenNetworks(nn.Module):
             if ids is None
             else patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[-1]))
         )
+
+
+def uncompiled(network: VisionTransformer) -> contextlib.AbstractContextManager[object]:
+    """Inside, compiled blocks run as written. (Asking torch for it loads its compiler, which takes seconds.)"""
+    if network.blocks[0]._compiled_call_impl is None:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def takes_class_token(target: TargetConfig) -> bool:
+    """Whether the class token's feature is predicted too."""
+    return target.tokens.endswith("+cls")
 
 
 def as_shares(attention: Tensor) -> Tensor:
@@ -381,7 +481,7 @@ class CachedForwards:
                 self.known = self.teacher_output()
         elif self.known is None and teacher is not None and teacher.grid != self.guides.grid:
             # made for whole photos and asked about a crop, as for pictures: the crop is its photo
-            with_class = self.guides.target.tokens == "all+cls"
+            with_class = takes_class_token(self.guides.target)
             with self.guides.whole_precision():
                 whole = teacher.outputs(self.teacher_images, self.guides.mask.heads, with_class)
             box = self.images.new_tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(self.images), -1)
@@ -401,7 +501,9 @@ class CachedForwards:
             return self.guides.teacher.look(self.teacher_images)
         kept = self.guides.target.momentum_last_k - 1
         images = self.images if self.guides.dtype is None else self.images.to(self.guides.dtype)
-        return forward_to_last(self.guides.momentum_runs(), images, kept)
+        return forward_to_last(
+            self.guides.momentum_runs(), images, kept, self.guides.mask.student_block
+        )
 
     def attention(self, name: str, heads: str) -> tuple[Tensor, Tensor]:
         """Raw map (B, L) and prefix mass (B,) of the named network."""
@@ -411,13 +513,19 @@ class CachedForwards:
             if known is not None:
                 return known.attention, known.mass
             return self.guides.teacher.attention(self.state(name), heads)
-        return attention_map(self.guides.momentum_runs(), self.state(name), heads)  # type: ignore[arg-type]
+        mask = self.guides.mask
+        return attention_map(
+            self.guides.momentum_runs(), self.state(name), heads,  # type: ignore[arg-type]
+            block=mask.student_block, read=mask.student_map,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def features(self, name: str, ids: Tensor | None, class_token: bool) -> Tensor:
         """Targets before normalisation, (B, N, D)."""
         known = self.teacher_given() if name == "teacher" else None
         if known is not None:
-            return known.features if ids is None else gather_tokens(known.features, ids)
+            if ids is None:
+                return known.features
+            return gather_tokens(known.features, F.pad(1 + ids, (1, 0)) if class_token else ids)
         state = self.state(name)
         with self.guides.whole_precision():
             if name == "teacher":

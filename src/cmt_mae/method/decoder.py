@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from timm.layers import LayerNorm
@@ -15,6 +15,9 @@ from cmt_mae.core.settings import Count
 from cmt_mae.method.last_block import run_at
 from cmt_mae.method.masking import Mask
 from cmt_mae.method.vit import gather_tokens, initialise, sincos_table
+
+Tokens = Literal["masked", "masked+cls", "all", "all+cls"]
+TOKENS: tuple[str, ...] = get_args(Tokens)
 
 
 @dataclass
@@ -58,22 +61,34 @@ class Decoder(nn.Module):
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latents: Tensor, mask: Mask, hidden_only: bool = False) -> Tensor:
-        """latents (B, 1 + K, D) with the class token first -> (B, 1 + L, width) after the norm, raster order.
+    def forward(self, latents: Tensor, mask: Mask, which: Tokens = "all+cls") -> Tensor:
+        """latents (B, 1 + K, D) with the class token first -> tokens (B, N, width) after the norm, in order.
 
-        hidden_only: (B, M, width), the hidden patches alone, for which alone the last block then runs.
+        which: all+cls (N = 1 + L, class token first) | all (L) | masked (M: the hidden patches, for which alone
+        the last block then runs) | masked+cls (1 + M). Raises InputError for another word.
         """
+        if which not in TOKENS:
+            raise InputError(f"target.tokens '{which}' is unknown: use {', '.join(TOKENS)}")
         tokens = self._in_raster_order(self.embed(latents), mask) + self.pos_embed
+        if which in ("all", "all+cls"):
+            tokens = self._prompt(tokens, mask)[0] if self.prompting else self._through(tokens)
+            return self.norm(tokens)[:, 1 if which == "all" else 0 :]
         places = 1 + mask.ids_mask
+        if which == "masked+cls":
+            places = F.pad(places, (1, 0))
         if self.prompting:
             tokens, hidden = self._prompt(tokens, mask)
-            return self.norm(hidden if hidden_only else tokens)
-        last = len(self.blocks) - 1
-        for number, block in enumerate(self.blocks):
-            if hidden_only and number == last:
-                return self.norm(run_at(block, tokens, places))
+            return self.norm(torch.cat([tokens[:, :1], hidden], 1) if "+" in which else hidden)
+        if not len(self.blocks):
+            return self.norm(gather_tokens(tokens, places))
+        tokens = self._through(tokens, but=1)
+        return self.norm(run_at(self.blocks[-1], tokens, places))
+
+    def _through(self, tokens: Tensor, but: int = 0) -> Tensor:
+        """All tokens through the blocks ``but`` the last ones."""
+        for block in self.blocks[: len(self.blocks) - but]:
             tokens = block(tokens)
-        return self.norm(gather_tokens(tokens, places) if hidden_only else tokens)
+        return tokens
 
     def _in_raster_order(self, visible: Tensor, mask: Mask) -> Tensor:
         """Put visible tokens at their places and the mask token at the others; class token first."""

@@ -137,6 +137,17 @@ def _guided(
     return mixed_priority(perturbed(scores, uniform, temperature), second, n_mask, guided_share)
 
 
+def of_other_images(values: Tensor) -> Tensor:
+    """The values (B, ...) of another image in each place: neighbours in the batch are exchanged.
+
+    In pairs, so that they stay within a process: the same for any number of processes that have an even share.
+    The last of an odd batch gets those of the one before it.
+    """
+    places = torch.arange(len(values), device=values.device)
+    other = torch.where(places % 2 == 0, places + 1, places - 1)
+    return values[torch.where(other < len(values), other, places - 1).clamp_min(0)]
+
+
 def from_priority(priority: Tensor, n_mask: int) -> Mask:
     """Hide the n_mask patches of highest priority (B, L); ties go to the lower index."""
     order = priority.argsort(dim=1, descending=True, stable=True)

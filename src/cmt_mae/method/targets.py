@@ -1,6 +1,7 @@
 """What is predicted, and the distance to it (spec section 3; paper Eqs. 1, 2 and 4)."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +79,68 @@ def distance(
     if reduce == "sum":
         return each.sum(-1).mean()
     raise InputError(f"target.reduce '{reduce}' is unknown: use mean or sum")
+
+
+class RunningMeans:
+    """Mean vector of each named target over about the last hundred steps, on the device.
+
+    ``add`` takes every micro-batch, ``step`` closes an optimizer step: so the means are the same for any
+    number of processes and micro-batches that make up the batch.
+    """
+
+    def __init__(self, rate: float = 0.01) -> None:
+        self.rate = rate
+        self.means: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self._sums: dict[str, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, name: str, features: Tensor) -> None:
+        """Note features (B, N, D) of a micro-batch; they count from the next step on."""
+        self._sums.setdefault(name, []).append(features.float().mean((0, 1)))
+
+    @torch.no_grad()
+    def step(self, average: Callable[[Tensor], Tensor]) -> None:
+        """average: of a vector over all processes. A step with numbers that are not finite changes nothing."""
+        names = sorted(self._sums)
+        if not names:
+            return
+        own = [torch.stack(self._sums[name]).mean(0) for name in names]
+        parts = average(torch.cat(own)).split([len(part) for part in own])
+        for name, now in zip(names, parts, strict=True):
+            count = self.counts.get(name, 0)
+            before = self.means.get(name, torch.zeros_like(now))
+            new = torch.lerp(before, now, max(self.rate, 1 / (count + 1)))
+            self.means[name] = torch.where(torch.isfinite(new).all(), new, before)
+            self.counts[name] = count + 1
+        self._sums.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, between two steps."""
+        return {"means": dict(self.means), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from ``state_dict``."""
+        self.means = {name: mean.to(device) for name, mean in state["means"].items()}
+        self.counts = dict(state["counts"])
+
+
+@torch.no_grad()
+def explained_share(
+    prediction: Tensor, target: Tensor, constant: Tensor, *, unit: bool, most: int = 512
+) -> Tensor:
+    """R2 beyond a constant: 1 - squared error of the prediction / of the ``constant`` (D,). Scalar.
+
+    prediction, target (B, N, D). 0: no better than predicting every time the same, 1: perfect. unit: compare
+    directions (loss cosine or norm l2). Of ``most`` tokens where there are more.
+    """
+    prediction, target = (
+        some_rows(part.flatten(0, -2), most).float() for part in (prediction, target)
+    )
+    if unit:
+        prediction, target = F.normalize(prediction, dim=-1), F.normalize(target, dim=-1)
+    error = (prediction - target).square().mean()
+    return 1 - error / (target - constant).square().mean().clamp_min(1e-12)
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

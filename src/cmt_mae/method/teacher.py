@@ -103,6 +103,10 @@ class Teacher(nn.Module):
         self.feature, self.last_k, self.grid = config.feature, config.last_k, grid
         self.attention_block = config.attention_block
         block_number(model, config.attention_block)
+        if config.feature == "last_k" and config.last_k > len(model.blocks):
+            raise InputError(
+                f"teacher.last_k {config.last_k}: the teacher has {len(model.blocks)} blocks, give at most so many"
+            )
         self.channels = teacher_channels(config.channels, len(student_mean))
         fold_normalisation(
             self.model,

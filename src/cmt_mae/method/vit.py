@@ -218,6 +218,10 @@ def forward_to_last(
     tokens, context = _embed(model, images)
     _check_last_block(model)
     blocks = list(model.blocks)
+    if keep_outputs >= len(blocks):
+        raise InputError(
+            f"the mean of the last {keep_outputs + 1} blocks: the network has {len(blocks)}, give at most so many"
+        )
     read_at = block_number(model, attention_block)
     earlier: list[Tensor] = []
     before: Tensor | None = None

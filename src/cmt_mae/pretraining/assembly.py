@@ -15,7 +15,7 @@ from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings, channel_stats
 from cmt_mae.data.source import Source
-from cmt_mae.method.cmtmae import FrozenNetworks, StudentWithDecoder
+from cmt_mae.method.cmtmae import FrozenNetworks, StudentWithDecoder, takes_class_token
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import Vit, block_number, build_student, grid_of
@@ -154,13 +154,8 @@ def teacher_store(
     folder = Path(config.teacher.cache_folder or Path(config.out) / "teacher_cache") / key
     return TeacherStore(
         folder, teacher, pictures=len(source), heads=config.mask.heads,
-        class_token=needs_class_token(config), keep_as=made_by["keep_as"], made_by=made_by,
+        class_token=takes_class_token(config.target), keep_as=made_by["keep_as"], made_by=made_by,
     )  # fmt: skip
-
-
-def needs_class_token(config: PretrainConfig) -> bool:
-    """Whether the teacher's feature at its class token is a target."""
-    return config.target.tokens == "all+cls"
 
 
 def what_outputs_follow_from(
@@ -179,13 +174,13 @@ def what_outputs_follow_from(
         "heads": config.mask.heads,
         "feature": [settings.feature, settings.last_k if settings.feature == "last_k" else 0],
         "project_to": settings.project_to,
-        "class_token": needs_class_token(config),
+        "class_token": takes_class_token(config.target),
         "keep_as": settings.keep_as if settings.keep_as != "auto" else "fp16" if photo else "fp32",
         "channels": teacher.channels,
         "shrink": data.shrink,
         # the same settings give other last bits elsewhere
         "computed": [
-            config.precision, config.frozen_precision, config.runtime.compile, accelerator.device.type
+            accelerator.mixed_precision, config.frozen_precision, config.runtime.compile, accelerator.device.type
         ],
     }  # fmt: skip
     if not photo:

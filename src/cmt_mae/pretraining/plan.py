@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.engine.schedules import half_lives, momentum
 from cmt_mae.engine.task import micro_batches
 from cmt_mae.method.cmtmae import Alphas
 from cmt_mae.method.masking import count_masked
-from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.settings import MomentumConfig, PretrainConfig
 
 
 @dataclass
@@ -26,6 +27,22 @@ class Plan:
     accumulation: int
     """Micro-batches of an optimizer step."""
 
+    def momentum_at(self, settings: MomentumConfig, step: int) -> float:
+        """m of the moving average at this step of stage two."""
+        steps = max(1, self.total_steps - self.switch_step)
+        if settings.half_lives:
+            return float(0.5 ** (settings.half_lives / steps))
+        share = (step - self.switch_step) / steps
+        return momentum(share, settings.start, settings.end, settings.schedule)
+
+    def half_lives(self, settings: MomentumConfig, step: int) -> float:
+        """Of the moving average, in the steps of stage two before ``step``; of 1000 of them where there are more."""
+        done = max(0, step - self.switch_step)
+        count = min(done, 1000)
+        steps = [self.switch_step + int((i + 0.5) * done / count) for i in range(count)]
+        ms = [self.momentum_at(settings, one) for one in steps]
+        return half_lives(ms) * done / max(1, count)
+
 
 def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
     """Steps, switch of stages, hidden count, learning rate. Raises InputError where they do not work out."""
@@ -36,6 +53,11 @@ def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
             "cmt_all,micro64"
         )
     micro, accumulation = micro_batches(config.batch_size, config.runtime.micro_batch, processes)
+    if config.mask.other_image and micro % 2:
+        raise InputError(
+            f"mask.other_image exchanges the maps of neighbours, and a process takes {micro} images at a time: "
+            "give an even --batch-size and --runtime.micro_batch"
+        )
     rows, columns = config.student.grid()
     steps_per_epoch = n_images // config.batch_size
     total = max(1, round(config.epochs * steps_per_epoch))

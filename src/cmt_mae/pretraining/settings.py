@@ -26,7 +26,7 @@ from cmt_mae.core.settings import (
 from cmt_mae.data.source import Source
 from cmt_mae.data.sources import open_split
 from cmt_mae.data.workers import TIMEOUT_S
-from cmt_mae.method.cmtmae import FROM_IMAGE, MaskConfig, TargetConfig
+from cmt_mae.method.cmtmae import FROM_IMAGE, MaskConfig, TargetConfig, takes_class_token
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.masking import GUIDED
 from cmt_mae.method.teacher import TeacherConfig
@@ -80,6 +80,11 @@ class MomentumConfig:
     """m at the end."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """cosine | linear | constant."""
+    half_lives: Amount = 0.0
+    """How often stage two halves what is left of the student at the switch: a constant m is chosen for that, in
+    place of start and end; 0: as they say. (Short runs need a smaller m than long ones.)"""
+    zero_head: bool = False
+    """The momentum student's head starts at zero at the switch of stages, not at random."""
 
 
 @dataclass
@@ -226,10 +231,13 @@ class PretrainConfig:
                 "teacher.cache keeps the teacher's outputs for one crop an image: set data.crops to fixed, or "
                 "teacher.view to photo"
             )
-        if self.target.tokens == "all+cls" and self.target.source in FROM_IMAGE:
+        if takes_class_token(self.target) and self.target.source in FROM_IMAGE:
             raise InputError(
-                f"target.tokens all+cls needs a network as target, not {self.target.source}: use masked or all"
+                f"target.tokens {self.target.tokens} needs a network as target, not {self.target.source}: use "
+                "masked or all"
             )
+        if self.needs_momentum():
+            self._check_blocks()
         if (
             self.needs_momentum()
             and "momentum" in (self.target.source, self.mask_source())
@@ -237,6 +245,20 @@ class PretrainConfig:
         ):
             raise InputError(
                 "the momentum student alone guides this run, so there is no stage one: set stage1_epochs to 0"
+            )
+
+    def _check_blocks(self) -> None:
+        """What is read from the student's blocks is there."""
+        depth = self.student.architecture()[1]["depth"]
+        if self.target.momentum_last_k > depth:
+            raise InputError(
+                f"target.momentum_last_k {self.target.momentum_last_k}: the student has {depth} blocks, give at "
+                "most so many"
+            )
+        if not -depth <= self.mask.student_block < depth:
+            raise InputError(
+                f"mask.student_block {self.mask.student_block}: the student has {depth} blocks, give {-depth} to "
+                f"{depth - 1}"
             )
 
     def stage_one(self) -> float:

@@ -18,7 +18,7 @@ from cmt_mae.engine import sharding
 from cmt_mae.engine.collapse import CollapseAlarm, signs
 from cmt_mae.engine.messages import say, warn
 from cmt_mae.engine.optim import adamw
-from cmt_mae.engine.schedules import learning_rate, momentum
+from cmt_mae.engine.schedules import learning_rate
 from cmt_mae.engine.task import Evaluation, Task, falls_due
 from cmt_mae.method.cmtmae import Alphas, FrozenNetworks, StudentWithDecoder
 from cmt_mae.method.masking import noise_length
@@ -116,25 +116,35 @@ class Pretraining(Task):
                 random_mask=step < rules.random_until_epoch * self.steps_per_epoch,
                 guided_share=rules.mix_random_start + mixed * (step / self.total_steps),
             )
-        loss, more = model(images, mask, targets, alphas.loss)
+        loss, more = model(
+            images,
+            mask,
+            targets,
+            alphas.loss,
+            constants=self.frozen_networks.means.means,
+            compare=step % self.config.runtime.log_every == 0,
+        )
         seen = {"image_mean": images.mean()}
         if teacher_images is not None:
             seen["teacher_image_mean"] = teacher_images.mean()
         return loss, {**seen, **numbers, **more}
 
     def after_step(self, step: int, skipped: Tensor) -> None:
-        """The momentum student follows the student (stage two)."""
+        """The momentum student follows the student (stage two); the targets' running means go on."""
+        self.frozen_networks.means.step(partial(self.accelerator.reduce, reduction="mean"))
         if self.frozen_networks.momentum is not None:
-            settings, left = self.config.momentum, max(1, self.total_steps - self.switch_step)
-            share = (step - self.switch_step) / left
-            m = momentum(share, settings.start, settings.end, settings.schedule)
-            self.frozen_networks.update_momentum(self.learner.student, m, skipped)
+            self.frozen_networks.update_momentum(
+                self.learner.student, self.plan.momentum_at(self.config.momentum, step), skipped
+            )
 
     def enter(self, step: int) -> None:
         """Stage two begins with the momentum student as a copy of the student, and with its head."""
         in_two = step >= self.switch_step
         if in_two and self.frozen_networks.momentum is None:
             self.frozen_networks.start_momentum(self.whole_student())
+            if self.config.momentum.zero_head and "momentum" in self.learner.heads:
+                for parameter in self.learner.heads["momentum"].parameters():
+                    nn.init.zeros_(parameter)
         active = set(self.learner.heads)
         if self.config.target.source == "collab":
             alpha = self.config.alpha_of("loss") if in_two else 0.0
@@ -229,7 +239,7 @@ class Pretraining(Task):
         return {"learner": self.learner, "momentum": self.frozen_networks.momentum}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Networks and broken images of a checkpoint."""
+        """Networks, running means of the targets and broken images of a checkpoint."""
         self.learner.load_state_dict(state["learner"])
         frozen = self.frozen_networks
         if state["momentum"] is not None:
@@ -237,11 +247,14 @@ class Pretraining(Task):
             assert frozen.momentum is not None
             frozen.momentum.load_state_dict(state["momentum"])
             frozen.round_momentum()
+        if "target_means" in state:  # not in runs of version 0.1
+            frozen.means.load_state_dict(state["target_means"], self.device)
         self.broken.met = {int(i): (entry[0], entry[1]) for i, entry in state["bad"].items()}
 
     def extra_state(self) -> dict[str, Any]:
-        """The broken images met."""
-        return {"bad": {index: list(entry) for index, entry in self.broken.of_all().items()}}
+        """The running means of the targets, the broken images met."""
+        bad = {index: list(entry) for index, entry in self.broken.of_all().items()}
+        return {"target_means": self.frozen_networks.means.state_dict(), "bad": bad}
 
     def frozen(self) -> dict[str, nn.Module]:
         """The teacher, and the momentum student's copy in low precision."""
@@ -343,9 +356,12 @@ class Pretraining(Task):
         return Evaluation(metrics)
 
     def describe(self, means: dict[str, float], step: int) -> dict[str, Any]:
-        """Stage of the last step, and how many signs of collapse there are."""
-        stage = 1 if step <= self.switch_step else 2
-        return {"stage": stage, "collapse_signs": len(signs(means))}
+        """Stage of the last step, how many signs of collapse there are, half-lives of the average so far."""
+        facts = {"collapse_signs": len(signs(means))}
+        if step <= self.switch_step:
+            return {"stage": 1, **facts}
+        done = self.plan.half_lives(self.config.momentum, step)
+        return {"stage": 2, **facts, "half_lives": round(done, 3)}
 
     def check(self, row: dict[str, Any], run: RunDir) -> None:
         """Warn of collapse; name broken images, and stop where there are too many."""

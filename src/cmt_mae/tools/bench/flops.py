@@ -17,6 +17,7 @@ from cmt_mae.method.cmtmae import (
     StudentWithDecoder,
     TargetConfig,
     shares,
+    takes_class_token,
 )
 from cmt_mae.method.last_block import asks_alone
 from cmt_mae.method.masking import GUIDED
@@ -220,7 +221,7 @@ def step_of(
     rows, columns = grid_of(student)
     patches, target = rows * columns, learner.target
     names = active(guides.mask, target, weights)
-    predicted = {"masked": n_mask, "all": patches, "all+cls": patches + 1}[target.tokens]
+    predicted = tokens_of(target, n_mask, patches)
     width = decoder.embed.out_features
     blocks = list(decoder.blocks)
     first: Any = blocks[0] if blocks else nn.Identity()
@@ -254,6 +255,11 @@ def active(mask: MaskConfig, target: TargetConfig, weights: Alphas) -> dict[str,
     }
 
 
+def tokens_of(target: TargetConfig, n_mask: int, patches: int) -> int:
+    """Tokens of an image at which the loss is taken."""
+    return (n_mask if target.tokens.startswith("masked") else patches) + takes_class_token(target)
+
+
 def guide_of(
     name: str,
     guides: FrozenNetworks,
@@ -267,7 +273,7 @@ def guide_of(
     if not maps and not features:
         return None
     teacher = guides.teacher
-    whole = target.tokens != "masked"
+    whole = target.tokens.startswith("all")
     if name == "teacher":
         assert teacher is not None
         model: Vit = teacher.model
@@ -285,9 +291,7 @@ def guide_of(
         attention=kind if maps else "none",
         features=features,
         hidden=None if whole_block else n_mask,
-        projected={"masked": n_mask, "all": student_patches, "all+cls": student_patches + 1}[
-            target.tokens
-        ],
+        projected=tokens_of(target, n_mask, student_patches),
         probe=probe if maps else 0,
         plain=asks_alone(model.blocks[-1].attn),
     )
