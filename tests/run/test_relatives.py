@@ -43,6 +43,7 @@ def with_recipe(config: PretrainConfig, recipe: str) -> PretrainConfig:
     decoder = method.pop("decoder", {})
     made: PretrainConfig = parse("test", PretrainConfig, small, method)
     made.decoder.kind = decoder.get("kind", "mae")
+    made.target.momentum_last_k = min(made.target.momentum_last_k, 2)  # the student's depth
     return made
 
 
@@ -122,6 +123,7 @@ def test_alpha_0_is_the_teacher_guided_run_bit_for_bit(make: Make) -> None:
                 "target__tokens": "all+cls",
                 "target__momentum_last_k": 2,
                 "teacher__feature": "last_k",
+                "teacher__last_k": 2,
             },
         ),
         (
