@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.pretraining.run import pretrain
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.engine.trainer import Trainer
+from cmt_mae.tools.pretrain import pretrain
 
 from .conftest import Make, as_words, assert_same_state, rows, start
 
@@ -67,15 +67,15 @@ def test_half_lives_of_stage_two_and_a_head_that_starts_at_zero(make: Make) -> N
 def test_all_of_them_continue_bit_for_bit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = make("whole", **EVERY), make("parts", **EVERY)
     pretrain(whole)
-    before, taken = Stepper.step, [0]
+    before, taken = Trainer.step, [0]
 
-    def step(self: Stepper, batches: Any, number: int) -> Any:
+    def step(self: Trainer, batches: Any, number: int) -> Any:
         taken[0] += 1
         if taken[0] == 8:
             raise Stopped("as a kill, between two checkpoints")
         return before(self, batches, number)
 
-    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(Stopped):
         pretrain(parts)
     pretrain(parts)

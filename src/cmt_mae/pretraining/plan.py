@@ -36,7 +36,7 @@ class Plan:
         return momentum(share, settings.start, settings.end, settings.schedule)
 
     def half_lives(self, settings: MomentumConfig, step: int) -> float:
-        """Of the moving average, in the steps of stage two before ``step``; of 1000 of them where there are more."""
+        """Of the moving average, in the steps of stage two before ``step``: of 1000 of them if more."""
         done = max(0, step - self.switch_step)
         count = min(done, 1000)
         steps = [self.switch_step + int((i + 0.5) * done / count) for i in range(count)]
