@@ -117,9 +117,11 @@ def adopt(work: Path, experiment: str) -> None:
 def key_of(settings: dict[str, Any], train: bool) -> str:
     """Equal for runs that differ in nothing but their place."""
     from cmt_mae.core.parsing import flatten
-    from cmt_mae.pretraining.settings import RESUME_SAFE_SETTINGS
+    from cmt_mae.core.settings import resume_safe_settings
+    from cmt_mae.pretraining.settings import PretrainConfig
 
-    kept = {n: value for n, value in flatten(settings).items() if not n.startswith(RESUME_SAFE_SETTINGS)}
+    safe = resume_safe_settings(PretrainConfig)
+    kept = {n: value for n, value in flatten(settings).items() if not n.startswith(safe)}
     return json.dumps([train, kept], sort_keys=True)
 
 

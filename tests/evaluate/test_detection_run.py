@@ -234,7 +234,7 @@ def test_bad_settings_and_data_are_found_before_training(
     refused(given, "is no folder", data=str(tmp_path / "nowhere"))
     refused(given, "12 training images are fewer than a batch of 16", batch_size=16)
     refused(given, "cannot be split into 1 process", micro_batch=3)
-    refused(given, "preset '3x' is unknown", preset="3x")
+    refused(given, "preset is '3x': give one of", preset="3x")
     refused(given, "do not fit into lsj_size 32", augment="lsj", lsj_size=32)
     refused(given, "no backbone", backbone="")
     with pytest.raises(InputError, match="give --out FOLDER"):

@@ -354,7 +354,7 @@ def test_table_of_spec_6_3() -> None:
     assert published("ibot", 768).lr == pytest.approx(4e-3)
     assert published("mae", 192) == published("mae", 768)
     assert published("mae", 1280) == replace(published("mae", 1024), drop_path=0.3)  # ViT-H
-    with pytest.raises(InputError, match="use mae, paper256, milan, dbot, ibot or quick"):
+    with pytest.raises(InputError, match="one of mae, paper256, milan, dbot, ibot, quick"):
         published("best", 768)  # type: ignore[arg-type]
 
 
@@ -393,14 +393,14 @@ def test_fit_to_the_set() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"epochs": 0}, "epochs is 0; it must be above 0"),
+        ({"epochs": 0}, "epochs is 0: give a whole number of 1 or more"),
         ({"batch_size": -4}, "batch_size is -4"),
         ({"blr": float("nan")}, "blr is nan"),
-        ({"layer_decay": 1.5}, "layer_decay is 1.5; it is 1 at most"),
-        ({"drop_path": 1.0}, "drop_path is 1.0; it must be below 1"),
-        ({"smoothing": -0.1}, "smoothing is -0.1; it must be 0 or more"),
-        ({"smallest_crop": 0.0}, "smallest_crop is 0.0"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0; it must be below 1"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5: give a number above 0 up to 1"),
+        ({"drop_path": 1.0}, "drop_path is 1: give a number from 0 and below 1"),
+        ({"smoothing": -0.1}, "smoothing is -0.1: give a number from 0"),
+        ({"smallest_crop": 0.0}, "smallest_crop is 0: give"),
+        ({"ema_decay": 1.0}, "ema_decay is 1: give a number from 0 and below 1"),
         ({"epochs": 5, "warmup_epochs": 5.0}, "leaves none of 5 to train"),
     ],
 )

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cmt_mae.core.runs import RunDir, plain
+from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.data.tasks import train_batches
 from cmt_mae.engine.fit import fit
 from cmt_mae.engine.processes import leave_processes, make_accelerator
 from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
-from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
+from cmt_mae.engine.task_settings import TaskSettings
 
 N, BATCH, STEPS_PER_EPOCH = 40, 8, 5
 
@@ -68,7 +69,7 @@ def toy(
     )  # fmt: skip
     accelerator = make_accelerator("cpu", "fp32")
     world, rank = accelerator.num_processes, accelerator.process_index
-    run = RunDir(str(out), plain(config), RESUME_SAFE_SETTINGS, writes=accelerator.is_main_process)
+    run = RunDir(str(out), plain(config), resume_safe_settings(type(config)), writes=accelerator.is_main_process)
     torch.manual_seed(0)
     model = Net(dropout)
     if not norm:

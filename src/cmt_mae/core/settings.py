@@ -39,7 +39,8 @@ class Range:
         if math.isinf(self.high):
             return f"above {self.low:g}" if self.above else f"of {self.low:g} or more"
         low = f"above {self.low:g}" if self.above else f"from {self.low:g}"
-        return f"{low} {'and below' if self.below else 'to'} {self.high:g}"
+        end = "and below" if self.below else "up to" if self.above else "to"
+        return f"{low} {end} {self.high:g}"
 
 
 Count = Annotated[int, Range(1)]
@@ -79,10 +80,17 @@ def filled(kind: type[T], preset: dict[str, Any], config: Any) -> T:
 
     kind: the dataclass of these numbers, of which the settings ``config`` are a child. Lists become tuples.
     """
-    given = {one.name: getattr(config, one.name) for one in fields(kind)}  # type: ignore[arg-type]
-    given = {name: value for name, value in given.items() if value is not None}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return kind(**{**preset, **given})
+    return kind(**preset | given_fields(config, kind))
+
+
+def given_fields(config: Any, kind: Any) -> dict[str, Any]:
+    """Of the fields of the dataclass ``kind``, those that the settings give: the others are the preset's."""
+    values = {one.name: getattr(config, one.name) for one in fields(kind)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def walk(settings: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:

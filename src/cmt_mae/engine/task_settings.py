@@ -15,7 +15,6 @@ from cmt_mae.core.settings import (
     Tracker,
     check_fields,
     resume_safe,
-    resume_safe_settings,
 )
 from cmt_mae.data.workers import TIMEOUT_S
 
@@ -88,6 +87,3 @@ class TaskSettings:
         raise InputError(
             f"{self.backbone} is no run directory, so there is no place for this training: give --out FOLDER"
         )
-
-
-RESUME_SAFE_SETTINGS = resume_safe_settings(TaskSettings)

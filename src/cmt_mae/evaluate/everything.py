@@ -211,8 +211,8 @@ def make_job(
     return Job(name, settings, key)
 
 
-# settings of the tasks that change no number
-RESUME_SAFE_SETTINGS = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
+# settings of the tasks that change no number, as the ledgers' keys have it
+NOT_IN_KEY = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
 YOUNGER = ("zero_label", "range", "val_share", "deterministic", "compile", "parallel")
 """Settings that came after the first ledgers: no part of a key while they have their defaults."""
 
@@ -230,13 +230,20 @@ def job_key(task: str, settings: Any, backbone: Backbone, data: Path) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
+YOUNGER_IN_ADE20K = (
+    "warmup_ratio", "power", "smallest_ratio", "largest_ratio", "cat_max_ratio", "dropout", "auxiliary_weight",
+)  # fmt: skip
+"""Of ade20k alone: coco's warmup_ratio is in the old keys."""
+
+
 def settings_in_key(settings: Any) -> dict[str, Any]:
     """Those that change the number. A key of an old ledger must stay what it was when a setting is added."""
-    kept = {k: v for k, v in asdict(settings).items() if k not in RESUME_SAFE_SETTINGS}
+    kept = {k: v for k, v in asdict(settings).items() if k not in NOT_IN_KEY}
     if isinstance(settings, FrozenSettings):
         del kept["progress"]
+    younger = YOUNGER + (YOUNGER_IN_ADE20K if hasattr(settings, "zero_label") else ())
     for one in fields(settings):
-        if one.name in YOUNGER and kept[one.name] == default_of(one):
+        if one.name in younger and kept[one.name] == default_of(one):
             del kept[one.name]
     return kept
 

@@ -20,7 +20,14 @@ from torch import Tensor
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.runs import RunDir, plain
-from cmt_mae.core.settings import PartOf
+from cmt_mae.core.settings import (
+    Amount,
+    Count,
+    CountOrNone,
+    PartOf,
+    resume_safe,
+    resume_safe_settings,
+)
 from cmt_mae.data.augment import Augment, seeded
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
@@ -32,7 +39,7 @@ from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import learning_rate
 from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
-from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
+from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.confusion import confusion_picture
 from cmt_mae.evaluate.features import (
     count_classes,
@@ -45,12 +52,10 @@ from cmt_mae.evaluate.few_shot import few_shot_indexes
 from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
 from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
 from cmt_mae.evaluate.finetune_protocols import (
-    Pool,
     PresetName,
     Recipe,
     differences,
     eval_crop,
-    published,
     resolve,
 )
 from cmt_mae.evaluate.result import Result, backbone_name, make_result, save_where
@@ -59,13 +64,13 @@ MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(TaskSettings):
+class FinetuneConfig(TaskSettings, Recipe):
     """Settings of fine-tuning. What is not given is the preset's."""
 
     preset: PresetName = "mae"
     """mae | paper256 (batch 256) | milan, dbot (lower rates) | ibot | quick (small sets, few cores). Numbers of
     ViT-L from width 1024 on, of ViT-B below."""
-    size: int | None = None
+    size: Count | None = None
     """Input size in pixels. Default: the backbone's own."""
     val_share: PartOf = 0.0
     """Share of each class to hold out as val where there is no val split."""
@@ -73,43 +78,11 @@ class FinetuneConfig(TaskSettings):
     """Values of black and white in images of more than 8 bits; empty: measured on some of them."""
     few_shot: str | None = None
     """Train on a part of every class: 1% or 10% of its images, or their number, like 5. Drawn by the seed."""
-    frozen_layers: int | Literal["all"] = 0
+    frozen_layers: CountOrNone | Literal["all"] = 0
     """The embeddings and so many blocks are not trained; all: only what stands on top. 0: all is trained."""
-    pool: Pool | None = None
-    """mean: of the patch tokens, with a norm of its own (published); cls: the class token."""
-    epochs: int | None = None
-    """Passes over the training images. Given alone, the warm-up keeps its share."""
-    batch_size: int | None = None
-    """Images a step, over all processes; at most the training images."""
-    blr: float | None = None
-    """Learning rate at a batch of 256: the rate is blr * batch_size / 256."""
-    layer_decay: float | None = None
-    """The rate of a block is that of the next one times this."""
-    drop_path: float | None = None
-    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
-    warmup_epochs: float | None = None
-    """Epochs over which the rate grows from 0."""
-    min_lr: float | None = None
-    """The rate at the end of the cosine."""
-    weight_decay: float | None = None
-    """AdamW's; none for vectors, positions and class token."""
-    rand_augment: str | None = None
-    """timm's text, like rand-m9-mstd0.5-inc1; or none."""
-    mixup: float | None = None
-    """Both parameters of the Beta distribution that images are blended by; 0: off."""
-    cutmix: float | None = None
-    """The same for rectangles that are exchanged; with both, each is taken half of the time."""
-    smoothing: float | None = None
-    """Share of the label spread over all classes."""
-    erasing: float | None = None
-    """Probability that a rectangle of an image is replaced by noise."""
-    smallest_crop: float | None = None
-    """Smallest share of an image that a random crop takes."""
-    ema_decay: float | None = None
-    """Evaluate a running average of the weights besides, with this decay (0.9999; less for short runs); 0: no."""
-    eval_every: float = 1.0
+    eval_every: Amount = resume_safe(1.0)
     """Epochs between two evaluations on the validation images; 0: only at the end."""
-    pictures: int = 8
+    pictures: CountOrNone = resume_safe(8)
     """How many of the most frequent mistakes are listed in pictures/confusion.png; 0: no picture."""
 
 
@@ -189,7 +162,6 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         Stopped: a signal asked for the end; the same call continues.
     """
     started = time.perf_counter()
-    published(config.preset, 0)  # a wrong name is told first
     out = config.run_directory("finetune", config.preset)
     accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     train, val = open_data(config)
@@ -201,7 +173,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     run = RunDir(
         str(out),
         plain(config) | asdict(recipe),
-        RESUME_SAFE_SETTINGS,
+        resume_safe_settings(FinetuneConfig),
         writes=accelerator.is_main_process,
         defaults={"val_share": 0.0, "range": []},
     )

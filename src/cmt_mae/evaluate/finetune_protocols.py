@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import (
+    OF_PRESET,
+    Amount,
+    Count,
+    Factor,
+    PartOf,
+    Positive,
+    check_fields,
+    given_fields,
+    refusal,
+)
 from cmt_mae.evaluate.features import CENTRE_CROP
 
 if TYPE_CHECKING:
     from cmt_mae.evaluate.finetune import FinetuneConfig
 
-PresetName = Literal["mae", "paper256", "milan", "dbot", "ibot", "quick"]
 Pool = Literal["mean", "cls"]
+PresetName = Literal["mae", "paper256", "milan", "dbot", "ibot", "quick"]
 
 LARGE, HUGE = 1024, 1280
 """Widths from which a backbone takes the numbers published for ViT-L and ViT-H."""
 FEW_STEPS = 500  # below so many optimizer steps a run is told of
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Recipe:
-    """Every number that moves a fine-tuning. Defaults are MAE's, common to all published recipes."""
+    """Every number that moves a fine-tuning; those left out are the preset's."""
 
-    epochs: int
-    batch_size: int
-    blr: float
-    """Learning rate at a batch of 256; the rate is ``blr * batch_size / 256``."""
-    layer_decay: float
-    drop_path: float
-    warmup_epochs: float
-    min_lr: float = 1e-6
-    weight_decay: float = 0.05
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-    erasing: float = 0.25
-    smallest_crop: float = 0.08
-    pool: Pool = "mean"
-    ema_decay: float = 0.0
+    epochs: Count = OF_PRESET
+    """Passes over the training images. Given alone, the warm-up keeps its share."""
+    batch_size: Count = OF_PRESET
+    """Images a step, over all processes; at most the training images."""
+    blr: Positive = OF_PRESET
+    """Learning rate at a batch of 256: the rate is blr * batch_size / 256."""
+    layer_decay: Factor = OF_PRESET
+    """The rate of a block is that of the next one times this."""
+    drop_path: PartOf = OF_PRESET
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    warmup_epochs: Amount = OF_PRESET
+    """Epochs over which the rate grows from 0."""
+    min_lr: Amount = OF_PRESET
+    """The rate at the end of the cosine."""
+    weight_decay: Amount = OF_PRESET
+    """AdamW's; none for vectors, positions and class token."""
+    rand_augment: str = OF_PRESET
+    """timm's text, like rand-m9-mstd0.5-inc1; or none."""
+    mixup: Amount = OF_PRESET
+    """Both parameters of the Beta distribution that images are blended by; 0: off."""
+    cutmix: Amount = OF_PRESET
+    """The same for rectangles that are exchanged; with both, each is taken half of the time."""
+    smoothing: PartOf = OF_PRESET
+    """Share of the label spread over all classes."""
+    erasing: PartOf = OF_PRESET
+    """Probability that a rectangle of an image is replaced by noise."""
+    smallest_crop: Factor = OF_PRESET
+    """Smallest share of an image that a random crop takes."""
+    pool: Pool = OF_PRESET
+    """mean: of the patch tokens, with a norm of its own (published); cls: the class token."""
+    ema_decay: PartOf = OF_PRESET
+    """Evaluate a running average of the weights besides, with this decay (0.9999; less for short runs); 0: no."""
 
     @property
     def lr(self) -> float:
@@ -51,32 +77,28 @@ class Recipe:
         """Whether images of a batch are mixed with each other."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def check(self) -> None:
-        """Raise InputError for a number that has no meaning."""
-        shares = ("drop_path", "smoothing", "erasing", "ema_decay")
-        for name in ("epochs", "batch_size", "blr", "layer_decay", "smallest_crop"):
-            if not getattr(self, name) > 0:
-                raise InputError(
-                    f"fine-tuning: {name} is {getattr(self, name)}; it must be above 0"
-                )
-        for name in ("min_lr", "weight_decay", "mixup", "cutmix", "warmup_epochs", *shares):
-            if not getattr(self, name) >= 0:
-                raise InputError(
-                    f"fine-tuning: {name} is {getattr(self, name)}; it must be 0 or more"
-                )
-        for name in shares:
-            if getattr(self, name) >= 1:
-                raise InputError(
-                    f"fine-tuning: {name} is {getattr(self, name)}; it must be below 1"
-                )
-        for name in ("layer_decay", "smallest_crop"):
-            if getattr(self, name) > 1:
-                raise InputError(f"fine-tuning: {name} is {getattr(self, name)}; it is 1 at most")
-        if self.warmup_epochs >= self.epochs:
-            raise InputError(
-                f"fine-tuning: a warm-up of {self.warmup_epochs:g} epochs leaves none of {self.epochs} "
-                "to train; shorten it or train longer"
-            )
+
+COMMON: dict[str, Any] = {
+    "epochs": 100, "batch_size": 1024, "blr": 5e-4, "layer_decay": 0.65, "drop_path": 0.1, "warmup_epochs": 5,
+    "min_lr": 1e-6, "weight_decay": 0.05, "rand_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0,
+    "smoothing": 0.1, "erasing": 0.25, "smallest_crop": 0.08, "pool": "mean", "ema_decay": 0.0,
+}  # fmt: skip
+"""MAE's for ViT-B; what a preset does not say is this."""
+COMMON_LARGE = COMMON | {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2}
+QUICK = {
+    "epochs": 10, "batch_size": 32, "blr": 4e-3, "layer_decay": 0.75, "drop_path": 0.0, "warmup_epochs": 1,
+    "rand_augment": "none", "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "smallest_crop": 0.25,
+}  # fmt: skip
+# name -> what differs from MAE's numbers for ViT-B, and for ViT-L
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mae": ({}, {}),
+    "paper256": ({"batch_size": 256}, {"batch_size": 256}),
+    "milan": ({"blr": 1e-4}, {"epochs": 100, "blr": 1e-4}),
+    "dbot": ({"blr": 3e-4, "layer_decay": 0.75}, {"blr": 3e-4, "drop_path": 0.25}),
+    "ibot": ({"blr": 1e-3, "drop_path": 0.2, "warmup_epochs": 20}, {"drop_path": 0.4}),
+    "quick": (QUICK, QUICK),
+}
+HUGE_DROP_PATH = 0.3  # MAE's for ViT-H, whose other numbers are ViT-L's
 
 
 def published(name: PresetName, width: int) -> Recipe:
@@ -94,43 +116,13 @@ def published(name: PresetName, width: int) -> Recipe:
     Raises:
         InputError: unknown name.
     """
+    if name not in PRESETS:
+        raise InputError(refusal("preset is", name, PresetName))
     large = width >= LARGE
-    epochs = 50 if large else 100
-    mae = Recipe(
-        epochs=epochs,
-        batch_size=1024,
-        blr=1e-3 if large else 5e-4,
-        layer_decay=0.75 if large else 0.65,
-        drop_path=0.3 if width >= HUGE else 0.2 if large else 0.1,
-        warmup_epochs=5,
-    )
-    if name == "mae":
-        return mae
-    if name == "paper256":
-        return replace(mae, batch_size=256)
-    if name == "milan":
-        return replace(mae, epochs=100, blr=1e-4)
-    if name == "dbot":
-        return replace(mae, blr=3e-4, layer_decay=0.75, drop_path=0.25 if large else 0.1)
-    if name == "ibot":
-        return replace(
-            mae, blr=1e-3, drop_path=0.4 if large else 0.2, warmup_epochs=5 if large else 20
-        )
-    if name == "quick":
-        return Recipe(
-            epochs=10,
-            batch_size=32,
-            blr=4e-3,
-            layer_decay=0.75,
-            drop_path=0.0,
-            warmup_epochs=1,
-            rand_augment="none",
-            mixup=0.0,
-            cutmix=0.0,
-            erasing=0.0,
-            smallest_crop=0.25,
-        )
-    raise InputError(f"unknown preset {name!r}; use mae, paper256, milan, dbot, ibot or quick")
+    recipe = Recipe(**(COMMON_LARGE if large else COMMON) | PRESETS[name][large])
+    if width >= HUGE and "drop_path" not in PRESETS[name][1]:
+        recipe.drop_path = HUGE_DROP_PATH
+    return recipe
 
 
 def eval_crop(size: tuple[int, int]) -> tuple[float, str]:
@@ -152,13 +144,21 @@ def resolve(config: FinetuneConfig, width: int, n: int) -> Recipe:
         InputError: a number without meaning, or fewer than 2 training images.
     """
     own = published(config.preset, width)
-    given = {f.name: getattr(config, f.name) for f in fields(Recipe)}
-    given = {name: value for name, value in given.items() if value is not None}
-    recipe = replace(own, **given)
+    recipe = replace(own, **given_fields(config, Recipe))
     if config.epochs is not None and config.warmup_epochs is None:
         recipe = replace(recipe, warmup_epochs=own.warmup_epochs * config.epochs / own.epochs)
-    recipe.check()
+    check(recipe)
     return replace(recipe, batch_size=fit_batch(recipe.batch_size, n))
+
+
+def check(recipe: Recipe) -> None:
+    """Raise InputError for a number that has no meaning."""
+    check_fields(recipe)
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise InputError(
+            f"fine-tuning: a warm-up of {recipe.warmup_epochs:g} epochs leaves none of {recipe.epochs} "
+            "to train; shorten it or train longer"
+        )
 
 
 def fit_batch(batch_size: int, n: int) -> int:

@@ -20,6 +20,7 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
 from cmt_mae.core.runs import RunDir, plain
+from cmt_mae.core.settings import resume_safe, resume_safe_settings
 from cmt_mae.data.ade20k import (
     Ade20k,
     ZeroLabel,
@@ -37,7 +38,7 @@ from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import poly, warmed_up
 from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
-from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS, TaskSettings
+from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
 from cmt_mae.evaluate.pyramid import default_taps, sync_norms
@@ -48,7 +49,6 @@ from cmt_mae.evaluate.segmentation_protocols import (
     PresetName,
     Recipe,
     differences,
-    published,
     resolve,
 )
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits
@@ -58,7 +58,7 @@ TOLD_EVERY = 500  # images between two lines about how far an evaluation is
 
 
 @dataclass(kw_only=True)
-class Ade20kConfig(TaskSettings):
+class Ade20kConfig(TaskSettings, Recipe):
     """Settings of segmentation on a data set in ADE20K's layout. What is not given is the preset's."""
 
     preset: PresetName = "paper"
@@ -70,35 +70,7 @@ class Ade20kConfig(TaskSettings):
     zero_label: ZeroLabel | None = None
     """What label 0 is: `ignored` (ADE20K: labels 1, 2, ... are the classes) or `class` (0, 1, ... are).
     Default: ignored, and refused where the masks look as if labels began at 0."""
-    iterations: int | None = None
-    """Optimizer steps. Given alone, the warm-up keeps its share."""
-    batch_size: int | None = None
-    """Images a step, over all processes."""
-    lr: float | None = None
-    """The highest learning rate, of the head; blocks of the backbone have less (layer_decay)."""
-    layer_decay: float | None = None
-    """The rate of a block is that of the next one times this."""
-    drop_path: float | None = None
-    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
-    weight_decay: float | None = None
-    """AdamW's; none for vectors and biases."""
-    warmup: int | None = None
-    """Iterations over which the rate grows from almost 0."""
-    crop_size: int | None = None
-    """Side of training crops and of windows. Given alone, stride, shorter_side and longer_side follow it."""
-    stride: int | None = None
-    """Pixels from one window to the next at test time. Default: 2/3 of the window."""
-    shorter_side: int | None = None
-    """Images are resized until this side, or longer_side, fits. Default: crop_size."""
-    longer_side: int | None = None
-    """Default: 4 x shorter_side."""
-    channels: int | None = None
-    """Of UPerNet's maps."""
-    relative_bias: bool | None = None
-    """Trainable relative position biases on top of the backbone's own positions."""
-    layer_scale: float | None = None
-    """First value of trainable factors of every block's branches; 0: none are added."""
-    save_memory: bool = False
+    save_memory: bool = resume_safe(False)
     """Compute blocks again in the backward pass: less memory, a third more time."""
 
 
@@ -153,7 +125,6 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
         Stopped: a signal asked for the end; the same call continues.
     """
     started = time.perf_counter()
-    published(config.preset)  # a wrong name is told first
     out = config.run_directory("ade20k", config.preset)
     accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     data = open_ade20k(config.data, config.classes, config.zero_label)
@@ -161,7 +132,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     given = load_backbone(config.backbone, key=config.key)
     backbone, padded = at_window(config, given, recipe.crop_size)
     settings = plain(config) | asdict(recipe)
-    indifferent = (*RESUME_SAFE_SETTINGS, "save_memory")
+    indifferent = resume_safe_settings(Ade20kConfig)
     run = RunDir(str(out), settings, indifferent, writes=accelerator.is_main_process)
     task = make_task(config, recipe, backbone, data, accelerator, run)
     check_data(data, accelerator)

@@ -6,6 +6,18 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import (
+    OF_PRESET,
+    Amount,
+    Count,
+    CountOrNone,
+    Factor,
+    PartOf,
+    Positive,
+    check_fields,
+    given_fields,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from cmt_mae.evaluate.segmentation import Ade20kConfig
@@ -21,76 +33,90 @@ WEIGHTS = {
 """What a preset is meant to start from."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Recipe:
-    """Every number that moves a segmentation. Defaults are common to the published recipes."""
+    """Every number that moves a segmentation; those left out are the preset's."""
 
-    lr: float
-    layer_decay: float
-    iterations: int = 160_000
-    batch_size: int = 16
-    warmup: int = 1500
-    """Iterations over which the rate grows from ``warmup_ratio`` of itself."""
-    warmup_ratio: float = 1e-6
-    power: float = 1.0
-    weight_decay: float = 0.05
-    drop_path: float = 0.1
-    crop_size: int = 512
-    """Side of training crops and of windows at test time."""
-    stride: int = 341
-    """Of the windows at test time."""
-    shorter_side: int = 512
-    longer_side: int = 2048
-    """An image is resized to fit both, at test time and (times a random ratio) in training."""
-    smallest_ratio: float = 0.5
-    largest_ratio: float = 2.0
-    cat_max_ratio: float = 0.75
-    channels: int = 768
-    """Of UPerNet."""
-    dropout: float = 0.1
-    auxiliary_weight: float = 0.4
-    relative_bias: bool = False
-    layer_scale: float = 0.0
+    lr: Positive = OF_PRESET
+    """The highest learning rate, of the head; blocks of the backbone have less (layer_decay)."""
+    layer_decay: Factor = OF_PRESET
+    """The rate of a block is that of the next one times this."""
+    iterations: Count = OF_PRESET
+    """Optimizer steps. Given alone, the warm-up keeps its share."""
+    batch_size: Count = OF_PRESET
+    """Images a step, over all processes."""
+    warmup: CountOrNone = OF_PRESET
+    """Iterations over which the rate grows from almost 0 (warmup_ratio of itself)."""
+    warmup_ratio: Amount = OF_PRESET
+    """Share of the rate at the first iteration."""
+    power: Amount = OF_PRESET
+    """Of the polynomial by which the rate falls."""
+    weight_decay: Amount = OF_PRESET
+    """AdamW's; none for vectors and biases."""
+    drop_path: PartOf = OF_PRESET
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    crop_size: Count = OF_PRESET
+    """Side of training crops and of windows. Given alone, stride, shorter_side and longer_side follow it."""
+    stride: Count = OF_PRESET
+    """Pixels from one window to the next at test time. Default: 2/3 of the window."""
+    shorter_side: Count = OF_PRESET
+    """Images are resized until this side, or longer_side, fits, in training times a random ratio. Default:
+    crop_size."""
+    longer_side: Count = OF_PRESET
+    """Default: 4 x shorter_side."""
+    smallest_ratio: Positive = OF_PRESET
+    """Least random ratio by which training images are resized."""
+    largest_ratio: Positive = OF_PRESET
+    """Largest one."""
+    cat_max_ratio: Factor = OF_PRESET
+    """A training crop is drawn again where one class fills a larger share of it."""
+    channels: Count = OF_PRESET
+    """Of UPerNet's maps."""
+    dropout: PartOf = OF_PRESET
+    """Before the head's last layer."""
+    auxiliary_weight: Amount = OF_PRESET
+    """Of the loss of the auxiliary head."""
+    relative_bias: bool = OF_PRESET
+    """Trainable relative position biases on top of the backbone's own positions."""
+    layer_scale: Amount = OF_PRESET
+    """First value of trainable factors of every block's branches; 0: none are added."""
 
-    def check(self) -> None:
-        """Raise InputError for a number that has no meaning."""
-        positive = (
-            "lr", "layer_decay", "iterations", "batch_size", "crop_size", "stride", "shorter_side",
-            "longer_side", "smallest_ratio", "channels", "cat_max_ratio",
-        )  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise InputError(f"ade20k: {name} is {getattr(self, name)}; it must be above 0")
-        for name in (
-            "warmup",
-            "weight_decay",
-            "drop_path",
-            "auxiliary_weight",
-            "layer_scale",
-            "dropout",
-        ):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"ade20k: {name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("drop_path", "dropout"):
-            if getattr(self, name) >= 1:
-                raise InputError(f"ade20k: {name} is {getattr(self, name)}; it must be below 1")
-        if self.layer_decay > 1:
-            raise InputError(f"ade20k: layer_decay is {self.layer_decay}; it is 1 at most")
-        if self.stride > self.crop_size:
-            raise InputError(
-                f"ade20k: windows of {self.crop_size} every {self.stride} pixels leave gaps; give a stride of "
-                f"{self.crop_size} at most"
-            )
-        if self.longer_side < self.shorter_side or self.largest_ratio < self.smallest_ratio:
-            raise InputError(
-                f"ade20k: longer_side {self.longer_side} and largest_ratio {self.largest_ratio} may not be below "
-                f"shorter_side {self.shorter_side} and smallest_ratio {self.smallest_ratio}"
-            )
-        if self.warmup >= self.iterations:
-            raise InputError(
-                f"ade20k: a warm-up of {self.warmup} iterations leaves none of {self.iterations} to train; "
-                "shorten it or train longer"
-            )
+
+PAPER: dict[str, Any] = {
+    "lr": 3e-5, "layer_decay": 0.9, "iterations": 160_000, "batch_size": 16, "warmup": 1500, "warmup_ratio": 1e-6,
+    "power": 1.0, "weight_decay": 0.05, "drop_path": 0.1, "crop_size": 512, "stride": 341, "shorter_side": 512,
+    "longer_side": 2048, "smallest_ratio": 0.5, "largest_ratio": 2.0, "cat_max_ratio": 0.75, "channels": 768,
+    "dropout": 0.1, "auxiliary_weight": 0.4, "relative_bias": False, "layer_scale": 0.0,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "paper_ft": PAPER,
+    "mae": PAPER | {"lr": 1e-4, "layer_decay": 0.65, "relative_bias": True, "layer_scale": 1.0},
+    "quick": PAPER | {
+        "lr": 2e-3, "layer_decay": 0.65, "iterations": 400, "batch_size": 4, "warmup": 20, "drop_path": 0.0,
+        "crop_size": 128, "stride": 85, "shorter_side": 128, "longer_side": 512, "channels": 64,
+    },
+}  # fmt: skip
+
+
+def check(recipe: Recipe) -> None:
+    """Raise InputError for numbers that have no meaning, alone or together."""
+    check_fields(recipe)
+    if recipe.stride > recipe.crop_size:
+        raise InputError(
+            f"ade20k: windows of {recipe.crop_size} every {recipe.stride} pixels leave gaps; give a stride of "
+            f"{recipe.crop_size} at most"
+        )
+    if recipe.longer_side < recipe.shorter_side or recipe.largest_ratio < recipe.smallest_ratio:
+        raise InputError(
+            f"ade20k: longer_side {recipe.longer_side} and largest_ratio {recipe.largest_ratio} may not be below "
+            f"shorter_side {recipe.shorter_side} and smallest_ratio {recipe.smallest_ratio}"
+        )
+    if recipe.warmup >= recipe.iterations:
+        raise InputError(
+            f"ade20k: a warm-up of {recipe.warmup} iterations leaves none of {recipe.iterations} to train; "
+            "shorten it or train longer"
+        )
 
 
 def published(name: PresetName) -> Recipe:
@@ -106,26 +132,9 @@ def published(name: PresetName) -> Recipe:
     Raises:
         InputError: unknown name.
     """
-    paper = Recipe(lr=3e-5, layer_decay=0.9)
-    if name in ("paper", "paper_ft"):
-        return paper
-    if name == "mae":
-        return replace(paper, lr=1e-4, layer_decay=0.65, relative_bias=True, layer_scale=1.0)
-    if name == "quick":
-        return Recipe(
-            lr=2e-3,
-            layer_decay=0.65,
-            iterations=400,
-            batch_size=4,
-            warmup=20,
-            drop_path=0.0,
-            crop_size=128,
-            stride=85,
-            shorter_side=128,
-            longer_side=512,
-            channels=64,
-        )
-    raise InputError(f"unknown preset {name!r}; use paper, paper_ft, mae or quick")
+    if name not in PRESETS:
+        raise InputError(refusal("preset is", name, PresetName))
+    return Recipe(**PRESETS[name])
 
 
 def resolve(config: Ade20kConfig, n: int) -> Recipe:
@@ -138,11 +147,7 @@ def resolve(config: Ade20kConfig, n: int) -> Recipe:
         InputError: a number without meaning, or fewer than 2 training images.
     """
     own = published(config.preset)
-    given: dict[str, Any] = {}
-    for field in fields(Recipe):
-        value = getattr(config, field.name, None)
-        if value is not None:
-            given[field.name] = value
+    given = given_fields(config, Recipe)
     if "crop_size" in given:
         given.setdefault("stride", given["crop_size"] * 2 // 3)
         given.setdefault("shorter_side", given["crop_size"])
@@ -154,7 +159,7 @@ def resolve(config: Ade20kConfig, n: int) -> Recipe:
         raise InputError(f"ade20k: {n} training image(s); it needs 2 or more")
     given.setdefault("batch_size", min(own.batch_size, n))
     recipe = replace(own, **given)
-    recipe.check()
+    check(recipe)
     if recipe.batch_size > n:
         raise InputError(
             f"ade20k: a batch of {recipe.batch_size} and {n} training images; give a smaller batch_size"

@@ -21,7 +21,6 @@ from cmt_mae.core.settings import (
     build,
     check_fields,
     resume_safe,
-    resume_safe_settings,
 )
 from cmt_mae.data.source import Source
 from cmt_mae.data.sources import open_split
@@ -296,6 +295,3 @@ class PretrainConfig:
         """alpha of Eq. 3 ("mask") or Eq. 4 ("loss")."""
         own = self.alpha_mask if part == "mask" else self.alpha_loss
         return self.alpha if own is None else own
-
-
-RESUME_SAFE_SETTINGS = resume_safe_settings(PretrainConfig)

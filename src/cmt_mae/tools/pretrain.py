@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from cmt_mae.backbones import Backbone
 from cmt_mae.core.checkpoint import list_checkpoints
 from cmt_mae.core.runs import RunDir, plain
+from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.data.source import Source
 from cmt_mae.engine import compiling
 from cmt_mae.engine.fit import fit
@@ -22,7 +23,7 @@ from cmt_mae.pretraining.assembly import (
     statistics,
 )
 from cmt_mae.pretraining.plan import make_plan
-from cmt_mae.pretraining.settings import RESUME_SAFE_SETTINGS, PretrainConfig
+from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.task import Images, Looks, Pretraining
 
 PICTURED = 6  # images in a picture
@@ -42,7 +43,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     run = RunDir(
         config.out,
         plain(config),
-        RESUME_SAFE_SETTINGS,
+        resume_safe_settings(PretrainConfig),
         writes=accelerator.is_main_process,
         defaults=plain(PretrainConfig()),
     )

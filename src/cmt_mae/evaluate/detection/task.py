@@ -20,6 +20,7 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
 from cmt_mae.core.runs import RunDir, plain
+from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.data.coco import CocoSplit, open_coco, same_classes
 from cmt_mae.data.detection_crops import (
     Example,
@@ -35,7 +36,6 @@ from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import step_decay, warmed_up
 from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
-from cmt_mae.engine.task_settings import RESUME_SAFE_SETTINGS
 from cmt_mae.evaluate.detection.detector import Batch, Detector, build_detector, depth_of
 from cmt_mae.evaluate.detection.metrics import coco_metrics
 from cmt_mae.evaluate.detection.pictures import detection_picture
@@ -72,7 +72,7 @@ def evaluate_coco(config: CocoConfig) -> Result:
     run = RunDir(
         str(out),
         plain(config),
-        (*RESUME_SAFE_SETTINGS, "save_memory"),
+        resume_safe_settings(CocoConfig),
         writes=accelerator.is_main_process,
     )
     torch.manual_seed(config.seed)  # new weights

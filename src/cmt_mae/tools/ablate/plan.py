@@ -15,7 +15,8 @@ from cmt_mae.core.files import write_json
 from cmt_mae.core.parsing import flatten, parse
 from cmt_mae.core.recipes import load_recipes, merge
 from cmt_mae.core.runs import plain, refuse_changes
-from cmt_mae.pretraining.settings import RESUME_SAFE_SETTINGS, PretrainConfig
+from cmt_mae.core.settings import resume_safe_settings
+from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.ablate.grid import Grid
 
 FORMAT = 1
@@ -131,7 +132,7 @@ def settle(plan: Plan, out: Path) -> Plan:
                     out / "runs" / run.name,
                     run.settings,
                     known[run.name].settings,
-                    RESUME_SAFE_SETTINGS,
+                    resume_safe_settings(PretrainConfig),
                     plain(PretrainConfig()),
                 )
         new = {run.name for run in plan.runs}
@@ -188,6 +189,7 @@ def stage_one_key(settings: dict[str, Any]) -> str:
     kept = {
         name: value
         for name, value in flatten(settings).items()
-        if not name.startswith(RESUME_SAFE_SETTINGS) and not name.startswith(AFTER_STAGE_ONE)
+        if not name.startswith(resume_safe_settings(PretrainConfig))
+        and not name.startswith(AFTER_STAGE_ONE)
     }
     return json.dumps(kept, sort_keys=True)

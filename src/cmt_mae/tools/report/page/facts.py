@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from cmt_mae.core.run_reader import RunRecord, section
+from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.core.text import one_line, printable
 
 Pairs = list[tuple[str, str]]
@@ -196,10 +197,9 @@ def differences(records: list[RunRecord]) -> list[dict[str, Any]]:
 
     Names of folders (out, the label) always differ and are left out.
     """
-    from cmt_mae.pretraining.settings import (
-        RESUME_SAFE_SETTINGS,  # loads torch: for several runs alone
-    )
+    from cmt_mae.pretraining.settings import PretrainConfig  # loads torch: for several runs alone
 
+    safe = resume_safe_settings(PretrainConfig)
     names = dict.fromkeys(name for record in records for name in record.settings)
     found = []
     for name in names:
@@ -212,7 +212,7 @@ def differences(records: list[RunRecord]) -> list[dict[str, Any]]:
                 {
                     "name": name,
                     "values": values,
-                    "matters": not name.startswith(RESUME_SAFE_SETTINGS),
+                    "matters": not name.startswith(safe),
                 }
             )
     for name, of in (
