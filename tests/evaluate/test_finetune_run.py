@@ -260,10 +260,10 @@ def write_grey(root: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"preset": "best"}, "unknown preset 'best'"),
+        ({"preset": "best"}, "preset is 'best': give one of"),
         ({"few_shot": "many"}, "neither a share"),
         ({"frozen_layers": 9}, "frozen_layers 9: the backbone has 3 blocks"),
-        ({"pool": "max"}, "use mean or cls"),
+        ({"pool": "max"}, "pool is 'max': give one of mean, cls"),
         ({"rand_augment": "strong"}, "is no RandAugment of timm"),
         ({"micro_batch": 1}, "and 1 is odd"),
         ({"batch_size": 9, "micro_batch": 4}, "cannot be split"),
@@ -273,7 +273,7 @@ def write_grey(root: Path) -> None:
         ({"backbone": ""}, "no backbone"),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"out": None}, "give --out"),
-        ({"device": "tpu"}, "use auto, cpu"),
+        ({"device": "tpu"}, "give one of auto, cpu"),
     ],
 )
 def test_wrong_settings_cost_one_line_and_leave_nothing(
