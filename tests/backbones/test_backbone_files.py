@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN
-from cmt_mae.backbones.infer import infer_beit, infer_vit
+from cmt_mae.backbones.shapes import infer_beit, infer_vit
 from cmt_mae.core.errors import InputError
 
 

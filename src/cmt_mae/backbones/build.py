@@ -17,11 +17,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cmt_mae.backbones.backbone import Backbone, backbone_digest, learned_state
-from cmt_mae.backbones.infer import pair
+from cmt_mae.backbones.backbone import CROP, Backbone, backbone_digest, learned_state
 from cmt_mae.backbones.selfcheck import check_features
+from cmt_mae.backbones.shapes import VIT_MODULES, pair, patch_of
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.text import one_line as shorten
+from cmt_mae.core.text import one_line
 
 MAX_PIXELS = 8192
 """Largest accepted side of an input image: a bound on what a hostile file can make us allocate."""
@@ -34,41 +34,48 @@ ALLOWED_KWARGS = frozenset(
     img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias qk_norm init_values
     class_token global_pool fc_norm use_fc_norm pos_embed no_embed_class reg_tokens num_reg_tokens
     pre_norm final_norm dynamic_img_size dynamic_img_pad use_abs_pos_emb use_rel_pos_bias
-    use_shared_rel_pos_bias scale_mlp swiglu_mlp drop_path_rate
+    use_shared_rel_pos_bias scale_mlp swiglu_mlp drop_path_rate act_layer
     """.split()  # noqa: SIM905
 )
 
-
-VIT_MODULES = ("vision_transformer", "deit", "eva", "beit")
-"""Modules of timm with plain vision transformers."""
 
 TAKE = "take a timm VisionTransformer, Eva or Beit"
 
 
 @dataclass
 class Weights:
-    """Weights of a headless ViT in timm's names, with all that is needed to build the model."""
+    """Weights of a headless ViT in timm's names, with what their file says of the network; None: it does not.
+
+    `facts.complete` fills in or asks for what is missing before the model is built.
+    """
 
     state: dict[str, Tensor]
-    architecture: str
-    kwargs: dict[str, Any]
-    """Arguments of timm.create_model, with img_size = the size that the weights are for."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     source: str
+    architecture: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model, with img_size = the size that the weights are for."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    known_from: dict[str, str] = field(default_factory=dict)
+    """Where network, normalisation and grid are known from."""
+    usual: bool = False
+    """Mean and std are those of the kind's published weights: others may be given for one's own."""
+    square: bool = False
+    """The code that writes such files knows square images only."""
+    heads: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(width, depth) -> heads in the published code of this kind of file."""
+    ask: str = ""
+    """Why the shapes alone do not say the network (an activation that differs), and what would; "": they do."""
     licence: str | None = None
     proj: Tensor | None = None
+    head: Tensor | None = None
+    """A head without bias, which is the projection if the network is CLIP's."""
     self_check: list[float] = field(default_factory=list)
     """Features of a fixed picture when the file was written, see selfcheck.py; empty: not known."""
     teacher: dict[str, str] = field(default_factory=dict)
     """name, licence, ... of the network that taught it, where the file says so."""
     dropped: list[str] = field(default_factory=list)
     """Keys that the source's format is known to hold and that a backbone does not need."""
-
-
-def one_line(error: BaseException | str) -> str:
-    """An error's text on one line of bounded length."""
-    return shorten(str(error)) or type(error).__name__
 
 
 def some(names: Iterable[str], limit: int = 6) -> str:
@@ -101,7 +108,14 @@ def create(architecture: str, kwargs: dict[str, Any], where: str) -> nn.Module:
         model: nn.Module = timm.create_model(
             architecture, pretrained=False, num_classes=0, **kwargs
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:
         raise InputError(
             f"{where}: timm cannot build '{architecture}' with {kwargs}: {one_line(error)}"
         ) from error
@@ -202,14 +216,12 @@ def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) ->
     """The timm model filled with the weights, at another image size if one is asked for."""
     native = pair(weights.kwargs["img_size"])
     size = native if img_size is None else pair(img_size)
-    conv = weights.state.get("patch_embed.proj.weight")
-    if conv is None or conv.ndim != 4:
-        raise InputError(f"{where}: no patch embedding; this is no vision transformer we know")
-    patch = pair(weights.kwargs.get("patch_size", tuple(conv.shape[-2:])))
+    patch = pair(weights.kwargs.get("patch_size", patch_of(weights.state, where)))
     check_size(native, patch, where)
     check_size(size, patch, where)
     _check_claims(weights, (native[0] // patch[0]) * (native[1] // patch[1]), where)
     kwargs = weights.kwargs | {"img_size": size}
+    assert weights.architecture is not None
     with torch.random.fork_rng(devices=[]):  # the random numbers of the init are not ours to spend
         model = create(weights.architecture, kwargs, where)
     old = (native[0] // patch[0], native[1] // patch[1])
@@ -224,18 +236,22 @@ def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) ->
     model.load_state_dict({k: v.float() for k, v in state.items()} | constants, strict=True)
     backbone = as_backbone(model, weights, kwargs, where)
     if weights.self_check and size == native:
-        check_features(weights.self_check, model, weights.mean, weights.std, native, where)
+        check_features(weights.self_check, model, backbone.mean, backbone.std, native, where)
     return backbone
 
 
 def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any], where: str) -> Backbone:
-    """A finished model with its description."""
+    """A finished model with its description, also as timm's own (`pretrained_cfg`)."""
+    assert weights.architecture is not None
+    assert weights.mean is not None
+    assert weights.std is not None
     model.float().eval()
     channels = int(model.patch_embed.proj.weight.shape[1])  # type: ignore[union-attr, index]
-    if len(weights.mean) != channels or len(weights.std) != channels:
-        raise InputError(f"{where}: {channels} channels, but mean for {len(weights.mean)}")
+    for name, values in (("mean", weights.mean), ("std", weights.std)):
+        if len(values) != channels:
+            raise InputError(f"{where}: {channels} channels, but {name} for {len(values)}")
     proj = None if weights.proj is None else weights.proj.detach().float().contiguous()
-    return Backbone(
+    backbone = Backbone(
         model=model,
         architecture=weights.architecture,
         kwargs=kwargs,
@@ -249,4 +265,27 @@ def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any], wher
         has_cls=getattr(model, "cls_token", None) is not None,
         prefix_tokens=int(model.num_prefix_tokens),  # type: ignore[arg-type]
         teacher=weights.teacher,
+        known_from=weights.known_from,
     )
+    described: Any = model
+    described.pretrained_cfg = described.default_cfg = pretrained_cfg(backbone, channels)
+    return backbone
+
+
+def pretrained_cfg(backbone: Backbone, channels: int) -> dict[str, Any]:
+    """timm's description of weights: input size and normalisation, for `timm.data.resolve_model_data_config`."""
+    return {
+        "architecture": backbone.architecture,
+        "input_size": [channels, *backbone.img_size],
+        "fixed_input_size": True,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "interpolation": "bicubic",
+        "crop_pct": CROP,
+        "crop_mode": "center",
+        "num_classes": 0 if backbone.proj is None else backbone.proj.shape[0],
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": backbone.licence,
+    }

@@ -1,4 +1,4 @@
-"""CLIP's image towers: OpenAI's archive, open_clip, Hugging Face.
+"""CLIP's image towers: OpenAI's archive, open_clip; and what holds for Hugging Face's too.
 
 What makes them differ from other ViTs (spec section 1.5): no bias in the patch embedding, a norm
 before the blocks, LayerNorm eps 1e-5, QuickGELU x * sigmoid(1.702 x) where the weights were
@@ -7,7 +7,6 @@ trained with it, CLIP's own mean and std, and a projection after the final norm.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +14,19 @@ import timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cmt_mae.backbones.backbone import CLIP_MEAN, CLIP_STD, HALF
+from cmt_mae.backbones.backbone import CLIP_MEAN, CLIP_STD
 from cmt_mae.backbones.build import Weights
 from cmt_mae.backbones.container import Container
-from cmt_mae.backbones.infer import infer_vit, pair
-from cmt_mae.backbones.names import fuse_qkv, rename, select
+from cmt_mae.backbones.licences import if_published
+from cmt_mae.backbones.names import drop, rename, select
+from cmt_mae.backbones.shapes import infer_vit, pair
 from cmt_mae.core.errors import InputError
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
+GELU_OR_QUICK = (
+    "it may compute GELU or QuickGELU: put its open_clip_config.json beside it, or take NAME "
+    "vit_base_patch16_clip_224 or vit_base_patch16_clip_quickgelu_224 and so on"
+)
 
 # Everything of a CLIP file that is not its image tower.
 TEXT = (
@@ -46,99 +50,72 @@ OPENAI_RULES = (
     (r"\.ls_([12])\.", r".ls\1."),
 )
 
-HF_RULES = (
-    (r"^embeddings\.class_embedding$", "cls_token"),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
-    (r"^pre_layrnorm\.", "norm_pre."),  # the name's typing error is theirs
-    (r"^post_layernorm\.", "norm."),
-    (r"^encoder\.layers\.", "blocks."),
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
-    (r"\.layer_norm([12])\.", r".norm\1."),
-)
-
 
 def read_openai(state: dict[str, Tensor], container: Container) -> Weights:
-    """OpenAI's archive or an open_clip file: names `visual.*` (spec section 10)."""
+    """OpenAI's archive or an open_clip file: names `visual.*` (spec section 10).
+
+    OpenAI's code has QuickGELU and heads of 64 channels; an open_clip_config.json says both; other
+    files do not say whether their weights need GELU or QuickGELU.
+    """
     where = str(container.path)
     tower, dropped = select(state, "visual.", TEXT)
     if any(k.startswith("layer1.") for k in tower):
         raise InputError(f"{where}: this CLIP has a ResNet as image tower; take one with a ViT")
     proj = tower.pop("proj", None)
-    tower = _with_batch_axis(rename(tower, OPENAI_RULES))
+    tower = with_batch_axis(rename(tower, OPENAI_RULES))
     settings, vision = open_clip_settings(container)
-    quick, why = _quickgelu(state, container, settings)
-    width = int(tower["cls_token"].shape[-1]) if "cls_token" in tower else 0
-    head_width = vision.get("head_width")
-    heads = width // head_width if isinstance(head_width, int) and head_width > 0 else None
-    architecture, kwargs = infer_vit(
-        tower,
-        where,
-        heads=heads,
-        img_size=_size(vision.get("image_size")),
-        clip="clip_quickgelu" if quick else "clip",
-    )
-    mean, std = normalisation(container.open_clip.get("preprocess_cfg"), "mean", "std", CLIP_NORM)
     openai = container.torchscript or "input_resolution" in state
-    return Weights(
-        tower,
-        architecture,
-        kwargs,
-        mean,
-        std,
-        f"{where} ({'OpenAI' if openai else 'open_clip'} CLIP, {why})",
-        "MIT (as published)" if openai else None,
-        proj=None if proj is None else proj.t(),
-        dropped=dropped,
+    weights = Weights(
+        tower, where, proj=None if proj is None else proj.t(), dropped=dropped, ask=GELU_OR_QUICK
     )
-
-
-def read_hf_clip(state: dict[str, Tensor], container: Container) -> Weights:
-    """transformers' CLIPModel, CLIPVisionModel or CLIPVisionModelWithProjection."""
-    where, config = str(container.path), container.config
-    vision = config.get("vision_config")
-    vision = vision if isinstance(vision, dict) else config
-    act = vision.get("hidden_act", "quick_gelu" if config else None)
-    if act not in ("quick_gelu", "gelu"):
-        raise InputError(
-            f"{where}: activation {act!r} unknown; a Hugging Face CLIP needs its config.json "
-            "beside it, with hidden_act gelu or quick_gelu"
+    if openai or settings:
+        quick = openai or bool(settings.get("quick_gelu", False))
+        kind = "OpenAI's code" if openai else "open_clip_config.json"
+        weights.architecture, kwargs = infer_vit(
+            tower, where, clip="clip_quickgelu" if quick else "clip"
         )
-    proj = state.pop("visual_projection.weight", None)
-    if any(k.startswith("vision_model.") for k in state):
-        tower, dropped = select(state, "vision_model.", TEXT)
+        head_width = vision.get("head_width", 64)  # the default of both
+        if isinstance(head_width, int) and head_width > 0:
+            kwargs["num_heads"] = max(1, int(kwargs["embed_dim"]) // head_width)
+        if isinstance(vision.get("image_size"), int | list):
+            kwargs["img_size"] = pair(vision["image_size"])
+        weights.kwargs, weights.square = kwargs, True
+        weights.known_from = {"network": kind, "normalisation": kind, "grid": kind}
+    if openai:
+        weights.mean, weights.std, weights.licence = *CLIP_NORM, if_published("MIT")
     else:
-        tower, dropped = dict(state), []
-    dropped += [k for k in tower if k.endswith("position_ids")]
-    tower = {k: v for k, v in tower.items() if k not in dropped}
-    tower = fuse_qkv(_with_batch_axis(rename(tower, HF_RULES)), where)
-    eps = float(vision.get("layer_norm_eps", 1e-5))
-    if eps != 1e-5:
-        raise InputError(f"{where}: layer_norm_eps {eps}; CLIP towers with 1e-5 are known")
-    architecture, kwargs = infer_vit(
-        tower,
-        where,
-        heads=vision.get("num_attention_heads"),
-        img_size=_size(vision.get("image_size")),
-        clip="clip_quickgelu" if act == "quick_gelu" else "clip",
-    )
-    mean, std = normalisation(container.preprocessor, "image_mean", "image_std", CLIP_NORM)
-    source = f"{where} (Hugging Face CLIP, {act})"
-    return Weights(tower, architecture, kwargs, mean, std, source, proj=proj, dropped=dropped)
+        weights.mean, weights.std = normalisation(
+            container.open_clip.get("preprocess_cfg"), "mean", "std"
+        ) or (None, None)
+    weights.source = f"{where} ({'OpenAI' if openai else 'open_clip'} CLIP)"
+    return weights
 
 
-def trunk_normalisation(
-    container: Container, state: dict[str, Tensor]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of an open_clip file with a timm tower: its config's, else its kind's habit.
-
-    SigLIP (an attention pool, no class token) is trained with 0.5 / 0.5.
-    """
-    given = container.open_clip.get("preprocess_cfg")
-    if not given and "attn_pool.latent" in state and "cls_token" not in state:
-        return HALF, HALF
-    return normalisation(given, "mean", "std", CLIP_NORM)
+def read_open_clip_trunk(state: dict[str, Tensor], container: Container) -> Weights:
+    """open_clip with a timm network as image tower (SigLIP and others): names `visual.trunk.*`."""
+    proj = state.get("visual.head.proj.weight")
+    rest = r"^(visual\.head|text|logit_scale|logit_bias|transformer|token_embedding|ln_final"
+    rest += r"|positional_embedding|text_projection|attn_mask)(\.|$)"
+    state, dropped = select(state, "visual.trunk.", rest)
+    state, heads = drop(state, r"^head\.")
+    mean, std = normalisation(container.open_clip.get("preprocess_cfg"), "mean", "std") or (
+        None, None,
+    )  # fmt: skip
+    settings, vision = open_clip_settings(container)
+    weights = Weights(
+        state, f"{container.path} (open_clip, timm tower)", mean=mean, std=std, proj=proj,
+        dropped=dropped + heads, known_from={"normalisation": "open_clip_config.json"},
+    )  # fmt: skip
+    name = str(vision.get("timm_model_name")).split(".")[0]
+    if settings and timm.is_model(name):
+        weights.architecture = name
+        weights.known_from |= {"network": "open_clip_config.json", "grid": f"timm's {name}"}
+        cfg = timm.get_pretrained_cfg(name)
+        size = vision.get("image_size", cfg.input_size[1:] if cfg is not None else 224)
+        weights.kwargs = {"img_size": pair(size)}
+        if "norm.weight" in state and "attn_pool.latent" not in state:
+            weights.kwargs["global_pool"] = "token" if "cls_token" in state else ""
+    return weights
 
 
 def open_clip_settings(container: Container) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -149,26 +126,7 @@ def open_clip_settings(container: Container) -> tuple[dict[str, Any], dict[str, 
     return settings, vision if isinstance(vision, dict) else {}
 
 
-def _quickgelu(
-    state: dict[str, Tensor], container: Container, settings: dict[str, Any]
-) -> tuple[bool, str]:
-    """Whether the tower computes QuickGELU, and how that is known.
-
-    OpenAI's files always do. open_clip's config says so; its names say "quickgelu", and the tags
-    openai, metaclip and dfn were trained with it; all its other weights with plain GELU.
-    """
-    if container.torchscript or "input_resolution" in state:
-        return True, "QuickGELU"
-    if settings:
-        quick = bool(settings.get("quick_gelu", False))
-        return quick, ("QuickGELU" if quick else "GELU") + " by its config"
-    name = f"{container.path.parent.name}/{container.path.name}".lower()
-    if re.search(r"quick_?gelu|openai|metaclip|dfn", name):
-        return True, "QuickGELU by its file name"
-    return False, "GELU, as nothing says QuickGELU"
-
-
-def _with_batch_axis(tower: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_batch_axis(tower: dict[str, Tensor]) -> dict[str, Tensor]:
     """cls_token (D) -> (1, 1, D); pos_embed (N, D) -> (1, N, D)."""
     out = dict(tower)
     if "cls_token" in out:
@@ -179,20 +137,15 @@ def _with_batch_axis(tower: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def normalisation(
-    given: Any, mean: str, std: str, usual: tuple[tuple[float, ...], tuple[float, ...]]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std out of a configuration, the usual ones where it has none."""
+    given: Any, mean: str, std: str
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std out of a configuration, None where it has none."""
     if not isinstance(given, dict) or not given.get(mean) or not given.get(std):
-        return usual
+        return None
     try:
         return tuple(float(v) for v in given[mean]), tuple(float(v) for v in given[std])
     except (TypeError, ValueError) as error:
         raise InputError(f"{mean} / {std} of its configuration are no numbers") from error
-
-
-def _size(given: Any) -> tuple[int, int] | None:
-    """Image size out of a configuration: a number or two."""
-    return None if not isinstance(given, int | list | tuple) else pair(given)
 
 
 # --- timm's names --------------------------------------------------------------------------------

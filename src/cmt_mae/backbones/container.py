@@ -19,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cmt_mae.backbones.build import one_line, some
+from cmt_mae.backbones.build import some
+from cmt_mae.backbones.names import without_wrappers
 from cmt_mae.backbones.torchscript import is_torchscript, read_torchscript
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 MAX_JSON = 1 << 20
@@ -158,7 +160,7 @@ def tensors_of(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
 def choose(
     container: Container, key: str | None, order: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], str]:
-    """The tensors of one entry of a nested file, and the entry's name ("" for a flat file).
+    """The tensors of one entry of a nested file without wrappers' names, and the entry ("" for a flat file).
 
     `key` asks for an entry; without it the first of `order` that is there is taken, else the file
     itself. A key that is no entry may be the first part of names in it (MoCo v3's
@@ -172,10 +174,9 @@ def choose(
     tensors = _only_tensors(entries[name] if name else tree, path)
     if key is None:
         return tensors, name
-    for prefix in (f"{key}.", f"module.{key}."):
-        part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if part:
-            return part, key
+    part = {k.removeprefix(f"{key}."): v for k, v in tensors.items() if k.startswith(f"{key}.")}
+    if part:
+        return without_wrappers(part), key
     raise InputError(f"{path}: no entry '{key}'; there is {some(entries) or 'one flat dict'}")
 
 
@@ -183,4 +184,4 @@ def _only_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     tensors = tensors_of(tree, path)
     if not tensors:
         raise InputError(f"{path}: no weights in it; it holds: {some(map(str, tree)) or 'nothing'}")
-    return tensors
+    return without_wrappers(tensors)

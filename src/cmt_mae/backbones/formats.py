@@ -1,4 +1,4 @@
-"""Every published kind of ViT file, brought to timm's names (spec section 10).
+"""Published kinds of ViT files with names that are timm's, or nearly, brought to them (spec section 10).
 
 Each kind has an exact set of names that a backbone does not need (heads, decoders, predictors,
 text towers). Those are left out and counted; every other name must be in the model, or the file is
@@ -7,28 +7,30 @@ refused with the names that do not fit.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import timm
-import torch
 from timm.models import PretrainedCfg
 from torch import Tensor
 
-from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN, IMAGENET_STD, learned_state
-from cmt_mae.backbones.build import Weights, create, one_line, plain_kwargs
-from cmt_mae.backbones.clip import (
-    normalisation,
-    open_clip_settings,
-    quickgelu_name,
-    read_hf_clip,
-    read_openai,
-    trunk_normalisation,
-)
+from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN, IMAGENET_STD
+from cmt_mae.backbones.build import Weights, plain_kwargs
+from cmt_mae.backbones.clip import quickgelu_name, read_open_clip_trunk, read_openai
 from cmt_mae.backbones.container import Container, choose
-from cmt_mae.backbones.infer import infer_beit, infer_vit, native_size, pair
-from cmt_mae.backbones.names import drop, fuse_qkv, rename, select
+from cmt_mae.backbones.facts import checked_hash, timm_normalisations
+from cmt_mae.backbones.huggingface import dinov3_architecture, is_hugging_face, read_hugging_face
+from cmt_mae.backbones.licences import if_published
+from cmt_mae.backbones.names import drop, refuse_unknown_prefix, rename, select, with_registers
+from cmt_mae.backbones.shapes import (
+    PUBLISHED_HEADS,
+    fixed_positions,
+    infer_beit,
+    infer_vit,
+    pair,
+    sizes_of,
+)
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line
 
 # Which entry of a nested file is the backbone. I-JEPA: target_encoder; DINO, iBOT, AttMask:
 # teacher; MAE, BEiT, data2vec, DeiT: model (deepspeed: module); MoCo v3, open_clip: state_dict.
@@ -36,31 +38,13 @@ ENTRIES = ("target_encoder", "teacher", "model", "module", "state_dict")
 
 # Heads and training parts of files whose names are timm's already.
 EXTRAS = (
-    r"^(head|head_dist|pre_logits|lm_head|classifier|fc)\.|^(mask_token|masked_embed)$"
-    r"|^decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)"
+    r"^(head|head_dist|pre_logits|lm_head|classifier|fc|cls_pt_layers|cls_pt_lm_head)\."
+    r"|^(mask_token|masked_embed)$|^decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)"
 )
 
-DINOV2_RULES = ((r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))
-
-HF_VIT_RULES = (
-    (r"^vit\.", ""),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"\.attention\.attention\.(q)uery\.", r".attn.\1."),
-    (r"\.attention\.attention\.(k)ey\.", r".attn.\1."),
-    (r"\.attention\.attention\.(v)alue\.", r".attn.\1."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # transformers 5 in memory
-    (r"\.attention\.o_proj\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"^layernorm\.", "norm."),
-)
-HF_VIT_EXTRAS = r"^(decoder|classifier|pooler|cls_classifier|distillation_classifier)\.|mask_token$"
+TIMM_RULES = (
+    (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."), (r"\.gamma_([12])$", r".ls\1.gamma"),
+)  # fmt: skip
 
 FAIRSEQ_RULES = (
     (r"^encoder\.", ""),
@@ -70,133 +54,185 @@ FAIRSEQ_RULES = (
     (r"\.mlp\.2\.", ".mlp.fc2."),
 )
 
+NON_COMMERCIAL = if_published("CC-BY-NC-4.0")
+IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "usual": True}
+
 
 def read_foreign(container: Container, key: str | None) -> Weights:
     """Weights in timm's names from a file of any known kind; the kind is seen from its names.
 
-    `key` picks another entry of a file with several ("student", "encoder", "momentum_encoder").
+    `key` picks another entry or prefix of a file with several ("student", "encoder", "momentum_encoder").
     InputError when the kind is unknown.
     """
     state, entry = choose(container, key, ENTRIES)
-    state = without_wrapper(state)
     names = state.keys()
     if "visual.class_embedding" in names:
         return read_openai(state, container)
     if any(k.startswith("visual.trunk.") for k in names):
         return read_open_clip_trunk(state, container)
-    if any(k.endswith("embeddings.class_embedding") for k in names):
-        return read_hf_clip(state, container)
-    if any(k.endswith("embeddings.patch_embeddings.projection.weight") for k in names):
-        return read_hf_vit(state, container)
+    if is_hugging_face(state):
+        return read_hugging_face(state, container)
     if "cls_emb" in names and "patch_embed.conv.weight" in names:
         return read_fairseq(state, container)
     if any(k.startswith("base_encoder.") for k in names):
         return read_moco(state, container)
+    if "storage_tokens" in names:
+        return read_dinov3(state, container)
     return read_timm_names(state, container, entry)
 
 
-def without_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what DDP, torch.compile or a wrapper put before all names."""
-    for wrapper in ("module.", "_orig_mod.", "module."):
-        if all(k.startswith(wrapper) for k in state):
-            state = {k.removeprefix(wrapper): v for k, v in state.items()}
-    return state
+def of_kind(kind: str, project: str = "") -> dict[str, str]:
+    """Where facts of a recognised kind of file are known from."""
+    return {"network": kind, "normalisation": project or kind, "grid": kind}
 
 
 def read_timm_names(state: dict[str, Tensor], container: Container, entry: str) -> Weights:
     """MAE, DINO, iBOT, AttMask, I-JEPA, DeiT, DINOv2, BEiT, timm: names that are timm's already."""
     where = str(container.path)
     dropped: list[str] = []
-    if any(k.startswith("backbone.") for k in state):  # DINO, iBOT: backbone and head together
-        state, dropped = select(state, "backbone.", r"^head\.")
+    training = any(k.startswith("teacher.backbone.") for k in state)
+    if training:  # DINOv2's training: teacher and student together
+        state, dropped = select(state, "teacher.", r"^(student|dino_loss|ibot_patch_loss)\.")
+    whole = entry in container.tree
+    of_dino = (whole and entry in ("teacher", "student")) or training
+    if of_dino and any(k.startswith("backbone.") for k in state):  # backbone and head together
+        state, heads = select(state, "backbone.", r"^(head|dino_head|ibot_head)\.")
+        dropped += heads
+    refuse_unknown_prefix(state, where)
     named = read_named(state, container)
     if named is not None:
         return named
-    # BEiT predicts one of 8192; data2vec's is as wide as the net
     words = state.get("lm_head.weight")
-    mae = "decoder_embed.weight" in state
+    parts = state.keys()
+    head = state.get("head.weight") if not _any(state.get("head.bias")) else None
+    kind, licence = "", None
+    if "decoder_embed.weight" in parts or (
+        entry == "model" and (fixed_positions(state.get("pos_embed")) or "")[:1] == ("mae",)
+    ):
+        kind, licence = "MAE", NON_COMMERCIAL
+    elif whole and "target_encoder" in container.tree:
+        kind, licence = f"I-JEPA {entry}", NON_COMMERCIAL
+    elif _is_dinov2(state):
+        kind, licence = "DINOv2", if_published("Apache-2.0")
+    elif of_dino or "masked_embed" in parts:
+        kind, licence = f"DINO / iBOT / AttMask {entry}", if_published("Apache-2.0")
+    clusters = any(k.startswith("cls_pt_layers.") for k in parts)
     state, extras = drop(state, EXTRAS)
-    dropped += extras
-    if _is_beit(state):
-        features = words is not None and words.shape[0] == words.shape[1]
-        return read_beit(state, container, dropped, features)
-    state = rename(_registers(state), (*DINOV2_RULES, (r"\.gamma_([12])$", r".ls\1.gamma")))
-    heads = 12 if looks_like_moco(state) else None  # its ViT-S has 12 heads of 32
-    architecture, kwargs = infer_vit(state, where, heads=heads)
-    kind, licence = "timm names: MAE, DINO, iBOT, DeiT, ...", None
-    if mae:
-        kind, licence = "MAE with decoder", "CC-BY-NC-4.0 (as published)"
-    elif entry in ("target_encoder", "encoder"):
-        kind, licence = f"I-JEPA {entry}", "CC-BY-NC-4.0 (as published)"
-    elif entry in ("teacher", "student"):
-        kind, licence = f"DINO / iBOT / AttMask {entry}", "Apache-2.0 (as published)"
-    return Weights(
-        state, architecture, kwargs, IMAGENET_MEAN, IMAGENET_STD, f"{where} ({kind})", licence,
-        dropped=dropped,
+    relative = any(k.endswith("relative_position_bias_table") for k in state)
+    if relative or (words is not None and "blocks.0.attn.q_bias" in parts):
+        return read_beit(state, container, dropped + extras, words, clusters)
+    if "blocks.0.gamma_1" in state and "reg_token" not in state:
+        state = rename(state, TIMM_RULES)
+    state = rename(with_registers(state), TIMM_RULES[:2])
+    if not kind and (fixed_positions(state.get("pos_embed")) or "")[:1] == ("moco",):
+        kind, licence = "MoCo v3 by its positions", NON_COMMERCIAL
+    weights = Weights(
+        state, f"{where} ({kind or 'names of timm'})", licence=licence, head=head,
+        dropped=dropped + extras,
     )  # fmt: skip
+    if kind:
+        weights.architecture, weights.kwargs = infer_vit(state, where)
+        weights.mean, weights.std, weights.usual = IMAGENET_MEAN, IMAGENET_STD, True
+        weights.known_from, weights.square = of_kind(f"{kind.split()[0]}'s published code"), True
+        weights.heads = PUBLISHED_HEADS | ({(384, 12): 12} if kind.startswith("MoCo") else {})
+    return weights
 
 
-def _registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2 with registers: timm adds the class token's position to the token itself."""
-    if "register_tokens" not in state or "cls_token" not in state or "pos_embed" not in state:
-        return state
-    out = {k: v for k, v in state.items() if k != "register_tokens"}
-    out["reg_token"] = state["register_tokens"]
-    out["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-    out["pos_embed"] = state["pos_embed"][:, 1:]
-    return out
+def _any(tensor: Tensor | None) -> bool:
+    return tensor is not None and bool(tensor.any())
 
 
-def looks_like_moco(state: dict[str, Tensor]) -> bool:
-    """A ViT-S with MoCo v3's fixed table of positions: the first half of it encodes the ROW.
-
-    (MAE's table is the same with the halves swapped, spec section 4.) The number of heads cannot
-    be seen from shapes, and MoCo v3's ViT-S has 12 where all others have 6.
-    """
-    table = state.get("pos_embed")
-    if table is None or table.ndim != 3 or table.shape[-1] != 384 or table.shape[1] < 3:
-        return False
-    zero, first, second = table[0, 0], table[0, 1], table[0, 2]
-    start = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat_interleave(96)
-    fixed = not zero.any() and torch.allclose(first.float(), start, atol=1e-6)
-    return fixed and torch.equal(first[:192], second[:192])
+def _is_dinov2(state: dict[str, Tensor]) -> bool:
+    """Layer scale and a token for hidden patches of shape (1, width), as DINOv2's own code writes them."""
+    token = state.get("mask_token")
+    return "blocks.0.ls1.gamma" in state and token is not None and token.ndim == 2
 
 
 def read_moco(state: dict[str, Tensor], container: Container) -> Weights:
-    """MoCo v3 checkpoint: base_encoder, momentum_encoder and predictor together."""
+    """MoCo v3 checkpoint: base_encoder, momentum_encoder and predictor together; its ViT-S has 12 heads."""
     where = str(container.path)
     state, dropped = select(state, "base_encoder.", r"^(momentum_encoder|predictor)\.")
     state, heads_dropped = drop(state, r"^head\.")
-    width = state["cls_token"].shape[-1] if "cls_token" in state else 0
-    architecture, kwargs = infer_vit(state, where, heads=12 if width == 384 else None)
+    architecture, kwargs = infer_vit(state, where)
     return Weights(
-        state, architecture, kwargs, IMAGENET_MEAN, IMAGENET_STD, f"{where} (MoCo v3)",
-        "CC-BY-NC-4.0 (as published)", dropped=dropped + heads_dropped,
+        state, f"{where} (MoCo v3)", architecture, kwargs, **IMAGENET, square=True,
+        known_from=of_kind("MoCo v3's code"), heads=PUBLISHED_HEADS | {(384, 12): 12},
+        licence=NON_COMMERCIAL, dropped=dropped + heads_dropped,
     )  # fmt: skip
 
 
-def _is_beit(state: dict[str, Tensor]) -> bool:
-    """Separate biases of q and v, or relative positions: a network of BEiT's family."""
-    return any(re.search(r"(\.q_bias|relative_position_bias_table)$", k) for k in state)
+def read_dinov3(state: dict[str, Tensor], container: Container) -> Weights:
+    """Meta's own file of DINOv3: rotary positions, registers called storage tokens, biases with a mask.
+
+    The ViT-L and the ViT-7B exist for photos and for satellite images, with another normalisation each.
+    """
+    where, path = str(container.path), container.path
+    state, dropped = drop(
+        state, r"^(mask_token|rope_embed\.periods)$|^(local_cls_norm|projectors)\.|\.bias_mask$"
+    )
+    gated = "blocks.0.mlp.w1.weight" in state
+    state = rename(state, (
+        (r"^storage_tokens$", "reg_token"), (r"\.ls([12])\.gamma$", r".gamma_\1"),
+        (r"\.mlp\.w1\.", ".mlp.fc1_g."), (r"\.mlp\.w2\.", ".mlp.fc1_x."), (r"\.mlp\.w3\.", ".mlp.fc2."),
+    ))  # fmt: skip
+    biases = {k: v for k, v in state.items() if k.endswith(".attn.qkv.bias")}
+    state = {k: v for k, v in state.items() if k not in biases}
+    used = any(_any(part) for v in biases.values() for part in v.chunk(3)[::2])
+    for name, bias in biases.items():
+        query, _, value = bias.chunk(3)
+        if used:  # else all zero: the key's is zero by its mask
+            state[name.replace("qkv.bias", "q_bias")] = query
+            state[name.replace("qkv.bias", "v_bias")] = value
+    kwargs = sizes_of(state, where)
+    width = int(kwargs["embed_dim"])
+    heads = {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}.get(width)
+    weights = Weights(
+        state, f"{where} (DINOv3)", *dinov3_architecture(kwargs, gated, used),
+        known_from=of_kind("DINOv3's code"), usual=True, licence=if_published("DINOv3 License"),
+        dropped=dropped,
+    )  # fmt: skip
+    weights.kwargs["img_size"] = (
+        256,
+        256,
+    )  # rotary positions: any size; theirs at the end of training
+    if heads:
+        weights.kwargs["num_heads"] = heads
+    satellite = "sat493m" in path.name
+    if width not in (1024, 4096) or (checked_hash(path) and not satellite):
+        weights.mean, weights.std = IMAGENET_MEAN, IMAGENET_STD
+    elif checked_hash(path):
+        (norm,) = timm_normalisations("vit_large_patch16_dinov3.sat493m")
+        weights.mean, weights.std = norm
+    return weights
 
 
 def read_beit(
-    state: dict[str, Tensor], container: Container, dropped: list[str], features: bool
+    state: dict[str, Tensor],
+    container: Container,
+    dropped: list[str],
+    words: Tensor | None,
+    clusters: bool,
 ) -> Weights:
     """BEiT, or data2vec's fork of it, which regresses features where BEiT predicts 8192 words.
 
-    BEiT's published weights are pre-trained on ImageNet-22k and fine-tuned with 0.5 / 0.5;
-    data2vec's pre-training takes ImageNet's mean and std (their READMEs).
+    words: the weight of that prediction, if there; clusters: BEiT v2's extra blocks are in the file.
+    BEiT's own weights are trained with 0.5 / 0.5, BEiT v2's and data2vec's with ImageNet's mean and std;
+    fine-tuned files without these parts do not say which they are.
     """
     where = str(container.path)
     state, index = drop(state, r"relative_position_index$")
     architecture, kwargs = infer_beit(state, where)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if features else (HALF, HALF)
-    kind = "data2vec, BEiT fork" if features else "BEiT"
-    licence = "CC-BY-NC-4.0 (as published)" if features else "MIT (as published)"
+    kind, licence, norm = "BEiT's family", None, None
+    if words is not None and words.shape[0] == words.shape[1]:
+        kind, licence = "data2vec, BEiT fork", NON_COMMERCIAL
+        norm = (IMAGENET_MEAN, IMAGENET_STD)
+    elif words is not None:
+        kind, licence = "BEiT v2" if clusters else "BEiT", if_published("MIT")
+        norm = (IMAGENET_MEAN, IMAGENET_STD) if clusters else (HALF, HALF)
+    mean, std = norm or (None, None)
     return Weights(
-        state, architecture, kwargs, mean, std, f"{where} ({kind})", licence,
-        dropped=dropped + index,
+        state, f"{where} ({kind})", architecture, kwargs, mean, std, of_kind(f"{kind}'s code"),
+        usual=True, square=True, heads=PUBLISHED_HEADS, licence=licence, dropped=dropped + index,
     )  # fmt: skip
 
 
@@ -207,59 +243,9 @@ def read_fairseq(state: dict[str, Tensor], container: Container) -> Weights:
     state = rename(state, FAIRSEQ_RULES)
     architecture, kwargs = infer_beit(state, where)
     return Weights(
-        state, architecture, kwargs, IMAGENET_MEAN, IMAGENET_STD,
-        f"{where} (data2vec, fairseq; its LayerNorm eps 1e-5 is 1e-6 here)",
-        "MIT (as published)", dropped=dropped,
-    )  # fmt: skip
-
-
-def read_hf_vit(state: dict[str, Tensor], container: Container) -> Weights:
-    """transformers' ViTModel, ViTForImageClassification, ViTMAEModel, ViTMAEForPreTraining."""
-    where, config = str(container.path), container.config
-    act = config.get("hidden_act", "gelu")
-    eps = float(config.get("layer_norm_eps", 1e-12))
-    if act != "gelu" or eps > 1e-6:
-        raise InputError(f"{where}: hidden_act {act!r}, layer_norm_eps {eps}; known: gelu, <= 1e-6")
-    mae = config.get("model_type") == "vit_mae" or any(k.startswith("decoder.") for k in state)
-    state, dropped = drop(state, HF_VIT_EXTRAS)
-    state = fuse_qkv(rename(state, HF_VIT_RULES), where)
-    size = config.get("image_size")
-    architecture, kwargs = infer_vit(
-        state,
-        where,
-        heads=config.get("num_attention_heads"),
-        img_size=None if size is None else pair(size),
-    )
-    usual = (IMAGENET_MEAN, IMAGENET_STD) if mae else (HALF, HALF)  # their processors' defaults
-    mean, std = normalisation(container.preprocessor, "image_mean", "image_std", usual)
-    kind = f"Hugging Face {'ViTMAE' if mae else 'ViT'}"
-    note = "" if eps == 1e-6 else f"; its LayerNorm eps {eps:g} is 1e-6 here"
-    return Weights(
-        state, architecture, kwargs, mean, std, f"{where} ({kind}{note})", dropped=dropped
-    )
-
-
-def read_open_clip_trunk(state: dict[str, Tensor], container: Container) -> Weights:
-    """open_clip with a timm network as image tower (SigLIP and others): names `visual.trunk.*`."""
-    proj = state.get("visual.head.proj.weight")
-    rest = r"^(visual\.head|text|logit_scale|logit_bias|transformer|token_embedding|ln_final"
-    rest += r"|positional_embedding|text_projection|attn_mask)(\.|$)"
-    state, dropped = select(state, "visual.trunk.", rest)
-    state, heads = drop(state, r"^head\.")
-    mean, std = trunk_normalisation(container, state)
-    name = open_clip_settings(container)[1].get("timm_model_name")
-    where = str(container.path)
-    if isinstance(name, str) and timm.is_model(name.split(".")[0]):
-        architecture = name.split(".")[0]
-        cfg = timm.get_pretrained_cfg(architecture)
-        kwargs: dict[str, Any] = {"img_size": pair(cfg.input_size[1:] if cfg is not None else 224)}
-        if "norm.weight" in state and "attn_pool.latent" not in state:
-            kwargs |= {"global_pool": "token" if "cls_token" in state else ""}
-    else:
-        architecture, kwargs = infer_vit(state, where)
-    return Weights(
-        state, architecture, kwargs, mean, std, f"{where} (open_clip, timm tower)", proj=proj,
-        dropped=dropped + heads,
+        state, f"{where} (data2vec, fairseq; its LayerNorm eps 1e-5 is 1e-6 here)", architecture,
+        kwargs, **IMAGENET, known_from=of_kind("fairseq's code"), square=True,
+        heads=PUBLISHED_HEADS, licence=if_published("MIT"), dropped=dropped,
     )  # fmt: skip
 
 
@@ -267,45 +253,39 @@ def read_open_clip_trunk(state: dict[str, Tensor], container: Container) -> Weig
 
 
 def read_named(state: dict[str, Tensor], container: Container) -> Weights | None:
-    """Weights of a file whose config.json or file name is a timm model's, else None.
-
-    A config.json of the hub (architecture, pretrained_cfg, model_args) is binding. A file name is a
-    hint: it counts when the names and shapes are those of the model, positions left aside.
-    """
+    """Weights whose config.json, as timm writes it to the hub, names their model, else None."""
     config, where = container.config, str(container.path)
-    declared = config.get("architecture")
-    if isinstance(declared, str) and timm.is_model(declared):
-        cfg = config.get("pretrained_cfg")
-        cfg = cfg if isinstance(cfg, dict) else {}
-        name = f"{declared}.{cfg.get('tag')}" if cfg.get("tag") else declared
-    else:
-        name, cfg = container.path.stem, {}
-        if not timm.is_model(name) and not timm.is_model(name.split(".")[0]):
-            return None
-        declared = None
-    name = _known(name)
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        return None
+    cfg = config.get("pretrained_cfg")
+    cfg = cfg if isinstance(cfg, dict) else {}
+    name = _known(f"{architecture}.{cfg.get('tag')}" if cfg.get("tag") else architecture)
     name = quickgelu_name(name) or name  # the weights of a wrong name under their right one
     known = timm.get_pretrained_cfg(name) or PretrainedCfg()
     try:
         size = pair(cfg.get("input_size", known.input_size)[1:])
-        mean = tuple(float(v) for v in cfg.get("mean", known.mean))
-        std = tuple(float(v) for v in cfg.get("std", known.std))
+        mean, std = (
+            tuple(float(v) for v in cfg[part]) if cfg.get(part) else None
+            for part in ("mean", "std")
+        )
     except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"{where}: its config.json is damaged ({one_line(error)})") from error
-    architecture = name.split(".")[0]
-    kwargs = _model_args(config, where) if declared else {}
-    bare, dropped = drop(state, r"^(head|head_dist|pre_logits)\.|relative_position_index$")
-    if declared is None and not _fits(bare, architecture, size):
-        return None
-    if bare.get("pos_embed") is not None and "patch_embed.proj.weight" in bare:
-        size, _ = native_size(bare, pair(bare["patch_embed.proj.weight"].shape[-2:]), where, size)
-    kwargs["img_size"] = size
+    source = "config.json"
+    if (
+        mean is None or std is None
+    ) and "." in name:  # its tag says which weights of timm these are
+        mean, std, source = tuple(known.mean), tuple(known.std), f"timm's {name} (config.json)"
+    given = config.get("model_args")
+    kwargs = plain_kwargs(given, where) if isinstance(given, dict) else {}
+    kwargs["img_size"] = pair(kwargs["img_size"]) if kwargs.get("img_size") else size
     head = [state.get("head.weight"), state.get("head.bias")]
-    clip = "_clip_" in architecture and head[0] is not None
-    proj = head[0] if clip and (head[1] is None or not head[1].any()) else None
+    bare, dropped = drop(state, r"^(head|head_dist|pre_logits)\.|relative_position_index$")
     return Weights(
-        bare, architecture, kwargs, mean, std, f"{where} (timm {name})",
-        cfg.get("license") or known.license, proj=proj, dropped=dropped,
+        bare, f"{where} (timm {name})", name.split(".")[0], kwargs, mean, std,
+        {"network": "config.json", "normalisation": source, "grid": "config.json"},
+        licence=cfg.get("license") or if_published(known.license if "." in name else None),
+        head=head[0] if head[0] is not None and not _any(head[1]) else None, dropped=dropped,
     )  # fmt: skip
 
 
@@ -316,19 +296,3 @@ def _known(name: str) -> str:
     except RuntimeError:
         return name.split(".")[0]
     return name
-
-
-def _model_args(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Sizes that a timm config.json gives beyond its architecture's own."""
-    given = config.get("model_args")
-    return plain_kwargs(given, where) if isinstance(given, dict) else {}
-
-
-def _fits(state: dict[str, Tensor], architecture: str, size: tuple[int, int]) -> bool:
-    """Names and shapes are those of the timm model; tables of positions may differ in length."""
-    with torch.random.fork_rng(devices=[]):
-        wanted = learned_state(create(architecture, {"img_size": size}, architecture))
-    free = [k for k in wanted if "pos_embed" in k or "relative_position" in k]
-    return state.keys() == wanted.keys() and all(
-        state[k].shape == v.shape for k, v in wanted.items() if k not in free
-    )

@@ -36,3 +36,10 @@ def libraries_line() -> str:
         except metadata.PackageNotFoundError:
             continue
     return ", ".join(parts)
+
+
+def if_published(licence: str | None) -> str | None:
+    """What is known of weights that are recognised by their kind alone: anyone may have trained them."""
+    if not licence:
+        return None
+    return f"{NOT_STATED}; if these are the published weights: {licence}"

@@ -14,12 +14,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import backbone_digest, learned_state, state_digest
-from cmt_mae.backbones.build import Weights, one_line, plain_kwargs
+from cmt_mae.backbones.build import Weights, plain_kwargs
 from cmt_mae.backbones.container import Container, tensors_of
-from cmt_mae.backbones.infer import pair
 from cmt_mae.backbones.selfcheck import features_of_fixed_picture
+from cmt_mae.backbones.shapes import pair
 from cmt_mae.core import files
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line
 
 HEADER = "cmt_mae"
 """Name of our entry in the safetensors header; its value is JSON."""
@@ -140,14 +141,8 @@ def read_ours(container: Container) -> Weights:
     if written and written != state_digest(state if proj is None else {**state, "proj": proj}):
         raise InputError(f"{where}: its weights are not those written (checksum); copy it again")
     return Weights(
-        state,
-        architecture,
-        kwargs,
-        mean,
-        std,
-        source,
-        None if licence is None else one_line(licence),
-        proj,
-        self_check,
-        teacher,
-    )
+        state, source, architecture, kwargs, mean, std,
+        dict.fromkeys(("network", "normalisation", "grid"), "its header"),
+        licence=None if licence is None else one_line(licence), proj=proj, self_check=self_check,
+        teacher=teacher,
+    )  # fmt: skip

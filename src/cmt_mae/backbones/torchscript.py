@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmt_mae.backbones.build import one_line
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import one_line
 
 MAX_PICKLE = 64 << 20
 """Bytes of a data.pkl beyond which it is no list of weights; CLIP's has about 0.1 MB."""
