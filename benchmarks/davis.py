@@ -88,7 +88,7 @@ def features_of(name: str, sequence: VideoSequence) -> tuple[Tensor, Tensor, tup
     """Features (T, rows, columns, D), first labels (K, rows, columns) and the input size."""
     native = load_backbone(name)
     size = input_size(sequence.size, DINO, patch_of(native))
-    extractor = make_extractor(name, None, native, size, DINO, torch.device("cpu"))
+    extractor = make_extractor(native, size, DINO, torch.device("cpu"))
     with ThreadPoolExecutor(1) as pool:
         features = torch.cat([extractor(b) for b in read_batches(sequence, extractor, pool, 4)])
     mask = read_mask(sequence.masks[0])

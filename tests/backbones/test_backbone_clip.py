@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from backbone_nets import DEPTH, PATCH, SIZE, WIDTH, image, randomise, saved, tokens
+from backbone_nets import DEPTH, PATCH, SIZE, WIDTH, image, randomise, saved, tokens, told
 from torch import Tensor, nn
 
 from cmt_mae.backbones import Backbone, load_backbone, save_backbone
@@ -146,7 +146,7 @@ def test_openai_archive_is_read_without_running_it(
         torch.testing.assert_close(projected(b), model(image()), atol=1e-5, rtol=1e-5)
     check_facts(b, "QuickGELU")
     assert "OpenAI" in b.source
-    assert b.licence == "MIT (as published)"
+    assert b.licence == "not stated; if these are the published weights: MIT"
     assert b.architecture == "vit_base_patch16_clip_quickgelu_224"
 
 
@@ -235,14 +235,19 @@ def test_open_clip_file(tmp_path: Path, quick: bool) -> None:
     torch.testing.assert_close(tokens(b.model, image())[:, 1:], patches, atol=1e-5, rtol=1e-5)
 
 
-def test_open_clip_without_config_goes_by_its_name(
+def test_open_clip_without_config_is_asked_for_its_activation(
     archive: tuple[str, CLIP], tmp_path: Path
 ) -> None:
     names = ("input_resolution", "context_length", "vocab_size")
     state = {k: v for k, v in archive[1].state_dict().items() if k not in names}
-    check_facts(load_backbone(saved(tmp_path / "vit_b_16-laion2b.pt", state)), "GELU")
-    check_facts(load_backbone(saved(tmp_path / "vit_b_16-metaclip_400m.pt", state)), "QuickGELU")
-    assert "GELU" in load_backbone(str(tmp_path / "vit_b_16-laion2b.pt")).source
+    for name in ("laion2b", "metaclip_400m"):  # a file's name says nothing
+        path = saved(tmp_path / f"vit_b_16-{name}.pt", state)
+        with pytest.raises(InputError, match=r"GELU or QuickGELU.*open_clip_config"):
+            load_backbone(path)
+    clip = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+    for name, activation in (("clip_quickgelu", "QuickGELU"), ("clip", "GELU")):
+        b = load_backbone(path, facts=told(f"vit_base_patch16_{name}_224", **clip))
+        check_facts(b, activation)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -273,21 +278,6 @@ def test_hf_clip(tmp_path: Path, act: str, whole: bool) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json"):
         load_backbone(str(tmp_path))
-
-
-def test_hf_clip_vision_model_without_projection(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPVisionConfig(
-        hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=1, intermediate_size=64,
-        image_size=SIZE, patch_size=PATCH,
-    )  # fmt: skip
-    model = randomise(transformers.CLIPVisionModel(config))
-    model.save_pretrained(tmp_path)
-    b = load_backbone(str(tmp_path))
-    with torch.no_grad():
-        pooled = model(pixel_values=image()).pooler_output
-    torch.testing.assert_close(tokens(b.model, image())[:, 0], pooled, atol=1e-5, rtol=1e-5)
-    assert b.proj is None
 
 
 def test_projection_survives_our_own_file_and_a_bare_timm(

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from backbone_nets import TINY, WIDTH, headless, saved, tiny
+from backbone_nets import TINY, WIDTH, headless, saved, tiny, told
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 
 
-def refused(path: Path | str, says: str = "") -> str:
+def refused(path: Path | str, says: str = "", facts: BackboneFacts | None = None) -> str:
     with pytest.raises(InputError, match=says or ".") as caught:
-        load_backbone(str(path))
+        load_backbone(str(path), facts=facts)
     text = str(caught.value)
     assert "\n" not in text
     assert Path(path).name in text
@@ -33,7 +34,7 @@ def refused(path: Path | str, says: str = "") -> str:
 def complaint(path: Path) -> str:
     """What is said of a file that may or may not load; any other kind of error fails the test."""
     try:
-        load_backbone(str(path))
+        load_backbone(str(path), facts=told())
     except InputError as error:
         return str(error)
     return ""
@@ -45,17 +46,21 @@ def complaint(path: Path) -> str:
 def test_missing_and_unexpected_names_are_told(tmp_path: Path) -> None:
     state = headless(tiny())
     lacking = {k: v for k, v in state.items() if k != "blocks.1.attn.proj.bias"}
-    refused(saved(tmp_path / "a.pth", lacking), r"1 missing: blocks\.1\.attn\.proj\.bias")
+    refused(saved(tmp_path / "a.pth", lacking), r"1 missing: blocks\.1\.attn\.proj\.bias", told())
     more = state | {"adapter.weight": torch.zeros(2), "adapter.bias": torch.zeros(2)}
-    refused(saved(tmp_path / "b.pth", more), r"2 unexpected: adapter\.bias, adapter\.weight")
+    refused(
+        saved(tmp_path / "b.pth", more), r"2 unexpected: adapter\.bias, adapter\.weight", told()
+    )
     both = lacking | {"adapter.weight": torch.zeros(2)}
-    refused(saved(tmp_path / "c.pth", both), r"1 missing: .*1 unexpected: adapter")
+    refused(saved(tmp_path / "c.pth", both), r"1 missing: .*1 unexpected: adapter", told())
     wrong = state | {"blocks.1.mlp.fc2.weight": torch.zeros(WIDTH, 7)}
-    refused(saved(tmp_path / "d.pth", wrong), r"of another shape: blocks\.1\.mlp\.fc2\.weight")
+    refused(
+        saved(tmp_path / "d.pth", wrong), r"of another shape: blocks\.1\.mlp\.fc2\.weight", told()
+    )
     gap = {k: v for k, v in state.items() if not k.startswith("blocks.0.")}
     refused(saved(tmp_path / "e.pth", gap), "blocks are not complete")
     dino = {f"backbone.{k}": v for k, v in state.items()} | {"prototypes.weight": torch.zeros(3)}
-    refused(saved(tmp_path / "f.pth", {"teacher": dino}), r"unexpected: prototypes\.weight")
+    refused(saved(tmp_path / "f.pth", {"teacher": dino}), r"unexpected: prototypes\.weight", told())
     half = {k.replace("attn.qkv", "attention.attention.query"): v for k, v in state.items()}
     hf = {f"vit.{k}".replace("patch_embed.proj", "embeddings.patch_embeddings.projection"): v
           for k, v in half.items()}  # fmt: skip
@@ -204,7 +209,7 @@ def test_hostile_configurations_beside_a_file(tmp_path: Path, config: str, kind:
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     state = headless(tiny())
     state["norm.bias"][3] = float("nan")
-    refused(saved(tmp_path / "a.pth", state), r"not finite: norm\.bias")
+    refused(saved(tmp_path / "a.pth", state), r"not finite: norm\.bias", told())
 
 
 # --- torn and flipped bytes ----------------------------------------------------------------------

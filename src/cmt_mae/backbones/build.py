@@ -240,6 +240,16 @@ def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) ->
     return backbone
 
 
+def resized(backbone: Backbone, img_size: int | Sequence[int]) -> Backbone:
+    """The same backbone, weights copied to the CPU, with positions for another image size."""
+    weights = Weights(
+        {k: v.detach().cpu() for k, v in learned_state(backbone.model).items()}, backbone.source,
+        backbone.architecture, dict(backbone.kwargs), backbone.mean, backbone.std, backbone.known_from,
+        licence=backbone.licence, proj=backbone.proj, teacher=backbone.teacher,
+    )  # fmt: skip
+    return build(weights, img_size, backbone.source)
+
+
 def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any], where: str) -> Backbone:
     """A finished model with its description, also as timm's own (`pretrained_cfg`)."""
     assert weights.architecture is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cmt_mae.backbones.backbone import Backbone, network_facts, state_digest
 from cmt_mae.backbones.build import Weights, require_vit, some
+from cmt_mae.backbones.clip import GELU_OR_QUICK
 from cmt_mae.backbones.licences import if_published
 from cmt_mae.backbones.shapes import (
     behaviour,
@@ -28,6 +29,7 @@ from cmt_mae.backbones.shapes import (
     native_grid,
     patch_of,
     positions_without_prefix,
+    prefix_of,
     sizes_of,
     square_grid,
     table_holds,
@@ -89,10 +91,10 @@ class _Asked:
         if not self.unknown:
             return
         tagged = [t for n in names[:2] for t in timm.list_pretrained(f"{n}.*")]
-        hint = ""
+        hint = "; cmt-mae export with them writes a file that says it"
         if weights.mean is None and tagged:
-            hint = (
-                f"; or {self.prefix}arch NAME alone if these are weights of timm: {some(tagged, 4)}"
+            hint += (
+                f"; {self.prefix}arch NAME alone if these are weights of timm: {some(tagged, 4)}"
             )
         raise InputError(
             f"{where} does not say {', nor '.join(self.unknown)}: add {' '.join(self.options)}{hint}"
@@ -119,11 +121,17 @@ def _network(weights: Weights, given: BackboneFacts, where: str, asked: _Asked) 
         if not names or any(kind != kinds[0] for kind in kinds):
             sizes_of(state, where)  # says so where these are no blocks of a ViT at all
             odd = (
-                f"{some(sorted(names, key=len), 4)} of timm have its shapes and compute different things"
-                if names
-                else "no network of timm has just its shapes; NAME: one of the same kind"
+                GELU_OR_QUICK
+                if "norm_pre.weight" in state
+                else (
+                    f"{some(sorted(names, key=len), 4)} of timm have its shapes and compute different things"
+                    if names
+                    else "no network of timm has just its shapes; NAME: one of the same kind"
+                )
             )
             asked(f"its network, activation and eps ({weights.ask or odd})", "arch NAME")
+            if not names and not given.heads:
+                asked.options.append(f"{given.prefix}heads N")
             return names
         source = f"the shapes, timm's {names[0]}"
     weights.architecture = names[0]
@@ -189,8 +197,11 @@ def _grid(
     source, grid = holding[0]
     weights.known_from["grid"] = source
     weights.kwargs["img_size"] = (grid[0] * patch[0], grid[1] * patch[1])
-    if "beit" not in str(weights.architecture) and positions_without_prefix(state, grid):
-        weights.kwargs["no_embed_class"] = True
+    if weights.architecture is not None and "pos_embed" in state and prefix_of(state):
+        model = meta_model(weights.architecture, depth=1)
+        without = positions_without_prefix(state, grid)
+        if bool(getattr(model, "no_embed_class", False)) != without:
+            weights.kwargs["no_embed_class"] = without
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -206,11 +217,11 @@ def _normalisation(
 ) -> None:
     """Fill in mean and std, and the licence of weights that are known to be published ones."""
     named = given.arch if given.arch and given.arch.split(".")[0] in names else None
-    if given.mean and weights.usual:
+    if given.mean and given.binding and weights.usual:
         weights.mean = weights.std = None
     if weights.mean is None:
         _find_normalisation(weights, given, path, names, named, asked)
-    tagged = named and "." in named and not given.mean
+    tagged = given.binding and named and "." in named and not given.mean
     if tagged and weights.mean and (weights.mean, weights.std) not in timm_normalisations(named):
         raise InputError(
             f"{path}: {given.prefix}arch {named} stands for another mean and std than "
@@ -234,6 +245,7 @@ def _find_normalisation(
         (weights.mean, weights.std), *_ = timm_normalisations(published)
         weights.known_from["normalisation"] = f"timm's {published}, published as this file"
         weights.licence = weights.licence or timm_licence(published)
+        weights.architecture = published.split(".")[0]
     elif given.mean:
         weights.mean, weights.std = tuple(given.mean), tuple(given.std)
         weights.known_from["normalisation"] = f"{given.prefix}mean and {given.prefix}std"
@@ -295,6 +307,8 @@ def checked_hash(path: Path) -> bool:
 
 def agree(backbone: Backbone, given: BackboneFacts, where: str, resized: bool = False) -> None:
     """InputError where what is given is not what the file says. resized: its grid is no longer the file's."""
+    if not given.binding:
+        return
     facts = backbone.facts
     patch = backbone.model.patch_embed.patch_size  # type: ignore[union-attr]
     grid = [backbone.img_size[0] // patch[0], backbone.img_size[1] // patch[1]]  # type: ignore[index, operator]

@@ -54,6 +54,7 @@ FAIRSEQ_RULES = (
     (r"\.mlp\.2\.", ".mlp.fc2."),
 )
 
+MOCO = ("base_encoder", "momentum_encoder")
 NON_COMMERCIAL = if_published("CC-BY-NC-4.0")
 IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "usual": True}
 
@@ -74,7 +75,7 @@ def read_foreign(container: Container, key: str | None) -> Weights:
         return read_hugging_face(state, container)
     if "cls_emb" in names and "patch_embed.conv.weight" in names:
         return read_fairseq(state, container)
-    if any(k.startswith("base_encoder.") for k in names):
+    if any(k.startswith("base_encoder.") for k in names) or entry in MOCO:
         return read_moco(state, container)
     if "storage_tokens" in names:
         return read_dinov3(state, container)

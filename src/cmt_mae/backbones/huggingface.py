@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN, IMAGENET_STD
@@ -29,7 +30,8 @@ RULES = (
     (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
     (r"^(model\.)?(encoder\.)?layers?\.", "blocks."),
     (r"^encoder\.relative_position_bias\.", "rel_pos_bias."),
-    (r"\.attention\.(attention\.)?relative_position_bias\.", ".attn."),
+    (r"^shared_position_bias\.", "rel_pos_bias."),
+    (r"(\.attention)?(\.attention)?\.relative_position_bias\.", ".attn."),
     (r"\.(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
     (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
@@ -49,7 +51,7 @@ RULES = (
     (r"^head\.mlp\.", "attn_pool.mlp."),
 )  # fmt: skip
 EXTRAS = (
-    r"^(decoder|classifier|pooler|cls_classifier|distillation_classifier|auxiliary_head|fpn\d)\."
+    r"^(decoder|classifier|pooler\.(?!layernorm)|cls_classifier|distillation_classifier|auxiliary_head|fpn\d)\."
     r"|mask_token$|position_ids$|relative_position_index$|rope_embeddings\."
 )
 # Kinds whose published weights all have one normalisation, for folders without preprocessor_config.json.
@@ -116,7 +118,7 @@ def _describe(weights: Weights, config: dict[str, Any], kind: str, where: str) -
                 f"{where}: a BEiT without its norm after pooling; save it with its pooling layer"
             )
     else:
-        weights.state = state = with_registers(fuse_qkv(state, where))
+        weights.state = state = with_registers(_gates(fuse_qkv(state, where)))
         if not kind and "num_attention_heads" not in config:
             return
         act = config.get("hidden_act", "quick_gelu" if kind.startswith("clip") else "gelu")
@@ -167,11 +169,19 @@ def dinov3_architecture(
     sizes: dict[str, Any], gated: bool, biases: bool
 ) -> tuple[str, dict[str, Any]]:
     """timm's name and arguments of a DINOv3; gated: SwiGLU; biases: of query and value."""
-    kwargs = dict(sizes)
-    if gated:  # timm takes two thirds of it
-        kwargs["mlp_ratio"] *= 1.5
     name = "vit_small_plus_patch16_dinov3" if gated else "vit_small_patch16_dinov3"
-    return (f"{name}_qkvb" if biases else name), kwargs
+    return (f"{name}_qkvb" if biases else name), dict(sizes)
+
+
+def _gates(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's gated MLP in memory of version 5: gate and input apart, one matrix in timm and on disk."""
+    out = dict(state)
+    for name in [k for k in state if ".mlp.gate_proj." in k]:
+        up, down = name.replace("gate_proj", "up_proj"), name.replace("gate_proj", "down_proj")
+        packed = torch.cat([out.pop(name), out.pop(up)])
+        out[name.replace("gate_proj", "fc1")] = packed
+        out[name.replace("gate_proj", "fc2")] = out.pop(down)
+    return out
 
 
 def _attention_pool(state: dict[str, Tensor]) -> dict[str, Tensor]:

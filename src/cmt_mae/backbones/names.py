@@ -85,7 +85,7 @@ WRAPPERS = re.compile(
 )
 """What torch.compile, FSDP and activation checkpointing put into names, in front or inside."""
 # The first weights of the kinds of networks that are read, by which a part of a file is found.
-MARKS = ("patch_embed.proj.weight", "patch_embeddings.projection.weight", "conv1.weight")
+MARKS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
 
 
 def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,10 +104,7 @@ def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def refuse_unknown_prefix(state: dict[str, Tensor], where: str) -> None:
     """InputError that lists the prefixes in front of whole networks, where there is none without a prefix."""
     found = {
-        k.removesuffix(mark).removesuffix("embeddings.").rstrip(".")
-        for k in state
-        for mark in MARKS
-        if k.endswith(f".{mark}")
+        k.removesuffix(mark).rstrip(".") for k in state for mark in MARKS if k.endswith(f".{mark}")
     } - {""}
     if "patch_embed.proj.weight" not in state and found:
         names = sorted(found)

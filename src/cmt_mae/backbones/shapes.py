@@ -266,7 +266,11 @@ def behaviour(name: str) -> tuple[Any, ...]:
     """What a timm architecture computes beyond its shapes, for telling two of the same shapes apart."""
     model: Any = meta_model(name, depth=1)
     rope = getattr(model, "rope", None)
-    turning = {k: str(v) for k, v in vars(rope).items() if k[0] != "_"} if rope is not None else {}
+    turning = (
+        {k: str(v) for k, v in vars(rope).items() if k[0] != "_" and k != "feat_shape"}
+        if rope is not None
+        else {}
+    )
     kind = next((k for k in (VisionTransformer, Eva) if isinstance(model, k)), type(model))
     facts = network_facts(model)
     return kind, repr(model.blocks[0]), repr(model.norm_pre) if kind is VisionTransformer else "", [

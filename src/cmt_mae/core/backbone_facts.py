@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from cmt_mae.core.settings import RESUME_SAFE, Amount, Count, Positive, resume_safe
+
 
 @dataclass(kw_only=True)
 class BackboneFacts:
@@ -10,17 +12,28 @@ class BackboneFacts:
 
     prefix: ClassVar[str] = "--"
     """How these settings are written on the command line."""
+    binding: ClassVar[bool] = True
+    """False: taken where a file says nothing, without a refusal where it says something else."""
 
-    arch: str | None = None
+    # these may change when a run is continued: what was found is compared (`Backbone.facts`), not how it was told
+    arch: str | None = resume_safe(None)
     """timm's name of the network in the file; with its tag it says how the input is normalised too."""
-    mean: list[float] = field(default_factory=list)
+    mean: list[Amount] = field(default_factory=list, metadata=RESUME_SAFE)
     """Per channel mean that its input is normalised with, for pixels in 0..1, as in --mean=[0.5,0.5,0.5]."""
-    std: list[float] = field(default_factory=list)
+    std: list[Positive] = field(default_factory=list, metadata=RESUME_SAFE)
     """Per channel standard deviation that its input is normalised with, for pixels in 0..1."""
-    heads: int | None = None
+    heads: Count | None = resume_safe(None)
     """Attention heads of a block."""
-    grid: list[int] = field(default_factory=list)
+    grid: list[Count] = field(default_factory=list, metadata=RESUME_SAFE)
     """Rows and columns of patches that its positions are for."""
+
+
+@dataclass(kw_only=True)
+class AssumedFacts(BackboneFacts):
+    """What a network that is filled from a file has anyway, such as a student's start."""
+
+    prefix: ClassVar[str] = "the student's "
+    binding: ClassVar[bool] = False
 
 
 FACTS = ("arch", "mean", "std", "heads", "grid")

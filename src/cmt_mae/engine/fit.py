@@ -346,14 +346,16 @@ class _Fit:
 
     def refuse_other(self, known: dict[str, Any]) -> None:
         """Raise InputError where networks or data are not those that the run was started with."""
-        for part, key in (("backbone", "digest"), ("teacher", "digest"), ("data", "fingerprint")):
+        digests = (("backbone", "digest"), ("teacher", "digest"), ("data", "fingerprint"))
+        # a run from before there were facts is compared by its digests alone
+        for part, key in (*digests, ("backbone", "facts"), ("teacher", "facts")):
             old = (known.get(part) or {}).get(key)
             new = (self.facts.get(part) or {}).get(key)
             if old is not None and new is not None and not same_fingerprint(str(old), str(new)):
                 name = (self.facts.get(part) or {}).get("path", part)
                 raise InputError(
-                    f"{self.run.path} was started with another {part} ({key} {str(old)[:10]}, now "
-                    f"{str(new)[:10]}: {name} has changed): give that one, or another --out"
+                    f"{self.run.path} was started with another {part} ({key} {str(old)[:150]}, now "
+                    f"{str(new)[:150]}: {name} has changed): give that one, or another --out"
                 )
 
     def placement(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import (
     Amount,
@@ -20,7 +21,7 @@ from cmt_mae.data.workers import TIMEOUT_S
 
 
 @dataclass(kw_only=True)
-class TaskSettings:
+class TaskSettings(BackboneFacts):
     """What fine-tuning, detection and segmentation have in common."""
 
     backbone: str = resume_safe("")

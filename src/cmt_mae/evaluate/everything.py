@@ -17,6 +17,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.backbone_facts import FACTS, BackboneFacts
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import write_json
 from cmt_mae.core.settings import default_of
@@ -31,7 +32,7 @@ LEDGER = "evaluate_all.json"
 
 
 @dataclass
-class EvaluateAllConfig:
+class EvaluateAllConfig(BackboneFacts):
     """Every evaluation that the data allow. The same command again continues where it ended."""
 
     backbone: str
@@ -92,7 +93,7 @@ def evaluate_all(config: EvaluateAllConfig) -> list[Result]:
     sets, notes = find_data(
         Path(config.data_root).expanduser(), {TASKS[task].layout for task in wanted}
     )
-    backbone = load_backbone(config.backbone, key=config.key)
+    backbone = load_backbone(config.backbone, key=config.key, facts=config)
     jobs = [
         make_job(name, one.path, config, backbone, out)
         for name in wanted
@@ -199,6 +200,7 @@ def make_job(
         "timeout_s": config.timeout_s,
         "seed": config.seed,
         "key": config.key,
+        **{name: getattr(config, name) for name in FACTS},
     }
     known = {field.name for field in fields(kind)}  # not every task has loader processes
     preset = task.quick if config.preset == "quick" else task.paper
@@ -212,7 +214,7 @@ def make_job(
 
 
 # settings of the tasks that change no number, as the ledgers' keys have it
-NOT_IN_KEY = ("backbone", "data", "out", "key", "device", "workers", "timeout_s")
+NOT_IN_KEY = ("backbone", "data", "out", "key", "device", "workers", "timeout_s", *FACTS)
 YOUNGER = ("zero_label", "range", "val_share", "deterministic", "compile", "parallel")
 """Settings that came after the first ledgers: no part of a key while they have their defaults."""
 

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object, pad_across_processes
 from torch import Tensor, nn
 
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import sweep, write_atomically
 from cmt_mae.core.settings import Amount, Count, CountOrNone, Device, PartOf
@@ -38,7 +39,7 @@ WIDEST_GAP = 1000  # labels from here on must not be ten times as many as the cl
 
 
 @dataclass
-class FrozenSettings:
+class FrozenSettings(BackboneFacts):
     """What evaluations on frozen features of labelled images have in common."""
 
     backbone: str
@@ -423,6 +424,7 @@ def _cache_key(
     what = {
         "version": CACHE_VERSION,
         "digest": backbone.digest,
+        "facts": backbone.facts,
         "architecture": [backbone.architecture, backbone.kwargs],
         "normalisation": [backbone.mean, backbone.std],
         "data": [source.fingerprint(), source.limits],

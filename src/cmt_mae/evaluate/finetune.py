@@ -165,7 +165,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     out = config.run_directory("finetune", config.preset)
     accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     train, val = open_data(config)
-    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
+    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key, facts=config)
     width = int(backbone.model.embed_dim)  # type: ignore[arg-type]
     recipe = resolve(config, width, len(train))
     for source in (train, val):  # a pack made with other channels is told before the training
@@ -187,7 +187,11 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     data = describe_data(config.data, whole or train, val) | {"train": len(train)}
     facts = {
         "task": "finetune",
-        "backbone": {"name": backbone_name(config), "digest": backbone.digest},
+        "backbone": {
+            "name": backbone_name(config),
+            "digest": backbone.digest,
+            "facts": backbone.facts,
+        },
         "data": data,
     }
     try:

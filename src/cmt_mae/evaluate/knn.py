@@ -159,7 +159,7 @@ def evaluate_knn(config: KnnConfig) -> Result:
     where = start_processes(config.device)
     train, val = open_labelled(config.data, config.range, config.val_share)
     _check(config.k, config.temperature, len(train))
-    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
+    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key, facts=config)
     pools = tuple(config.pools or default_pools(backbone))
     with evaluation_progress(config.progress and where.rank == 0) as progress:
         of_train, of_val = (

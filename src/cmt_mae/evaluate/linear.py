@@ -91,7 +91,7 @@ def evaluate_linear(config: LinearConfig) -> Result:
     started = time.perf_counter()
     where = start_processes(config.device)
     train, val = open_labelled(config.data, config.range, config.val_share)
-    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key)
+    backbone = load_backbone(config.backbone, img_size=config.size, key=config.key, facts=config)
     with evaluation_progress(config.progress and where.rank == 0) as progress:
         if config.protocol == "logistic":
             protocol, metrics, details = by_logistic(config, backbone, train, val, where, progress)

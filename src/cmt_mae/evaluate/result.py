@@ -44,7 +44,8 @@ class Result:
     protocol: dict[str, Any]
     """Every setting that moves the number; ``name`` and ``headline`` are required."""
     backbone: dict[str, Any]
-    """name, architecture, digest (sha256 of the weights), source, licence, img_size."""
+    """name, architecture, digest (sha256 of the weights), facts (mean, std, heads, eps, activation) and where they
+    are known from, source, licence, img_size."""
     data: dict[str, Any]
     """path, fingerprint, and the number of images in each split."""
     seed: int
@@ -120,13 +121,16 @@ class Result:
         return f"{self.backbone.get('architecture') or ''}{pixels}"
 
     def identity(self) -> str:
-        """Ten hex digits that name what was measured: task, protocol, weights, data and seed.
+        """Ten hex digits that name what was measured: task, protocol, weights and facts, data and seed.
 
         Time, machine, versions and the folder's place are left out, so the same evaluation again
         replaces its file.
         """
         data = {k: v for k, v in self.data.items() if k != "path"}
-        what = [self.task, self.protocol, self.backbone.get("digest"), data, self.seed]
+        network = [self.backbone.get("digest")]
+        if "facts" in self.backbone:  # results from before there were facts keep their names
+            network.append(self.backbone["facts"])
+        what = [self.task, self.protocol, *network, data, self.seed]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
 
     def to_json(self) -> str:
@@ -199,6 +203,8 @@ def make_result(
             "architecture": backbone.architecture,
             "network": network_words(backbone),
             "digest": backbone.digest,
+            "facts": backbone.facts,
+            "known_from": backbone.known_from,
             "source": backbone.source,
             "licence": backbone.licence,
             "img_size": backbone.img_size,

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.backbones import Backbone, load_backbone, resized
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
 from cmt_mae.core.runs import RunDir, plain
@@ -129,7 +129,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     data = open_ade20k(config.data, config.classes, config.zero_label)
     recipe = resolve(config, len(data.train))
-    given = load_backbone(config.backbone, key=config.key)
+    given = load_backbone(config.backbone, key=config.key, facts=config)
     backbone, padded = at_window(config, given, recipe.crop_size)
     settings = plain(config) | asdict(recipe)
     indifferent = resume_safe_settings(Ade20kConfig)
@@ -149,7 +149,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     }
     facts = {
         "task": "ade20k",
-        "backbone": {"name": backbone_name(config), "digest": given.digest},
+        "backbone": {"name": backbone_name(config), "digest": given.digest, "facts": given.facts},
         "data": about,
     }
     try:
@@ -184,7 +184,7 @@ def at_window(config: Ade20kConfig, given: Backbone, crop: int) -> tuple[Backbon
     side = -(-crop // rows) * rows
     if given.img_size == (side, side):
         return given, side
-    return load_backbone(config.backbone, img_size=side, key=config.key), side
+    return resized(given, side), side
 
 
 def check_data(data: Ade20k, accelerator: Accelerator) -> None:

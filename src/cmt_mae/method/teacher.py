@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Count, CountOrNone, resume_safe
 from cmt_mae.method.attention import attention_map
@@ -24,8 +25,10 @@ from cmt_mae.method.vit import (
 
 
 @dataclass
-class TeacherConfig:
+class TeacherConfig(BackboneFacts):
     """The frozen network that guides masks and gives targets."""
+
+    prefix: ClassVar[str] = "--teacher."
 
     name: str = "vit_base_patch16_clip_quickgelu_224.openai"
     """A timm name, 'embedded' (the small teacher in the package), a run directory, or a weights file

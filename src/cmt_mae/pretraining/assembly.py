@@ -10,7 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.backbones import Backbone, load_backbone, resized
+from cmt_mae.backbones.backbone import network_facts
+from cmt_mae.core.backbone_facts import AssumedFacts
 from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings, channel_stats
@@ -55,18 +57,18 @@ def make_teacher(
 
     With view photo its own grid stays: its outputs are read at the boxes of crops.
     """
-    backbone = load_backbone(config.name)
+    backbone = load_backbone(config.name, facts=config)
     vit: Vit = backbone.model
     if config.view == "photo":
         side = config.view_size or max(backbone.img_size)
         if (side, side) != tuple(backbone.img_size):
-            backbone = load_backbone(config.name, img_size=(side, side))
+            backbone = resized(backbone, (side, side))
         grid = grid_of(backbone.model)
     elif config.grid_align == "input":
         rows, columns = vit.patch_embed.patch_size
         size = (grid[0] * int(rows), grid[1] * int(columns))
         if size != tuple(backbone.img_size):
-            backbone = load_backbone(config.name, img_size=size)
+            backbone = resized(backbone, size)
     elif config.grid_align != "resample":
         raise InputError(f"teacher.grid_align '{config.grid_align}': use input or resample")
     teacher = Teacher(
@@ -101,7 +103,19 @@ def start_from(learner: StudentWithDecoder, config: PretrainConfig) -> None:
     if state is not None and shapes(state["learner"]) == shapes(learner.state_dict()):
         learner.load_state_dict(state["learner"])
         return
-    backbone = load_backbone(config.init_from, img_size=config.student.size())
+    name, sizes = config.student.architecture()
+    # only the weights are taken, so what features depend on besides is the student's own
+    own_facts = AssumedFacts(
+        arch=name, heads=sizes["num_heads"], grid=list(config.student.grid()),
+        mean=[0.5] * config.student.in_chans, std=[0.5] * config.student.in_chans,
+    )  # fmt: skip
+    backbone = load_backbone(config.init_from, img_size=config.student.size(), facts=own_facts)
+    theirs, mine = network_facts(backbone.model), network_facts(learner.student)
+    if (theirs["heads"], theirs["activation"]) != (mine["heads"], mine["activation"]):
+        raise InputError(
+            f"init_from {config.init_from} computes something else than the student ({theirs}, here {mine}): "
+            "choose student.heads and so on of that network"
+        )
     given = backbone.model.state_dict()
     own = learner.student.state_dict()
     if shapes(given) != shapes(own):
@@ -150,6 +164,7 @@ def teacher_store(
             "teacher.view to crop, or start one machine"
         )
     made_by = what_outputs_follow_from(config, teacher, source, accelerator, backbone.digest)
+    made_by["teacher_facts"] = backbone.facts
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.teacher.cache_folder or Path(config.out) / "teacher_cache") / key
     return TeacherStore(

@@ -414,6 +414,8 @@ class Pretraining(Task):
                 "source": teacher.source,
                 "licence": teacher.licence,
                 "digest": teacher.digest,
+                "facts": teacher.facts,
+                "known_from": teacher.known_from,
             }
         own = {"step": step, "epochs": self.config.epochs, "seed": self.config.seed}
         return {**own, "data": data, "teacher": about}

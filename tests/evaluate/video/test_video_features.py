@@ -106,7 +106,7 @@ def test_presets_are_those_of_the_specification():
 
 
 def extractor(file, size=(48, 64), protocol=DINO):
-    return make_extractor(file, None, load_backbone(file), size, protocol, CPU)
+    return make_extractor(load_backbone(file), size, protocol, CPU)
 
 
 def frames(count, size, seed=0):
@@ -169,7 +169,7 @@ def test_typo_touches_imagenet_statistics_only(plain_vit):
     assert extractor(plain_vit).std == TYPO_STD
     native = load_backbone(plain_vit)
     native.std = (0.5, 0.5, 0.5)
-    assert make_extractor(plain_vit, None, native, (32, 32), DINO, CPU).std == (0.5, 0.5, 0.5)
+    assert make_extractor(native, (32, 32), DINO, CPU).std == (0.5, 0.5, 0.5)
 
 
 def test_positions_by_factor(plain_vit):

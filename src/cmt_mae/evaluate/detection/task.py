@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.backbones import Backbone, load_backbone, resized
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
 from cmt_mae.core.runs import RunDir, plain
@@ -94,7 +94,8 @@ def evaluate_coco(config: CocoConfig) -> Result:
         "boxes": int(train.counts.sum()),
     }
     about = {"name": config.backbone, "architecture": backbone.architecture}
-    facts = {"backbone": {**about, "digest": backbone.digest}, "data": data}
+    network = {"digest": backbone.digest, "facts": backbone.facts}
+    facts = {"backbone": {**about, **network}, "data": data}
     with closing(run):
         evaluation = fit(config, task, accelerator, run, facts).evaluation
         precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
@@ -126,7 +127,7 @@ def open_backbone(config: CocoConfig) -> tuple[Backbone, Protocol, list[str]]:
 
     Raises InputError where they do not fit: BEiT's relative positions need a fixed input size.
     """
-    backbone = load_backbone(config.backbone, key=config.key)
+    backbone = load_backbone(config.backbone, key=config.key, facts=config)
     protocol, changed = resolve(config, depth_of(backbone))
     if type(backbone.model).__name__ == "Beit" and protocol.neck == "taps":
         if protocol.augment != "lsj":
@@ -134,7 +135,7 @@ def open_backbone(config: CocoConfig) -> tuple[Backbone, Protocol, list[str]]:
                 f"{config.backbone} is a BEiT, whose relative positions need one input size: add "
                 "--augment lsj --lsj_size PIXELS"
             )
-        backbone = load_backbone(config.backbone, img_size=protocol.lsj_size, key=config.key)
+        backbone = resized(backbone, protocol.lsj_size)
     largest = max(protocol.test_short, protocol.test_longest)
     if protocol.augment == "lsj" and largest > protocol.lsj_size:
         raise InputError(

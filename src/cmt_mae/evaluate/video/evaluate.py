@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Count, CountOrNone, Device, check_fields
 from cmt_mae.data.davis import VideoSequence, open_davis
@@ -39,7 +40,7 @@ MEASURES = ("J_mean", "J_recall", "J_decay", "F_mean", "F_recall", "F_decay")
 
 
 @dataclass
-class DavisConfig(VideoProtocol):
+class DavisConfig(VideoProtocol, BackboneFacts):
     """Settings of the DAVIS-2017 evaluation: semi-supervised, frozen features, nothing is trained.
 
     A setting left out is the protocol's; any other value gives the protocol the name NAME+changed.
@@ -96,7 +97,7 @@ def evaluate_davis(config: DavisConfig) -> Result:
     sequences = open_davis(config.data, config.sequences)
     keep = results_folder(config.out, config.backbone)
     drawn = sequences[: config.pictures] if keep is not None and config.save_masks else []
-    backbone = load_backbone(config.backbone, key=config.key)
+    backbone = load_backbone(config.backbone, key=config.key, facts=config)
     check_sizes(sequences, protocol, backbone)
     rivals = [(config.backbone, config.key, backbone, sequences)]
     if config.compare is not None:
@@ -247,9 +248,7 @@ class Runner:
                     continue
                 size = input_size(sequence.size, self.protocol, patch)
                 if extractor is None or extractor.size != size:
-                    extractor = make_extractor(
-                        self.name, self.key, self.native, size, self.protocol, self.where.device
-                    )
+                    extractor = make_extractor(self.native, size, self.protocol, self.where.device)
                 steps = follow(
                     sequence,
                     extractor,

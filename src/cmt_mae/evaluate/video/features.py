@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.backbones import Backbone, resized
 from cmt_mae.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.video.protocol import VideoProtocol
@@ -110,8 +110,6 @@ class Extractor:
 
 
 def make_extractor(
-    name: str,
-    key: str | None,
     native: Backbone,
     size: tuple[int, int],
     protocol: VideoProtocol,
@@ -120,8 +118,7 @@ def make_extractor(
     """The backbone at this input size.
 
     Args:
-        name, key: as ``load_backbone`` takes them.
-        native: the same backbone at its own size.
+        native: the backbone at its own size.
         size: height and width, multiples of the patch.
 
     Raises:
@@ -131,7 +128,7 @@ def make_extractor(
     depth = len(native.model.blocks)  # type: ignore[arg-type]
     if protocol.layer is not None and protocol.layer > depth:
         raise InputError(f"DAVIS: layer {protocol.layer}; {native.architecture} has {depth} blocks")
-    backbone = native if size == native.img_size else load_backbone(name, img_size=size, key=key)
+    backbone = native if size == native.img_size else resized(native, size)
     if protocol.positions == "scale_factor" and size != native.img_size:
         _positions_by_factor(backbone, native, patch)
     backbone.model.to(device).eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 import torch
 
-from cmt_mae.backbones import Backbone, load_backbone
+from cmt_mae.backbones import Backbone, load_backbone, resized
 from cmt_mae.data.loader import Batch, CropSettings
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.trainer import Trainer
@@ -33,14 +33,14 @@ def frozen_backbone(config: PretrainConfig) -> Backbone:
     name = config.teacher.name
     real = name == "embedded" or Path(name).expanduser().exists()
     torch.manual_seed(config.seed)
-    backbone = load_backbone(name, pretrained=real)
+    backbone = load_backbone(name, pretrained=real, facts=config.teacher)
     if config.teacher.grid_align == "input":
         vit: Vit = backbone.model
         rows, columns = config.student.grid()
         height, width = vit.patch_embed.patch_size
         size = (rows * int(height), columns * int(width))
         if size != tuple(backbone.img_size):
-            backbone = load_backbone(name, img_size=size, pretrained=real)
+            backbone = resized(backbone, size)
     cfg = None if real else timm.get_pretrained_cfg(name.removeprefix("timm:"))
     if cfg is not None and "_clip_" in name:
         width = int(backbone.model.embed_dim)  # type: ignore[arg-type]

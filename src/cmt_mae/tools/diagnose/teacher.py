@@ -46,7 +46,7 @@ def check_teacher(
     channels = config.student.in_chans
     stats = assembly.IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
     try:
-        native = load_backbone(config.teacher.name)
+        native = load_backbone(config.teacher.name, facts=config.teacher)
         teacher, backbone = assembly.build_teacher(config, stats)
     except InputError as error:
         found = problem(

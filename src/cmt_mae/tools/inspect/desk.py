@@ -54,7 +54,7 @@ class Desk:
             else:
                 self._networks = open_backbone(
                     config.backbone, key=config.key or None, teacher=config.teacher,
-                    grid_align=config.grid_align, size=config.size,
+                    grid_align=config.grid_align, size=config.size, facts=config,
                 )  # fmt: skip
         return self._networks
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core import run_reader
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, step_of
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import parse
@@ -238,12 +239,13 @@ def open_backbone(
     teacher: str = "",
     grid_align: str = "",
     size: Sequence[int] = (),
+    facts: BackboneFacts | None = None,
 ) -> Networks:
     """Any backbone that ``load_backbone`` knows, beside a teacher where one is named.
 
     Raises InputError where it is none, or its patches are no squares.
     """
-    backbone: Backbone = load_backbone(name, img_size=list(size) or None, key=key)
+    backbone: Backbone = load_backbone(name, img_size=list(size) or None, key=key, facts=facts)
     vit: Vit = backbone.model
     rows, columns = (int(side) for side in vit.patch_embed.patch_size)
     if rows != columns:

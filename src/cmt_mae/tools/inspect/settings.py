@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import hint, one_line
 from cmt_mae.tools.report.canvas import FORMATS
@@ -19,7 +20,7 @@ KINDS = OF_IMAGES + OF_FILES + OF_DATA
 
 
 @dataclass
-class ExplainConfig:
+class ExplainConfig(BackboneFacts):
     """Pictures of what networks look at, hide and predict, and of a run's curves and results.
 
     With --run RUN and --images all that this run allows; what is asked for by name alone: ladder, davis,
