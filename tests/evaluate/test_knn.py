@@ -10,7 +10,7 @@ import cmt_mae.evaluate.knn as knn
 from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate import KnnConfig, Result, evaluate_knn
 from cmt_mae.evaluate.features import Features
-from cmt_mae.evaluate.knn import knn_accuracy, knn_predict, nearest
+from cmt_mae.evaluate.knn import knn_accuracy, knn_predict, nearest, pool_by_train
 
 TEMPERATURE = 0.07
 
@@ -105,14 +105,32 @@ def test_evaluate(vit, pictures, tmp_path):
     config = KnnConfig(vit, pictures, out=str(tmp_path), k=(3, 5), device="cpu", workers=0)
     result = evaluate_knn(config)
     assert set(result.metrics) == {
-        f"{p}/k{k}/top1" for p in ("cls", "mean", "cls+mean") for k in (3, 5)
+        "top1", *(f"{p}/k{k}/top1" for p in ("cls", "mean", "cls+mean") for k in (3, 5))
     }
-    assert result.headline == result.metrics["cls/k5/top1"]
+    pool = result.details["pool"]
+    assert result.details["held_out_top1"][pool] == max(result.details["held_out_top1"].values())
+    assert result.headline == result.metrics[f"{pool}/k5/top1"]
     assert result.metrics["mean/k5/top1"] == 100
     assert (result.data["train"], result.data["val"], result.data["classes"]) == (27, 15, 3)
     (file,) = (tmp_path / "results").iterdir()
     assert Result.load(file) == result
     assert evaluate_knn(config).identity() == result.identity()
+
+
+def test_the_pool_to_quote_is_chosen_by_training_images_alone(vit, pictures):
+    """Of two pools one tells the classes apart; what the validation images say of them does not matter."""
+    torch.manual_seed(0)
+    labels = torch.arange(100) % 4
+    good = torch.eye(4)[labels] + 0.1 * torch.randn(100, 4)
+    train = Features({"noise": torch.randn(100, 4), "good": good}, labels)
+    scores = pool_by_train(train, 5, 0.07)
+    assert scores["good"] == 100.0
+    assert scores["noise"] < 60
+    assert pool_by_train(train, 5, 0.07) == scores
+    tiny = Features({"a": good[:4], "b": good[:4]}, labels[:4])
+    assert pool_by_train(tiny, 20, 0.07) == {"a": 0.0, "b": 0.0}, "too few to choose by"
+    given = evaluate_knn(KnnConfig(vit, pictures, pools=("mean", "cls"), k=(3,), device="cpu", workers=0))
+    assert given.protocol["headline"] == "mean/k3/top1"
 
 
 def test_evaluate_refuses_first(vit, pictures):

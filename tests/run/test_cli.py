@@ -167,7 +167,7 @@ def test_bad_words_give_one_line_and_status_2(
         ({"student__img_size": [30]}, "30x30 is not a multiple of student.patch_size 8"),
         ({"student__preset": "giant"}, "--student.preset is 'giant': give one of micro"),
         ({"batch_size": 64}, "fewer than --batch-size 64"),
-        ({"batch_size": 8, "runtime__micro_batch": 3}, "make it a multiple of 3"),
+        ({"batch_size": 8, "runtime__micro_batch": 3}, "a multiple of 3"),
         ({"data__path": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"teacher__name": "vit_gigantic_17"}, "vit_gigantic_17"),
         ({"teacher__name": "/nowhere/teacher.pth"}, "/nowhere/teacher.pth"),

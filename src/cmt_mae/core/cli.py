@@ -344,7 +344,8 @@ def show_result(result: Any) -> None:
         for k, v in protocol.items()
         if k not in ("name", "headline")
     )
-    console.print(shown(f"* the number to quote. protocol: {settings}"), style="dim")
+    pool = f" (here of {result.details['pool']})" if "pool" in result.details else ""
+    console.print(shown(f"* the number to quote{pool}. protocol: {settings}"), style="dim")
     console.print(f"{result.seconds:.1f} s, seed {result.seed}", style="dim")
 
 

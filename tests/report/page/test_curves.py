@@ -19,9 +19,11 @@ from .conftest import Write
 
 
 def test_every_chart_of_the_issue_is_there(write: Write) -> None:
-    run = write(knn={0: 20.0, 100: 30.0}, settings={"alpha_mask": 0.5})
+    gates = {"explained_teacher": 0.1, "other_image_loss": 1.1, "image_gain": 0.02, "half_lives": 1.0}
+    run = write(knn={0: 20.0, 100: 30.0}, settings={"alpha_mask": 0.5}, lines=lambda _: gates)
     found = {chart["key"]: chart for chart in charts([read_run(str(run))])}
     wanted = {"loss", "knn", "lr", "alpha", "overlap", "entropy", "spread", "rank", "speed", "wait"}
+    wanted |= {"explained", "other_image", "half_lives"}
     assert wanted <= set(found)
     assert "skipped" not in found  # every value is 0
     loss = found["loss"]["tables"][0]

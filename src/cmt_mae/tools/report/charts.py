@@ -57,6 +57,15 @@ CHARTS = (
     Chart("spread", "Spread of features", "Near 0 = collapse: every token has the same feature.", ("spread_",)),
     Chart("rank", "Effective rank of the targets", "1 = all targets on one line: nothing left to predict.",
           ("rank_target_",)),
+    Chart("explained", "Share of the target explained beyond a constant",
+          "0 = no better than the mean of all targets: the loss may fall and nothing is learnt of the images.",
+          ("explained_",)),
+    Chart("other_image", "Loss with another image's latents",
+          "What it adds to the loss shows how much the decoder takes from the visible patches; 0 = nothing.",
+          ("other_image_loss", "image_gain")),
+    Chart("half_lives", "Half-lives of the momentum student",
+          "How often the average has lost half of its start since the switch; below about 3 it is mostly old.",
+          ("half_lives",)),
     Chart("image_share", "Share of the variance among images",
           "Near 0 = the features say where a patch is, not what is on it.", ("image_share_",)),
     Chart("class_mass", "Attention of the class token to itself",
@@ -81,12 +90,13 @@ LABELS = {
     "loss": "whole loss", "lr": "learning rate", "knn_top1": "k-NN top-1", "alpha_mask": "mask (Eq. 3)",
     "alpha_loss": "loss (Eq. 4)", "overlap": "teacher and momentum student",
     "images_per_second": "images a second", "data_wait_share": "waiting",
+    "other_image_loss": "loss", "image_gain": "added to the loss",
     "peak_memory_gb": "peak memory", "collapse_signs": "signs",
 }  # fmt: skip
 OF_NETWORKS = (
     ("loss_", "{} loss"), ("spread_target_", "{} targets"), ("spread_prediction_", "predicted {} targets"),
-    ("rank_target_", "{} targets"), ("entropy_", "{}"), ("spread_", "{} output"), ("image_share_", "{}"),
-    ("class_mass_", "{}"),
+    ("rank_target_", "{} targets"), ("explained_", "{} targets"), ("entropy_", "{}"), ("spread_", "{} output"),
+    ("image_share_", "{}"), ("class_mass_", "{}"),
 )  # fmt: skip
 """Beginning of a metric's name -> its label, with the network's word."""
 
