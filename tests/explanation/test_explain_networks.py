@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn import functional as F
 
 from cmt_mae.core.checkpoint import checkpoint_path, load_checkpoint
 from cmt_mae.core.errors import InputError
-from cmt_mae.method.cmtmae import FrozenNetworks
+from cmt_mae.method.cmtmae import FrozenNetworks, as_shares
 from cmt_mae.method.masking import RULES
-from cmt_mae.tools.inspect.images import Album, cut
+from cmt_mae.pretraining.assembly import make_teacher
+from cmt_mae.tools.inspect.images import Album, centre_box, cut
 from cmt_mae.tools.inspect.look import Inspector, draw_noise, every_rule, hidden, up_to
 from cmt_mae.tools.inspect.networks import Networks, Run, open_backbone
 
@@ -240,3 +245,49 @@ def test_target_source(cmt_run: Path) -> None:
     assert replace(networks, teacher=None).target_source() == "momentum"
     assert Run(cmt_run).at(4).target_source() == "teacher"
     assert replace(Run(cmt_run).at(4), same_teacher=False).target_source() == ""
+
+
+def test_a_teacher_that_sees_whole_photos_is_read_at_the_crop(
+    cmt_run: Path, photos: Path
+) -> None:
+    """A square photo's centre crop is the photo: torch's own antialiased resampling is what must come out."""
+    run = Run(cmt_run)
+    config = replace(run.config, teacher=replace(run.config.teacher, view="photo", view_size=96))
+    teacher, _ = make_teacher(config.teacher, config.student.grid(), run.stats)
+    networks = replace(run.at(10), config=config, teacher=teacher)
+    look = look_at(networks, photos)
+    assert look.inputs.photos is not None
+    assert look.inputs.photos.shape == (3, 3, 96, 96)
+    found = teacher.outputs(look.normalised(look.inputs.photos), "mean", class_token=False)
+
+    def resampled(tokens: torch.Tensor) -> torch.Tensor:
+        whole = tokens.transpose(1, 2).unflatten(2, teacher.own_grid)
+        small = F.interpolate(whole, networks.grid, mode="bilinear", antialias=True)
+        return small.flatten(2).transpose(1, 2)
+
+    wanted = as_shares(resampled(found.attention[:, :, None]).squeeze(-1))
+    torch.testing.assert_close(look.maps()["teacher"], wanted, atol=1e-5, rtol=1e-4)
+    features, grid = look.features("teacher")
+    assert grid == networks.grid
+    torch.testing.assert_close(features, resampled(found.features), atol=1e-4, rtol=1e-3)
+    assert set(look.targets()) == {"teacher", "momentum"}
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 8), st.integers(1, 8))
+def test_box_of_the_centre_crop(height: int, width: int, rows: int, columns: int) -> None:
+    """Inside the photo, in its middle, of the wanted shape, and touching two edges."""
+    top, left, down, across = centre_box((height, width), (rows, columns))
+    assert top >= -1e-12
+    assert left >= -1e-12
+    assert 2 * top + down == pytest.approx(1)
+    assert 2 * left + across == pytest.approx(1)
+    assert down * height * columns == pytest.approx(across * width * rows)
+    assert max(down, across) == pytest.approx(1)
+
+
+def test_pictures_of_a_run_in_training_are_made(cmt_run: Path) -> None:
+    """At the switch of stages and at the end: one row an image, equal columns in both."""
+    names = [f"attention_step_{step:08d}.png" for step in (5, 10)]
+    assert [path.name for path in sorted((cmt_run / "pictures").glob("attention_step_*"))] == names
+    with Image.open(cmt_run / "pictures" / names[1]) as picture:
+        assert picture.width > 300

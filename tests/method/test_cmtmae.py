@@ -493,19 +493,6 @@ def test_momentum_student_starts_as_a_copy_that_stands_still() -> None:
     assert model.training
 
 
-def test_maps_for_pictures_are_those_of_the_step() -> None:
-    made = guides(MaskConfig(rule="high"))
-    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Alphas(0.3, 0.3), pictures())
-    assert set(maps) == {"teacher", "momentum", "collab"}
-    for found in maps.values():
-        close(found.sum(1), torch.ones(2))
-    assert torch.equal(mask.mask, from_priority(maps["collab"], N_MASK).mask)
-    made.momentum = None
-    maps, mask = made.maps(pictures(), numbers("high"), N_MASK, Alphas(0.0, 0.0), pictures())
-    assert set(maps) == {"teacher"}
-    assert torch.equal(mask.mask, from_priority(maps["teacher"], N_MASK).mask)
-
-
 # --- what is logged, and settings that are off by default --------------------------------------------
 
 

@@ -323,21 +323,6 @@ class FrozenNetworks(nn.Module):
         mask = self._mask(look, noise, n_mask, weights.mask, logs, random_mask, guided_share)
         return mask, self._targets(look, mask, weights.loss, logs), logs
 
-    @torch.no_grad()
-    def maps(
-        self, images: Tensor, noise: Tensor, n_mask: int, weights: Alphas, teacher_images: Tensor
-    ) -> tuple[dict[str, Tensor], Mask]:
-        """For pictures: the normalised map of each network there is (and their mixture), and the mask."""
-        look = CachedForwards(self, images, teacher_images)
-        maps: dict[str, Tensor] = {}
-        for name, network in (("teacher", self.teacher), ("momentum", self.momentum)):
-            if network is not None:
-                raw, _ = look.attention(name, self.mask.heads)
-                maps[name] = as_shares(raw)
-        if len(maps) == 2:
-            maps["collab"] = mix_attention(maps["momentum"], maps["teacher"], weights.mask)
-        return maps, self._mask(look, noise, n_mask, weights.mask, {})
-
     def _mask(
         self,
         look: "CachedForwards",

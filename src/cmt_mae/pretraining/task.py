@@ -51,8 +51,8 @@ class Images:
 class Looks:
     """How other rooms look at a run while it goes on."""
 
-    draw: "Callable[[Pretraining, int, RunDir], None] | None" = None
-    """(task, step, run): draws what guides the mask."""
+    draw: "Callable[[Pretraining, VisionTransformer, int, RunDir], None] | None" = None
+    """(task, student in one piece, step, run): draws what guides the mask."""
     probe: Callable[[Backbone], float] | None = None
     """Accuracy of the student so far, in percent."""
 
@@ -347,12 +347,13 @@ class Pretraining(Task):
         """k-NN accuracy of the student so far, and a picture of what guides the mask."""
         metrics = {}
         if self.looks.probe is not None and self._probes(step):
-            student = as_backbone(self.config, self.whole_student(), self.stats)
-            metrics["knn_top1"] = self.looks.probe(student)
+            backbone = as_backbone(self.config, self.whole_student(), self.stats)
+            metrics["knn_top1"] = self.looks.probe(backbone)
         if self.looks.draw is not None and self._draws(step):
+            student = self.whole_student()
             with sharding.whole(self.frozen_networks.running()):
                 if run.writes:
-                    self.looks.draw(self, step, run)
+                    self.looks.draw(self, student, step, run)
         return Evaluation(metrics)
 
     def describe(self, means: dict[str, float], step: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The command ``pretrain``: builds the task and passes in what other rooms add to it - pictures, probe, cost."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from cmt_mae.data.source import Source
 from cmt_mae.engine import compiling
 from cmt_mae.engine.fit import fit
 from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.method.vit import Vit
 from cmt_mae.pretraining.assembly import (
     build_guides,
     build_learner,
@@ -27,6 +27,7 @@ from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.task import Images, Looks, Pretraining
 
 PICTURED = 6  # images in a picture
+CELL = 1.2  # inches: five of them and the colour bar fit in a row of the report
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -119,36 +120,29 @@ def cost_of(task: Pretraining) -> dict[str, Any]:
     return {"flop_per_image": flop, "peak": data_sheet(gpu, "bf16" if bf16 else "fp32")}
 
 
-def draw_attention(task: Pretraining, step: int, run: RunDir) -> None:
-    """Image, maps and mask of the first readable images, centre crops; nothing where none can be read.
+def draw_attention(task: Pretraining, student: Vit, step: int, run: RunDir) -> None:
+    """Image, maps and mask of a few images, one of each class, centre crops; nothing where none can be read.
 
-    step: optimizer steps done. Written to ``pictures/attention_step_N.png`` in the run. Raises InputError where
-    it cannot be written.
+    student: in one piece; step: optimizer steps done. Written to ``pictures/attention_step_N.png`` in the run.
+    Raises InputError where it cannot be written.
     """
-    from cmt_mae.data.loader import eval_batches, readable
-    from cmt_mae.method.masking import noise_length
-    from cmt_mae.tools.report.pictures import attention_picture
+    from cmt_mae.evaluate.drawing import save_picture
+    from cmt_mae.tools.inspect.images import cut, spread
+    from cmt_mae.tools.inspect.look import Inspector
+    from cmt_mae.tools.inspect.networks import Networks
+    from cmt_mae.tools.inspect.of_images import attention_of
 
     assert task.images is not None
-    config, crops = task.config, task.images.crops
-    channels = config.student.in_chans
-    photos = task.images.source.subset(readable(task.images.source, channels, PICTURED))
-    if not len(photos):
+    config, momentum = task.config, task.frozen_networks.running()
+    photos = list(spread(task.images.source, config.student.in_chans, PICTURED))
+    if not photos:
         return
-    sizes = [config.student.size(), *([crops.teacher_size] if crops.teacher_size else [])]
-    batches = partial(eval_batches, photos, channels=channels, batch_size=PICTURED)
-    shown = [next(iter(batches(size=size)))[0] for size in sizes]
-    ready = [task.normalise(images.to(task.device)) for images in shown]
-    noise = torch.rand(
-        len(shown[0]), noise_length(config.mask.rule, task.plan.n_patches),
-        generator=torch.Generator().manual_seed(config.seed),
+    networks = Networks(
+        name=run.path.name, student=momentum or student, momentum=momentum is not None,
+        teacher=task.frozen_networks.teacher, learner=task.learner, config=config,
+        weights=task.alphas_at(max(0, step - 1)), stats=task.stats, step=step,
     )  # fmt: skip
-    alphas = task.alphas_at(max(0, step - 1))
     with compiling.uncompiled():
-        maps, mask = task.frozen_networks.maps(
-            ready[0], noise.to(task.device), task.plan.n_mask, alphas, ready[-1]
-        )
-    path = run.path / "pictures" / f"attention_step_{step:08d}.png"
-    title = f"{run.path.name}, step {step}, rule {config.mask.rule}"
-    maps = {name: value.float().cpu() for name, value in maps.items()}
-    attention_picture(path, shown[0] / 255, maps, mask.mask.cpu(), config.student.grid(), title)
+        look = Inspector(networks, cut(photos, networks))
+        sheet = attention_of(look, seed=config.seed, largest=CELL)
+    save_picture(sheet.figure, run.path / "pictures" / f"attention_step_{step:08d}.png")

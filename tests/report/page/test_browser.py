@@ -12,7 +12,9 @@ from PIL import Image
 
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 from cmt_mae.tools.report.page.serve import WatchConfig, make_server
-from cmt_mae.tools.report.pictures import attention_picture
+from cmt_mae.evaluate.drawing import save_picture
+from cmt_mae.tools.pretrain import CELL
+from cmt_mae.tools.report.attention import attention_sheet
 
 from .conftest import Write, row
 
@@ -120,11 +122,11 @@ def test_pictures_have_one_scale(chromium: Any, write: Write, width: int) -> Non
     """Two columns of one run and five of another: a photo is as large in both, on a phone too."""
     images = torch.rand(2, 3, 32, 32)
     share, mask = torch.full((2, 16), 1 / 16), torch.zeros(2, 16, dtype=torch.bool)
-    kinds = {"mae": {}, "cmt": {"teacher": share, "momentum": share, "collab": share}}
+    kinds = {"mae": {}, "cmt": {"teacher": share, "student": share, "collab": share}}
     runs = [write(name, pictures=0) for name in kinds]
     for run, maps in zip(runs, kinds.values(), strict=True):
         path = run / "pictures" / "attention_step_00000050.png"
-        attention_picture(path, images, maps, mask, (4, 4), "run")
+        save_picture(attention_sheet(images, maps, mask, (4, 4), "run", largest=CELL).figure, path)
     said = make_report(ReportConfig(runs=[str(run) for run in runs], out=str(runs[0].parent / "p.html")))
     opened = Opened(chromium, f"file://{said['path']}", width=width)
     shown = opened.page.locator(".pictures img").evaluate_all(

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.crops import center_crop
+from cmt_mae.data.crops import center_crop, resized_crop
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
 from cmt_mae.data.folder import read_file
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.source import Source, shown
 from cmt_mae.data.sources import open_source
-from cmt_mae.pretraining import assembly
+from cmt_mae.pretraining.assembly import crop_settings
 from cmt_mae.tools.inspect.networks import Networks
 
 SHOWN_SIDE = 224
@@ -47,6 +47,10 @@ class Inputs:
     """uint8 (B, C, h, w): the same crop at the teacher's size, where it is cut from the photo again."""
     shown: Tensor
     """uint8 (B, C, kH, kW): the same crop, a whole number of times as large."""
+    photos: Tensor | None = None
+    """uint8 (B, C, h, w): the whole photos, where the teacher sees those (``teacher.view photo``)."""
+    boxes: Tensor | None = None
+    """float32 (B, 4): top, left, height and width of the crop as shares of the photo; as ``photos``."""
 
 
 class Album:
@@ -124,16 +128,30 @@ def starts(source: Source, count: int) -> list[int]:
 def cut(photos: Sequence[Photo], networks: Networks) -> Inputs:
     """The largest centre crop of each photo that has the proportions of the networks' input."""
     size = networks.size
-    second = assembly.crop_settings(networks.config, networks.teacher).teacher_size
+    crops = crop_settings(networks.config, networks.teacher)
     times = max(1, -(-SHOWN_SIDE // min(size)))
 
     def stack(goal: tuple[int, int]) -> Tensor:
-        crops = [center_crop(photo.pixels, goal, 1.0).transpose(2, 0, 1) for photo in photos]
-        return torch.from_numpy(np.stack(crops))
+        images = [center_crop(photo.pixels, goal, 1.0).transpose(2, 0, 1) for photo in photos]
+        return torch.from_numpy(np.stack(images))
 
-    return Inputs(
+    inputs = Inputs(
         [photo.name for photo in photos],
         stack(size),
-        None if second is None else stack(second),
+        None if crops.second_size is None else stack(crops.second_size),
         stack((size[0] * times, size[1] * times)),
     )
+    if crops.photo_size is not None:
+        whole = [
+            resized_crop(p.pixels, (0, 0, *p.pixels.shape[:2]), crops.photo_size) for p in photos
+        ]
+        inputs.photos = torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2).contiguous()
+        inputs.boxes = torch.tensor([centre_box(p.pixels.shape[:2], size) for p in photos])
+    return inputs
+
+
+def centre_box(photo: Sequence[int], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Top, left, height, width, as shares of a photo (height, width), of its largest centre crop of a shape."""
+    scale = min(photo[0] / size[0], photo[1] / size[1])
+    height, width = size[0] * scale / photo[0], size[1] * scale / photo[1]
+    return (1 - height) / 2, (1 - width) / 2, height, width

@@ -15,7 +15,8 @@ from cmt_mae.method.attention import (
 from cmt_mae.method.cmtmae import as_shares
 from cmt_mae.method.last_block import finish
 from cmt_mae.method.masking import GUIDED, RULES, Mask, noise_length, sample_mask
-from cmt_mae.method.teacher import resample
+from cmt_mae.method.photo_view import at_crops, box_weights, sample
+from cmt_mae.method.teacher import TeacherOutput, resample
 from cmt_mae.method.vit import (
     LastBlockInput,
     Vit,
@@ -28,12 +29,14 @@ from cmt_mae.method.vit import (
 from cmt_mae.tools.inspect.images import Inputs
 from cmt_mae.tools.inspect.networks import Networks, Who
 
+Grid = tuple[int, int]
 Maps = dict[str, Tensor]
 """teacher, student, collab -> attention (B, L) on the student's grid, each row sums to 1."""
 
 
 class Inspector:
-    """Networks and images. Everything is on the CPU in fp32, without gradient; B images, L patches."""
+    """Networks and images, without gradient; B images, L patches. The networks run where they are, what comes out
+    is on the CPU in fp32. Where the teacher sees whole photos, its outputs are those at the crops' boxes."""
 
     def __init__(self, networks: Networks, inputs: Inputs) -> None:
         self.networks, self.inputs = networks, inputs
@@ -41,17 +44,34 @@ class Inspector:
         self._raw: dict[tuple[Who, int, str], Tensor] = {}
         self._targets: dict[str, Tensor] | None = None
         self.images = self.normalised(inputs.images)
-        """(B, C, H, W) as the student takes them."""
+        """(B, C, H, W) as the student takes them, on its device."""
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> fp32 with the student's mean and standard deviation."""
-        guides = self.networks.guides
-        return (images.float() / 255 - guides.mean) / guides.std
+        mean, std = (torch.tensor(part).view(1, -1, 1, 1) for part in self.networks.stats)
+        device = next(self.networks.student.parameters()).device
+        return ((images.float() / 255 - mean) / std).to(device)
 
     def seen_by_teacher(self) -> Tensor:
-        """What the teacher takes: the student's images, or the crop at its own size."""
-        second = self.inputs.second
-        return self.images if second is None else self.normalised(second)
+        """What the teacher takes: the student's images, the crop at its own size, or the whole photo."""
+        other = self.inputs.second if self.inputs.photos is None else self.inputs.photos
+        return self.images if other is None else self.normalised(other)
+
+    def at_crops(self, who: Who, tokens: Tensor, own: Grid) -> tuple[Tensor, Grid]:
+        """Values of patches (B, L, E) on a network's own grid -> those of the crops, fp32, and their grid."""
+        tokens = tokens.float().cpu()
+        if who == "student" or self.inputs.boxes is None:
+            return tokens, own
+        goal = self.networks.grid
+        return sample(tokens, own, box_weights(self.inputs.boxes, own, goal)), goal
+
+    def teacher_output(self) -> TeacherOutput:
+        """The teacher's map and features at the crops, where it sees whole photos."""
+        networks, boxes = self.networks, self.inputs.boxes
+        assert networks.teacher is not None
+        assert boxes is not None
+        found = networks.teacher.outputs(self.seen_by_teacher(), networks.config.mask.heads, False)
+        return at_crops(found, networks.teacher.own_grid, networks.grid, boxes)
 
     def depth(self, who: Who) -> int:
         """How many blocks the network has."""
@@ -88,20 +108,22 @@ class Inspector:
         model, state = self.state(who, layer)
         with torch.inference_mode():
             rows = attention_rows(model, state)[:, :, num_prefix(model) :]
-        return as_shares(rows), grid_of(model)
+            maps, grid = self.at_crops(who, rows.transpose(1, 2), grid_of(model))
+        return as_shares(maps.transpose(1, 2)), grid
 
     def raw(self, who: Who, layer: int = 0, head: int = -1) -> Tensor:
         """Raw attention (B, L) on the student's grid; head -1: all, brought together as the settings say."""
         model, state = self.state(who, layer)
-        heads, grid = self.networks.config.mask.heads, grid_of(model)
+        heads = self.networks.config.mask.heads
         key = (who, layer, heads if head < 0 else str(head))
         if key not in self._raw:
             with torch.inference_mode():
                 rows = attention_rows(model, state)[:, :, num_prefix(model) :]
                 one = reduce_heads(rows, heads) if head < 0 else rows[:, head]  # type: ignore[arg-type]
+                tokens, grid = self.at_crops(who, one[:, :, None], grid_of(model))
                 if grid != self.networks.grid:
-                    one = resample(one[:, :, None], grid, self.networks.grid, "area").squeeze(-1)
-            self._raw[key] = one
+                    tokens = resample(tokens, grid, self.networks.grid, "area")
+            self._raw[key] = tokens.squeeze(-1)
         return self._raw[key]
 
     def maps(self, alpha: float | None = None, layer: int = 0, head: int = -1) -> Maps:
@@ -134,10 +156,10 @@ class Inspector:
         return mix_attention(student, teacher, weight)
 
     def features(self, who: Who, layer: int = 0) -> tuple[Tensor, tuple[int, int]]:
-        """Patch tokens (B, L, D) after block ``layer`` and the final norm, on the network's own grid."""
+        """Patch tokens (B, L, D) after block ``layer`` and the final norm, and their grid."""
         model, state = self.state(who, layer)
         with torch.inference_mode():
-            return finish(model, state, with_prefix=False), grid_of(model)
+            return self.at_crops(who, finish(model, state, with_prefix=False), grid_of(model))
 
     def pooled(self, who: Who) -> Tensor:
         """One vector an image (B, D): the mean of its patch tokens."""
@@ -153,6 +175,7 @@ class Inspector:
                     _, self._targets, _ = networks.guides(
                         self.images, noise, networks.n_mask, networks.weights,
                         teacher_images=self.seen_by_teacher(),
+                        teacher_output=self.teacher_output if self.inputs.boxes is not None else None,
                     )  # fmt: skip
                     self._targets = {name: self._compared(t) for name, t in self._targets.items()}
         return self._targets

@@ -16,6 +16,7 @@ from cmt_mae.tools.inspect.neighbours import embed, make_gallery, nearest
 from cmt_mae.tools.inspect.networks import Networks, Run, Who
 from cmt_mae.tools.inspect.settings import ExplainConfig
 from cmt_mae.tools.report.attention import attention_sheet, growth_sheet, heads_sheet, masks_sheet
+from cmt_mae.tools.report.canvas import LARGEST, Sheet
 from cmt_mae.tools.report.features import (
     Predicted,
     features_sheet,
@@ -27,20 +28,34 @@ from cmt_mae.tools.report.features import (
 
 def attention(desk: Desk) -> None:
     """A_t, A_s, A_c and the mask."""
-    config, look = desk.config, desk.look()
+    config = desk.config
+    sheet = attention_of(desk.look(), config.alpha, config.layer, config.rule, config.seed)
+    desk.save(sheet.figure, "attention")
+
+
+def attention_of(
+    look: Inspector,
+    alpha: float | None = None,
+    layer: int = 0,
+    rule: str = "",
+    seed: int = 0,
+    largest: float = LARGEST,
+) -> Sheet:
+    """A_t, A_s, A_c and the mask; alpha, layer and rule: default the run's; largest: inches, width of a cell."""
     networks = look.networks
-    maps = look.maps(config.alpha, config.layer)
-    alpha = networks.alpha if config.alpha is None else config.alpha
-    rule, mask = desk.mask()
+    maps = look.maps(alpha, layer)
+    rule = rule or networks.config.mask.rule
+    mask = hidden(look, rule, scores=look.scores(alpha, layer), seed=seed)
     titles = {
         "student": student_title(networks),
-        "collab": rf"both $A_c$, $\alpha$ = {alpha:g}",
+        "collab": rf"both $A_c$, $\alpha$ = {networks.alpha if alpha is None else alpha:g}",
     }
     notes = overlap_notes(maps)
-    title = f"{networks.name}: attention{of_layer(config.layer)}, hidden patches by rule {rule}"
+    title = f"{networks.name}: attention{of_layer(layer)}, hidden patches by rule {rule}"
     shown = look.inputs.shown
-    sheet = attention_sheet(shown, maps, mask.mask, networks.grid, title, titles, notes)
-    desk.save(sheet.figure, "attention")
+    return attention_sheet(
+        shown, maps, mask.mask, networks.grid, title, titles, notes, largest
+    )
 
 
 def heads(desk: Desk) -> None:
