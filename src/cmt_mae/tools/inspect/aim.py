@@ -178,10 +178,12 @@ def aims_of(networks: Networks, images: Sequence[Annotated]) -> list[Aim]:
             maps[f"{who}"] = _raw(who, 0)
     if len(maps) == 2 and 0 < networks.alpha < 1:
         maps["both"] = lambda look: look.scores()
-    if networks.teacher is not None and len(networks.teacher.model.blocks) > 1:
-        maps["teacher, block before the last"] = _raw(
-            "teacher", len(networks.teacher.model.blocks) - 1
-        )
+    if networks.teacher is not None:
+        depth = len(networks.teacher.model.blocks)
+        used = networks.config.teacher.attention_block % depth + 1
+        for layer, name in ((depth, "last block"), (depth - 1, "block before the last")):
+            if layer not in (0, used):
+                maps[f"teacher, {name}"] = _raw("teacher", layer)
     guide = "both" if "both" in maps else "student" if networks.alpha == 1 else "teacher"
     guided = networks.config.mask.rule in GUIDED and guide in maps
     return measure(networks, images, maps, {guide} if guided else set())

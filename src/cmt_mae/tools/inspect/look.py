@@ -8,6 +8,7 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.method import targets as T
 from cmt_mae.method.attention import (
     attention_rows,
+    column_means,
     mix_attention,
     normalise_map,
     reduce_heads,
@@ -20,6 +21,7 @@ from cmt_mae.method.teacher import TeacherOutput, resample
 from cmt_mae.method.vit import (
     LastBlockInput,
     Vit,
+    block_number,
     encode_visible,
     forward_to_last,
     grid_of,
@@ -112,13 +114,25 @@ class Inspector:
         return as_shares(maps.transpose(1, 2)), grid
 
     def raw(self, who: Who, layer: int = 0, head: int = -1) -> Tensor:
-        """Raw attention (B, L) on the student's grid; head -1: all, brought together as the settings say."""
-        model, state = self.state(who, layer)
+        """Raw attention (B, L) on the student's grid, of block ``layer`` (from 1; 0: the one that guides the run).
+
+        head -1: all, brought together as the settings say.
+        """
+        mask = self.networks.config.mask
+        block = (
+            mask.student_block if who == "student" else self.networks.config.teacher.attention_block
+        )
+        model, state = self.state(who, layer or block_number(self._model(who), block) + 1)
+        read = (
+            column_means
+            if who == "student" and mask.student_map == "column_mean"
+            else attention_rows
+        )
         heads = self.networks.config.mask.heads
         key = (who, layer, heads if head < 0 else str(head))
         if key not in self._raw:
             with torch.inference_mode():
-                rows = attention_rows(model, state)[:, :, num_prefix(model) :]
+                rows = read(model, state)[:, :, num_prefix(model) :]
                 one = reduce_heads(rows, heads) if head < 0 else rows[:, head]  # type: ignore[arg-type]
                 tokens, grid = self.at_crops(who, one[:, :, None], grid_of(model))
                 if grid != self.networks.grid:

@@ -53,9 +53,7 @@ def attention_of(
     notes = overlap_notes(maps)
     title = f"{networks.name}: attention{of_layer(layer)}, hidden patches by rule {rule}"
     shown = look.inputs.shown
-    return attention_sheet(
-        shown, maps, mask.mask, networks.grid, title, titles, notes, largest
-    )
+    return attention_sheet(shown, maps, mask.mask, networks.grid, title, titles, notes, largest)
 
 
 def heads(desk: Desk) -> None:
