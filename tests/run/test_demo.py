@@ -1,4 +1,4 @@
-"""The demo at reduced size, on scenes and on own images."""
+"""The demo at reduced size, on the sample images and on own ones."""
 
 import json
 from pathlib import Path
@@ -11,43 +11,56 @@ from cmt_mae.core.cli import main
 from cmt_mae.data.sample import write_imagefolder
 
 
-def test_demo_measures_all_four_and_continues(tmp_path: Path, teacher_file: Path) -> None:
+def test_demo_measures_all_four_and_continues(
+    tmp_path: Path, teacher_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "demo"
-    words = ["demo", "--out", str(out), "--images", "200", "--epochs", "0.7", "--workers", "0",
-             "--teacher", str(teacher_file), "--progress", "false"]  # fmt: skip
+    words = ["demo", "--out", str(out), "--images", "64", "--epochs", "2", "--batch-size", "32", "--workers",
+             "0", "--teacher", str(teacher_file), "--progress", "false"]  # fmt: skip
     assert main(words) == 0
     content = json.loads((out / "demo.json").read_text())
-    assert set(content["results"]) == {"untrained", "mae", "cmt", "teacher"}
-    assert "What differs" in (out / "report.html").read_text()
-    for row in content["results"].values():
+    rows = content["results"]
+    assert list(rows) == ["untrained", "mae", "cmt", "teacher"]
+    for row in rows.values():
         assert 0 <= row["knn"] <= 100
         assert 0 <= row["linear"] <= 100
-    steps = [
-        json.loads(line)["step"]
-        for line in (out / "cmt" / "metrics.jsonl").read_text().splitlines()
-    ]
+        assert row["images"] == 32
+    said = " ".join(capsys.readouterr().out.split())
+    for row in rows.values():
+        assert f"{row['knn']:.1f} ± " in said
+    assert f"{rows['cmt']['knn'] - rows['mae']['knn']:+.1f} (" in said
+    assert f"Its teacher stands at {rows['teacher']['knn']:.1f}" in said
+    page = (out / "report.html").read_text()
+    assert "What differs" in page
+    assert "no k-NN" not in page
+    for row in rows.values():  # the same numbers as in the table
+        assert f"{row['knn']:.1f}" in page
+    metrics = (out / "cmt" / "metrics.jsonl").read_bytes()
     assert main(words) == 0  # again: nothing is trained twice
-    assert len((out / "cmt" / "metrics.jsonl").read_text().splitlines()) == len(steps)
-    assert json.loads((out / "demo.json").read_text())["results"] == content["results"]
+    assert (out / "cmt" / "metrics.jsonl").read_bytes() == metrics
+    assert json.loads((out / "demo.json").read_text())["results"] == rows
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_demo_on_own_images(tmp_path: Path, teacher_file: Path, labelled: bool) -> None:
     own = tmp_path / "own"
     if labelled:
-        write_imagefolder(own, 110, 10, 48)
+        write_imagefolder(own, 110, 0, 48)
         own = own / "train"  # class folders without a held-out part: the demo holds some out
     else:
         own.mkdir()
         noise = np.random.default_rng(0)
-        for number in range(70):
-            Image.fromarray(noise.integers(0, 255, (50, 60, 3), np.uint8)).save(
-                own / f"{number}.png"
-            )
+        for number in range(40):
+            pixels = noise.integers(0, 255, (50, 60, 3), np.uint8)
+            Image.fromarray(pixels).save(own / f"{number}.png")
     out = tmp_path / "demo"
     words = ["demo", "--out", str(out), "--data", str(own), "--epochs", "1", "--workers", "0",
              "--batch-size", "32", "--teacher", str(teacher_file), "--progress", "false"]  # fmt: skip
     assert main(words) == 0
     content = json.loads((out / "demo.json").read_text())
     assert bool(content["results"]) is labelled
+    if labelled:
+        assert content["results"]["cmt"]["images"] == 20  # two of eleven of each class
+        facts = json.loads((out / "cmt" / "run.json").read_text())
+        assert facts["data"]["images"] == 90, "what is measured on is not trained on"
     assert list((out / "cmt" / "pictures").glob("*.png"))

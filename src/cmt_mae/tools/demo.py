@@ -1,12 +1,11 @@
 """``cmt-mae demo``: a small two-stage run beside MAE, measured and pictured, on the sample images or own ones."""
 
-import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ from cmt_mae.core.runs import environment
 from cmt_mae.core.settings import Count, CountOrNone, Positive, check_fields
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.sample import write_imagefolder
-from cmt_mae.data.sources import open_source, open_split
+from cmt_mae.data.sources import has_splits, open_split
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
 from cmt_mae.pretraining import assembly
@@ -28,7 +27,14 @@ from cmt_mae.tools.pretrain import pretrain
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 
 PACKED_SIZE = 96
+HELD_OUT = 0.2  # of own images without a val split
 SMALLEST_HELD_OUT = 20  # images: fewer say nothing about a probe
+TITLES = {
+    "untrained": "untrained encoder",
+    "mae": "MAE (random mask, pixels)",
+    "cmt": "CMT-MAE (recipe demo)",
+    "teacher": "teacher",
+}
 
 
 @dataclass
@@ -69,20 +75,29 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             f"--images {config.images} is too few: give {2 * SMALLEST_HELD_OUT} or more, and a "
             "--batch-size that is not larger"
         )
-    data, labelled = prepare_images(config, out)
+    data, held_out, labelled = prepare_images(config, out)
     seconds: dict[str, float] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, recipe in (("mae", "mae,demo,mae"), ("cmt", "demo")):
+    runs = {"mae": "mae,demo,mae", "cmt": "demo"}
+    for name, recipe in runs.items():
         begin = time.perf_counter()
-        console.print(f"[bold]{name}[/bold]")
-        pretrain(settings(config, recipe, data, out / name))
+        console.print(f"[bold]{TITLES[name]}[/bold]")
+        own = settings(config, recipe, data, out / name)
+        own.data.val_share = held_out
+        if labelled:  # before, half way and after, so that the report can say whether it learns
+            own.runtime.probe_data, own.runtime.probe_every = str(data), config.epochs / 2
+        pretrain(own)
         seconds[name] = round(time.perf_counter() - begin, 1)
     cmt = settings(config, "demo", data, out / "cmt")
     write_untrained(cmt, out / "untrained")
-    backbones = {"untrained": out / "untrained", "mae": out / "mae", "cmt": out / "cmt"}
     if labelled:
-        rows = {name: measure(str(path), data, out / name) for name, path in backbones.items()}
-        rows["teacher"] = measure(config.teacher, data, out / "teacher", teacher_size(cmt))
+        # results of what is no run lie in the run's folder, so that its report shows the same rows
+        for name, backbone, place in (
+            ("untrained", str(out / "untrained"), "cmt"), ("mae", str(out / "mae"), "mae"),
+            ("cmt", str(out / "cmt"), "cmt"), ("teacher", config.teacher, "cmt"),
+        ):  # fmt: skip
+            size = teacher_size(cmt) if name == "teacher" else None
+            rows[name] = measure(backbone, data, held_out, out / place, size)
     content = {
         "data": {"path": config.data or "sample images", "labelled": labelled},
         "settings": vars(config),
@@ -92,14 +107,13 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         **environment(),
     }
     write_json(out / "demo.json", content)
-    runs = [str(out / "mae"), str(out / "cmt")]
-    make_report(ReportConfig(runs=runs, out=str(out / "report.html")))
+    make_report(ReportConfig(runs=[str(out / name) for name in runs], out=str(out / "report.html")))
     show(console, content, out)
     return content
 
 
-def prepare_images(config: DemoConfig, out: Path) -> tuple[Path, bool]:
-    """Packed images with train and (for labelled ones) val; the folder, and whether there are labels."""
+def prepare_images(config: DemoConfig, out: Path) -> tuple[Path, float, bool]:
+    """Packed images; the share to hold out where they have no val; and whether there is something to measure."""
     source = config.data
     if not source:
         source = str(out / "images")
@@ -107,37 +121,11 @@ def prepare_images(config: DemoConfig, out: Path) -> tuple[Path, bool]:
             write_imagefolder(source, config.images, config.images // 2, PACKED_SIZE)
     packed = out / "packed"
     pack(PackConfig(data=source, out=str(packed), size=PACKED_SIZE, workers=config.workers))
-    if (packed / "train").is_dir():
-        return packed, open_split(str(packed), "train").classes is not None and (
-            packed / "val"
-        ).is_dir()
-    if open_source(str(packed)).classes is None:
-        return packed, False
-    return hold_out(packed, out / "split", config.seed)
-
-
-def hold_out(packed: Path, split: Path, seed: int) -> tuple[Path, bool]:
-    """Divide one packed, labelled set: a fifth becomes val. False where that leaves too few to measure."""
-    images = np.load(packed / "images.npy", mmap_mode="r")
-    held_out = len(images) // 5
-    if held_out < SMALLEST_HELD_OUT:
-        return packed, False
-    labels, meta = np.load(packed / "labels.npy"), json.loads((packed / "meta.json").read_text())
-    order = np.random.default_rng(seed).permutation(len(images))
-    for name, part in (("val", np.sort(order[:held_out])), ("train", np.sort(order[held_out:]))):
-        folder = split / name
-        if (folder / "meta.json").exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "images.npy", images[part])
-        np.save(folder / "labels.npy", labels[part])
-        names = [meta["names"][i] for i in part]
-        fingerprint = f"{meta['source_fingerprint']}-{name}-{seed}"
-        write_json(
-            folder / "meta.json",
-            {**meta, "names": names, "count": len(part), "source_fingerprint": fingerprint},
-        )
-    return split, True
+    images = open_split(str(packed), "train")
+    if has_splits(str(packed)):
+        return packed, 0.0, images.classes is not None
+    enough = images.classes is not None and HELD_OUT * len(images) >= SMALLEST_HELD_OUT
+    return packed, HELD_OUT if enough else 0.0, enough
 
 
 def settings(config: DemoConfig, recipes: str, data: Path, out: Path) -> PretrainConfig:
@@ -167,18 +155,17 @@ def write_untrained(config: PretrainConfig, folder: Path) -> None:
     save_student(folder, config, learner.student, assembly.IMAGENET, {}, "")
 
 
-def measure(backbone: str, data: Path, out: Path, size: int | None = None) -> dict[str, float]:
-    """k-NN and linear probe (logistic regression), mean-pooled patch tokens, in percent."""
+def measure(
+    backbone: str, data: Path, held_out: float, out: Path, size: int | None
+) -> dict[str, float]:
+    """k-NN and linear probe (logistic regression), mean-pooled patch tokens, in percent; how many images."""
     common: dict[str, Any] = {
-        "backbone": backbone,
-        "data": str(data),
-        "out": str(out),
-        "workers": 0,
-        "size": size,
-    }
-    knn = evaluate_knn(KnnConfig(**common, pools=("mean",)))
-    linear = evaluate_linear(LinearConfig(**common, pools=("mean",)))
-    return {"knn": knn.headline, "linear": linear.headline}
+        "backbone": backbone, "data": str(data), "val_share": held_out, "out": str(out), "workers": 0,
+        "size": size, "pools": ("mean",),
+    }  # fmt: skip
+    knn = evaluate_knn(KnnConfig(**common))
+    linear = evaluate_linear(LinearConfig(**common))
+    return {"knn": knn.headline, "linear": linear.headline, "images": knn.data["val"]}
 
 
 def teacher_size(config: PretrainConfig) -> int:
@@ -188,25 +175,45 @@ def teacher_size(config: PretrainConfig) -> int:
     return teacher.input_size[0]
 
 
+def standard_error(percent: float, images: int) -> float:
+    """Of a share of right answers, in percent."""
+    return math.sqrt(max(percent * (100 - percent), 0.0) / images)
+
+
+def in_words(rows: dict[str, dict[str, Any]]) -> str:
+    """What the k-NN numbers mean, in a few sentences."""
+    own, images = rows["cmt"]["knn"], rows["cmt"]["images"]
+
+    def against(name: str) -> str:
+        other = rows[name]["knn"]
+        error = math.hypot(standard_error(own, images), standard_error(other, images))
+        return f"{own - other:+.1f} ({abs(own - other) / max(error, 1e-9):.1f} standard errors)"
+
+    teacher = rows["teacher"]["knn"]
+    stands = "a run this short does not reach it" if teacher > own else "the student is level or past it"
+    return (
+        f"k-NN names each of {images} held-out images by the training images whose features are nearest. CMT-MAE "
+        f"against MAE after the same images: {against('mae')}; against the encoder before training: "
+        f"{against('untrained')}. Its teacher stands at {teacher:.1f}, and {stands}."
+    )
+
+
 def show(console: Console, content: dict[str, Any], out: Path) -> None:
-    """The table, and where everything is."""
-    titles = {
-        "untrained": "untrained encoder", "mae": "MAE (random mask, pixels)",
-        "cmt": "CMT-MAE (two stages)", "teacher": f"teacher ({content['settings']['teacher']})",
-    }  # fmt: skip
-    if content["results"]:
-        table = Table(title="top-1 in percent on held-out images, mean-pooled features")
+    """The table, what it means, and where everything is."""
+    rows = content["results"]
+    if rows:
+        table = Table(title="top-1 in percent on held-out images, with the standard error")
         for heading in ("", "k-NN", "linear probe", "training, s"):
             table.add_column(heading, justify="left" if not heading else "right")
-        for name, row in content["results"].items():
+        for name, row in rows.items():
+            cells = [
+                f"{row[key]:.1f} ± {standard_error(row[key], row['images']):.1f}"
+                for key in ("knn", "linear")
+            ]
             spent = content["training_seconds"].get(name)
-            table.add_row(
-                titles[name],
-                f"{row['knn']:.1f}",
-                f"{row['linear']:.1f}",
-                f"{spent:.0f}" if spent else "",
-            )
+            table.add_row(TITLES[name], *cells, f"{spent:.0f}" if spent else "")
         Console().print(table)
+        Console(soft_wrap=True).print(in_words(rows), markup=False, highlight=False)
     else:
         console.print(
             "no labels (or too few images) to measure with: only the runs and their pictures were made"
@@ -215,6 +222,7 @@ def show(console: Console, content: dict[str, Any], out: Path) -> None:
     if not pictures:
         raise InputError(f"{out} holds no pictures: delete it and run the demo again")
     console.print(f"pictures of attention and masks: {pictures[-1]}", markup=False)
+    console.print(f"report with the same rows: {out / 'report.html'}", markup=False)
     console.print(
         f"backbone: {out / 'cmt' / 'backbone.safetensors'}; everything in {out}, {content['seconds']:.0f} s",
         markup=False,
