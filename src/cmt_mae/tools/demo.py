@@ -190,7 +190,9 @@ def in_words(rows: dict[str, dict[str, Any]]) -> str:
         return f"{own - other:+.1f} ({abs(own - other) / max(error, 1e-9):.1f} standard errors)"
 
     teacher = rows["teacher"]["knn"]
-    stands = "a run this short does not reach it" if teacher > own else "the student is level or past it"
+    stands = (
+        "a run this short does not reach it" if teacher > own else "the student is level or past it"
+    )
     return (
         f"k-NN names each of {images} held-out images by the training images whose features are nearest. CMT-MAE "
         f"against MAE after the same images: {against('mae')}; against the encoder before training: "
