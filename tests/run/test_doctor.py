@@ -25,6 +25,7 @@ from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.bench.build import make_trainer, synthetic_batches
 from cmt_mae.tools.diagnose import machine
+from cmt_mae.tools.diagnose.aim import check_aim
 from cmt_mae.tools.diagnose.command import DoctorConfig, doctor
 from cmt_mae.tools.diagnose.estimate import Size, at, estimate, kept_gb
 from cmt_mae.tools.diagnose.finding import Finding
@@ -344,6 +345,24 @@ def test_a_network_with_another_activation_is_refused_by_its_known_features(
     wrong, found = check_teacher(make(teacher__name=str(tmp_path / "wrong.safetensors")), None)
     assert names(found) == ["the teacher cannot be had"]
     assert "self-check failed" in wrong["error"]
+
+
+def test_objects_say_whether_a_guided_mask_can_do_anything(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights do not see objects; the report has chance's neighbours and one line."""
+    facts, found = check_aim(make(), None, "sample")
+    assert not facts["works"]
+    assert names(found) == ["the mask does not see objects"]
+    assert abs(facts["maps"]["teacher"]["auc"] - 0.5) < 0.15
+    assert facts["maps"]["a spot in the middle"]["auc"] > 0.5
+    random_rule, found = check_aim(make(mask__rule="random"), None, "sample")
+    assert (random_rule, found) == ({"verdict": "mask rule random is not guided"}, [])
+    config = make("seen", student__img_size=[64], student__patch_size=8, teacher__name="embedded")
+    words = {one.name: getattr(config, one.name) for one in dataclasses.fields(PretrainConfig)}
+    report = doctor(DoctorConfig(**words, objects="sample", machine=False, estimate=False, recipe="x"))
+    assert set(report["aim"]["maps"]) >= {"teacher", "a spot in the middle"}
+    assert "guided mask" in capsys.readouterr().err
 
 
 # --- estimate ------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     parts = {
-        "machine": machine_lines, "data": data_lines, "teacher": teacher_lines, "settings": plan_lines,
-        "estimate": estimate_lines, "run": run_lines,
+        "machine": machine_lines, "data": data_lines, "teacher": teacher_lines, "aim": aim_lines,
+        "settings": plan_lines, "estimate": estimate_lines, "run": run_lines,
     }  # fmt: skip
     for part, lines in parts.items():
         if part not in report:
@@ -114,6 +114,15 @@ def teacher_lines(facts: dict[str, Any]) -> Iterator[Line]:
         f"{facts['feature_image_share']:.0%} of their variance from images"
     )  # fmt: skip
     yield "seen on", facts["shown"]
+
+
+def aim_lines(facts: dict[str, Any]) -> Iterator[Line]:
+    """Whether the guiding map lies on objects."""
+    yield "guided mask", facts["verdict"]
+    for name, one in facts.get("maps", {}).items():
+        more = one["hidden_more"]
+        drawn = "" if more is None else f"; hidden on objects {more:+.3f} more than on background"
+        yield name, f"AUC {one['auc']:.3f} ± {one['error']:.3f}{drawn}"
 
 
 def plan_lines(facts: dict[str, Any]) -> Iterator[Line]:
