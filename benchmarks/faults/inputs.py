@@ -9,7 +9,6 @@ import shutil
 import signal
 import traceback
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from PIL import Image
 
 from benchmarks.faults.lab import Broken, Lab, Row
 from benchmarks.faults.launch import HUNG, Ended, judged
-from cmt_mae.core.cli import COMMANDS, EVALUATIONS, main
-from cmt_mae.core.parsing import make_parser, types_of
+from cmt_mae.core.cli import COMMANDS, EVALUATIONS, load, main
+from cmt_mae.core.settings import walk
 
 PLACES = {
     "out", "data", "data.path", "data_root", "backbone", "cache", "runs", "init_from", "run", "images", "results",
@@ -111,9 +110,8 @@ def called(words: list[str], limit_s: int = 20) -> Ended:
 
 def settings_of(command: str) -> list[str]:
     """All settings of a command, sections included, but for places."""
-    module, settings, *_ = {**COMMANDS, **EVALUATIONS}[command]
-    found = types_of(make_parser("", getattr(import_module(module), settings)))
-    return sorted(name for name in found if name not in PLACES and name != "help")
+    settings, _ = load({**COMMANDS, **EVALUATIONS}[command])
+    return sorted(name for name, *_ in walk(settings) if name not in PLACES)
 
 
 def start_of(command: str) -> list[str]:
