@@ -19,11 +19,12 @@ from torch import Tensor
 
 from cmt_mae.core import checkpoint
 from cmt_mae.data import loader
+from cmt_mae.engine.fit import _Fit
+from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method import cmtmae
 from cmt_mae.method.decoder import Decoder
-from cmt_mae.pretraining import picturing
-from cmt_mae.pretraining.run import Training
-from cmt_mae.pretraining.stepping import Stepper
+from cmt_mae.pretraining.task import Pretraining
+from cmt_mae.tools import pretrain
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.link", "os.truncate", "os.rmdir")
 """Of Python's audit hooks."""
@@ -59,7 +60,7 @@ class KillAt:
 
 def few_pictures() -> None:
     """Else most of a tiny run is spent, and killed, drawing pictures."""
-    picturing.PICTURED = 1
+    pretrain.PICTURED = 1
 
 
 def watch(counters: Counters, fault: KillAt | None, out: Path) -> None:
@@ -80,7 +81,7 @@ def watch(counters: Counters, fault: KillAt | None, out: Path) -> None:
             count("file")
 
     sys.addaudithook(audit)
-    write, decode, to_device = checkpoint._Hashed.write, loader.decode_image, Stepper.to_device
+    write, decode, to_device = checkpoint._Hashed.write, loader.decode_image, Pretraining.to_device
 
     def write_some(self: Any, data: bytes) -> int:
         before = counters.add("byte", len(data))
@@ -90,8 +91,8 @@ def watch(counters: Counters, fault: KillAt | None, out: Path) -> None:
             die()
         return write(self, data)
 
-    def decode_one(*args: Any) -> Any:
-        image = decode(*args)
+    def decode_one(*args: Any, **more: Any) -> Any:
+        image = decode(*args, **more)
         count("decode")
         return image
 
@@ -101,18 +102,18 @@ def watch(counters: Counters, fault: KillAt | None, out: Path) -> None:
 
     checkpoint._Hashed.write = write_some  # type: ignore[method-assign]
     loader.decode_image = decode_one
-    Stepper.to_device = take_micro  # type: ignore[method-assign]
+    Pretraining.to_device = take_micro  # type: ignore[method-assign]
 
 
 def before_step(act: Callable[[int], None]) -> None:
-    """Call ``act`` with the number of every optimizer step (from 1) before it is taken."""
-    real = Stepper.step
+    """Call ``act`` with the number of every optimizer step (from 1), of any training, before it is taken."""
+    real = Trainer.step
 
     def step(self: Any, batches: Any, number: int) -> Any:
         act(number + 1)
         return real(self, batches, number)
 
-    Stepper.step = step  # type: ignore[method-assign]
+    Trainer.step = step  # type: ignore[method-assign]
 
 
 def slow_steps(seconds: float) -> None:
@@ -147,15 +148,15 @@ def jumping_clock(seconds: float) -> Callable[[int], None]:
 
 def leave_weights(out: Path, rank: int) -> None:
     """Every process leaves the sums of its weights behind, exactly, for comparison."""
-    real = Training.run_to_the_end
+    real = _Fit.run_to_the_end
 
     def run(self: Any) -> Any:
         last = real(self)
-        sums = [p.detach().double().sum().item().hex() for p in self.stepper.learner.parameters()]
+        sums = [p.detach().double().sum().item().hex() for p in self.task.model.parameters()]
         (out.parent / f"{out.name}.weights{rank}").write_text(" ".join(sums))
         return last
 
-    Training.run_to_the_end = run  # type: ignore[method-assign]
+    _Fit.run_to_the_end = run  # type: ignore[method-assign]
 
 
 # --- numbers that are spoilt -------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def spoil(place: str, now: Now, value: float) -> None:
         return poison(made, value) if now() else made
 
     if place == "image":
-        wrapped(Stepper, "to_device", lambda made, *_: (one(made[0]), made[1]))
+        wrapped(Pretraining, "to_device", lambda made, *_: (one(made[0]), made[1]))
     elif place in ("teacher", "momentum"):
         wrapped(
             cmtmae.CachedForwards, "features", lambda made, _, name, *__: one(made) if name == place else made

@@ -33,8 +33,9 @@ HUNG = 999
 
 # imported here, so that a forked process need not
 for _module in (
-    "cmt_mae.evaluate.finetune", "cmt_mae.evaluate.segmentation", "cmt_mae.evaluate.linear",
-    "cmt_mae.evaluate.knn", "cmt_mae.tools.report", "cmt_mae.data.pack", "torch.utils.tensorboard",
+    "cmt_mae.tools.pretrain", "cmt_mae.evaluate.finetune", "cmt_mae.evaluate.segmentation",
+    "cmt_mae.evaluate.linear", "cmt_mae.evaluate.knn", "cmt_mae.tools.report",
+    "cmt_mae.data.pack", "torch.utils.tensorboard",
     "matplotlib.pyplot", "jsonargparse", "torch.distributed", "torch.nn.parallel",
 ):  # fmt: skip
     __import__(_module)

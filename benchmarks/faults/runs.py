@@ -162,8 +162,7 @@ def polite_stop(name: str, processes: int, lab: Lab, rng: random.Random) -> None
     run = lab.fresh() / "run"
     which = rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     total = len(steps_done(whole))
-    slowly = partial(lambda _: hooks.slow_steps(0.02)) if name == "pretrain" else None
-    launch = Launch(words_in(run), run.parent / "log", processes, prepare=slowly).start()
+    launch = Launch(words_in(run), run.parent / "log", processes, prepare=lambda _: hooks.slow_steps(0.02)).start()
     wanted = rng.randrange(1, max(2, total - 3))
     if not launch.until(lambda: len(steps_done(run)) >= wanted):
         raise Broken(f"it ended by itself: {launch.finish()} {launch.last()}")
