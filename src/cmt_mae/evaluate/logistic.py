@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.features import Features
 
 STRENGTHS = tuple(10.0 ** (e / 2) for e in range(-10, 5))
@@ -148,8 +149,13 @@ def logistic_probe(
     """``Result.metrics`` and ``Result.details`` of a probe by logistic regression.
 
     Every feature gets its own C; the feature with the best accuracy on held-out training images is quoted (of
-    equal ones the first, and the smallest C). Only then are the validation images looked at.
+    equal ones the first, and the smallest C). Only then are the validation images looked at. Raises InputError
+    for a single training image.
     """
+    if len(train.labels) < 2:
+        raise InputError(
+            f"{len(train.labels)} training image: the linear probe chooses C on held-out ones and needs 2 or more"
+        )
     tables: dict[str, list[dict[str, float]]] = {}
     labels = train.labels.to(device)
     for pool, x in train.pools.items():
