@@ -97,8 +97,16 @@ def _known(path: Path) -> list[str]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first (their checksum file exists; it is verified at loading)."""
-    found = [p for p in folder.glob("step_*.pt") if NAME.fullmatch(p.name)]
-    return sorted((p for p in found if p.with_suffix(".sha256").exists()), key=step_of)
+    return [p for p in _named(folder) if p.with_suffix(".sha256").exists()]
+
+
+def bare_checkpoints(folder: Path) -> list[Path]:
+    """Those without a checksum file, oldest first."""
+    return [p for p in _named(folder) if not p.with_suffix(".sha256").exists()]
+
+
+def _named(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step_*.pt") if NAME.fullmatch(p.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -109,17 +117,25 @@ def step_of(checkpoint: Path) -> int:
 def load_last(folder: Path) -> dict[str, Any] | None:
     """State of the newest whole checkpoint; None where there is none at all.
 
-    A damaged one is passed over with a warning. Raises InputError where all are damaged, as a run would
-    silently begin again, and where one cannot be read for another reason (permission).
+    A damaged one, or one without its checksum file, is passed over with a warning. Raises InputError where all
+    are damaged, as a run would silently begin again, and where one cannot be read for another reason (permission).
     """
-    for path in reversed(list_checkpoints(folder)):
+    whole = list_checkpoints(folder)
+    for path in reversed(bare_checkpoints(folder)):
+        if whole and step_of(path) > step_of(whole[-1]):
+            print(
+                f"warning: {printable(str(path))} has no {path.stem}.sha256 beside it, so nothing says that it is "
+                f"whole; falling back to step {step_of(whole[-1])}",
+                file=sys.stderr,
+            )
+    for path in reversed(whole):
         try:
             return load_checkpoint(path)
         except DamagedError as error:
             print(
                 f"warning: {printable(str(error))}; falling back to the one before", file=sys.stderr
             )
-    if any(NAME.fullmatch(p.name) for p in folder.glob("step_*.pt")):
+    if _named(folder):
         raise InputError(
             f"no checkpoint in {folder} is whole with its .sha256 file beside it: bring one back from a copy, or "
             "delete that folder to start over"

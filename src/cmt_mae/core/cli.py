@@ -15,6 +15,7 @@ from cmt_mae.core.errors import InputError, LostProcess, Stopped
 from cmt_mae.core.help import show_help
 from cmt_mae.core.parsing import expand, parse, take, take_flag, with_lists, with_positional
 from cmt_mae.core.recipes import head_comment, load_recipes, recipe_names, recipe_text
+from cmt_mae.core.streams import lasting_streams
 from cmt_mae.core.text import hint, one_line, printable
 
 # read by torch at its import: its own warnings, such as DDP's of a flag that we set on purpose, are not for users
@@ -101,6 +102,8 @@ SHORT = {
     "probe_data": "runtime.probe_data",
     "val_share": "data.val_share",
     "deterministic": "runtime.deterministic",
+    "extend": "runtime.extend",
+    "yes": "runtime.yes",
 }
 USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows them)
 
@@ -133,6 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("CMT_MAE_DEBUG", "0") not in ("", "0")
     arguments = [a for a in arguments if a != "--debug"]
+    with lasting_streams():
+        return run(arguments, debug)
+
+
+def run(arguments: list[str], debug: bool) -> int:
+    """One command, every way in which it may end told in one line."""
     try:
         return dispatch(arguments)
     except InputError as error:
@@ -141,9 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 75
     except Stopped as stopped:
         return fail(str(stopped), 75, debug)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has seen enough
-        return 0
     except KeyboardInterrupt:
         return fail("interrupted", 130, debug)
     except OSError as error:  # a file or folder that no part of the package expected to fail
@@ -239,6 +245,9 @@ def run_command(command: str, words: list[str]) -> int:
         words = with_positional(words, "experiment", many=False)
     if command in RECIPE_COMMANDS:
         recipe, words = take(words, "--recipe")
+        for flag in ("extend", "yes"):
+            given, words = take_flag(words, f"--{flag}")
+            words = [*words, f"--{flag}=true"] if given else words
         words = [expand(word, SHORT) for word in words]
         if recipe is not None:
             defaults = load_recipes(recipe) | ({"recipe": recipe} if command == "doctor" else {})

@@ -74,6 +74,8 @@ class RunDir:
             if list_checkpoints(self.checkpoints):
                 before = read_settings(config.read_text(errors="replace"), str(config))
                 refuse_changes(self.path, before, settings, indifferent, defaults)
+            else:
+                self._refuse_to_lose()
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise InputError(
                 f"{self.path} is not empty and holds no run: choose a new folder for --out"
@@ -93,6 +95,27 @@ class RunDir:
             with writing(self.path / part):
                 sweep(self.path / part)
         write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+
+    def _refuse_to_lose(self) -> None:
+        """Raise InputError where checkpoints are gone that this run has had: it would be trained anew."""
+        if any(self.checkpoints.glob("step_*.pt")):  # there, without checksums: loading says so
+            return
+        kept = [p.name for p in sorted(self.path.glob("*.safetensors"))]
+        rows = len(self.read_metrics())
+        # runs of version 0.1 did not note it
+        had = self.known_facts().get("has_checkpoint", bool(kept or rows))
+        if had and (kept or rows):
+            what = ", ".join([*kept, f"metrics.jsonl with {rows} lines"])
+            raise InputError(
+                f"{self.path} holds a run whose checkpoints are gone: it would be trained anew, and {what} lost; "
+                "bring its folder checkpoints back, delete the run to start over, or choose another --out"
+            )
+
+    def note_checkpoint(self) -> None:
+        """Put into run.json that this run has had a checkpoint, if that is not known."""
+        facts = self.known_facts()
+        if not facts.get("has_checkpoint"):
+            write_json(self.path / "run.json", {**facts, "has_checkpoint": True})
 
     def _foreign(self) -> bool:
         # a run killed at once leaves these two behind

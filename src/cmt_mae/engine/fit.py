@@ -37,7 +37,7 @@ from cmt_mae.engine.processes import (
     peak_memory,
     stopping_with_the_others,
 )
-from cmt_mae.engine.progress import training_bar
+from cmt_mae.engine.progress import Forecast, training_bar
 from cmt_mae.engine.signals import StopRequest
 from cmt_mae.engine.task import Evaluation, Task, falls_due
 from cmt_mae.engine.trackers import Trackers
@@ -106,6 +106,7 @@ class _Fit:
             task, accelerator, parallel=settings.parallel, compiled=settings.compile
         )
         self.step, self.best, self.best_step = 0, -math.inf, -1
+        self.has_checkpoint = False
         self.last, self.evaluated_at = Evaluation({}), -1
         self.row: dict[str, Any] = {}
         self.since = time.perf_counter()
@@ -139,8 +140,11 @@ class _Fit:
                 if self.step:
                     self.checkpoint()
             self.since, self.trainer.waited = time.perf_counter(), 0.0
+            forecast = Forecast(self.step, task.total_steps)
             while self.step < task.total_steps:
                 self.take_step(batches)
+                if text := forecast.text(self.step):
+                    say(self.accelerator, text)
                 if self.step % settings.log_every == 0 or self.step == task.total_steps:
                     bar.update(shown, description=self.log(tracking))
                 bar.update(shown, completed=self.step)
@@ -296,8 +300,13 @@ class _Fit:
                 "best_step": self.best_step,
                 "evaluated_at": self.evaluated_at,
                 "last": {"metrics": self.last.metrics, "details": self.last.details},
+                "run": self.run.path.resolve().name,
+                "settings": self.run.settings,
             }
             save_checkpoint(self.run.checkpoints, self.step, {**place, **state})
+            if not self.has_checkpoint:
+                self.run.note_checkpoint()
+                self.has_checkpoint = True
             self.tidy()
         self.accelerator.wait_for_everyone()
 
@@ -319,12 +328,14 @@ class _Fit:
         seen = state.get("evaluated_at", state["step"]) if state else -1
         placement = self.placement()
         if self.run.writes:
-            self.run.write_facts({**self.facts, "placement": placement})
+            facts = {**self.facts, "placement": placement, "has_checkpoint": state is not None}
+            self.run.write_facts(facts)
             # an evaluation that its checkpoint does not know of is made, and written, again
             step = state["step"] if state else -1
             self.run.cut_metrics(step, lambda row: "lr" in row or row["step"] <= seen)
         if state is None:
             return
+        self.has_checkpoint = True
         self.step, self.evaluated_at = state["step"], seen
         self.best, self.best_step = state["best"], state["best_step"]
         self.last = Evaluation(**(state.get("last") or {"metrics": {}}))
@@ -342,7 +353,10 @@ class _Fit:
         ]
         changed = f"; changed since the last start: {', '.join(changes)}" if changes else ""
         place = f"step {self.step} of {self.task.total_steps}"
-        say(self.accelerator, f"continuing {self.run.path} at {place}{changed}")
+        name = self.run.path.resolve().name
+        of = state.get("run", name)
+        taken = "" if of == name else f", by a checkpoint of run {of}"
+        say(self.accelerator, f"continuing {self.run.path} at {place}{taken}{changed}")
 
     def refuse_other(self, known: dict[str, Any]) -> None:
         """Raise InputError where networks or data are not those that the run was started with."""
@@ -356,6 +370,15 @@ class _Fit:
                 raise InputError(
                     f"{self.run.path} was started with another {part} ({key} {str(old)[:150]}, now "
                     f"{str(new)[:150]}: {name} has changed): give that one, or another --out"
+                )
+
+        old, new = known.get("functions") or {}, self.facts.get("functions") or {}
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                raise InputError(
+                    f"{self.run.path} was started with {name} {old.get(name) or 'by name'}, now it is "
+                    f"{new.get(name) or 'by name'} (name and hash of the source): pass in the same function, or "
+                    "choose another --out"
                 )
 
     def placement(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The progress bar of long work, or plain lines where there is no terminal."""
 
 import time
+from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cmt_mae.core.text import printable
+from cmt_mae.core.text import duration, printable
 
 
 class RateColumn(ProgressColumn):
@@ -30,17 +31,20 @@ class RateColumn(ProgressColumn):
 
 
 def training_bar(show: bool) -> Progress:
-    """A bar on stderr with stage, epoch, losses, rate and remaining time; silent when not shown.
+    """A bar on stderr with stage, epoch, losses, rate and remaining time, or lines where that is no terminal.
 
-    ``add_task`` needs the field ``images_per_step``.
+    ``add_task`` needs the field ``images_per_step``. Silent when not shown.
     """
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        return _Lines(console=console, auto_refresh=False, disable=not show)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
         RateColumn(),
         TimeRemainingColumn(compact=True),
-        console=Console(stderr=True),
+        console=console,
         disable=not show,
         refresh_per_second=2,
     )
@@ -92,3 +96,34 @@ def evaluation_progress(show: bool) -> Progress:
         rest = (MofNCompleteColumn(), TimeRemainingColumn(compact=True))
         return Progress(*columns, *rest, console=console, transient=True, disable=not show)
     return _Lines(console=console, auto_refresh=False, disable=not show)
+
+
+class Forecast:
+    """Tells once, after a few steps, when a training will end."""
+
+    WARM, SECONDS, LONG = 2, 5.0, 60.0
+
+    def __init__(self, step: int, total: int) -> None:
+        """step: done before this start."""
+        self.total, self.warm = total, step + self.WARM
+        self._since = 0.0
+        self._told = False
+
+    def text(self, step: int) -> str:
+        """What to say after this step; "" before it can be known, and for the rest of the run."""
+        now = time.perf_counter()
+        if step == self.warm:
+            self._since = now
+        elapsed = now - self._since
+        if self._told or step <= self.warm or elapsed < self.SECONDS:
+            return ""
+        self._told = True
+        each = elapsed / (step - self.warm)
+        left = each * (self.total - step)
+        if left < self.LONG:
+            return ""
+        end = datetime.now() + timedelta(seconds=left)
+        return (
+            f"{self.total - step} steps to go at {each:.2g} s each: about {duration(left)}, until "
+            f"{end:%a %d %b %H:%M}"
+        )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask for a checkpoint; a second one leaves at once."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) ask for a checkpoint; a second one leaves at once."""
 
 import os
 import signal
@@ -11,7 +11,11 @@ ONE_REQUEST_S = 0.5
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM only sets ``asked``; a later one exits with 128 + its number."""
+    """While active, the first SIGINT, SIGTERM or SIGHUP only sets ``asked``; a later one leaves at once,
+    with status 128 + its number.
+
+    A SIGHUP that is ignored (nohup) stays so.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -19,7 +23,9 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._receive)
             except ValueError:  # not the main thread: the caller keeps its own handling

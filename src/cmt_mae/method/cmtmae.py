@@ -31,13 +31,25 @@ from cmt_mae.method.attention import (
 from cmt_mae.method.decoder import Decoder, DecoderConfig, Tokens
 from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
-from cmt_mae.method.masking import GUIDED, Mask, Rule, of_other_images, sample_mask
+from cmt_mae.method.masking import (
+    GUIDED,
+    Mask,
+    Rule,
+    from_priority,
+    of_other_images,
+    sample_mask,
+)
 from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.method.vit import LastBlockInput, encode_visible, forward_to_last, gather_tokens
 
 Source = Literal["teacher", "momentum", "collab"]
 SOURCES: tuple[str, ...] = get_args(Source)
+MaskRule = Callable[[Tensor | None, Tensor, tuple[int, int]], Tensor]
+"""(scores (B, L) of the guiding attention, or None for a rule without; uniform numbers (B, L) in (0, 1); the grid)
+-> priorities (B, L): the patches of highest priority are hidden. It may draw no random numbers of its own."""
+TargetFunction = Callable[[Tensor], Tensor]
+"""Normalised images (B, C, H, W) -> features (B, L, D) to predict, patches in raster order."""
 FROM_IMAGE = ("pixel", "hog")  # targets that are computed from the image, without a network
 
 
@@ -246,6 +258,8 @@ class FrozenNetworks(nn.Module):
         self.means = T.RunningMeans()
         """Of each target as it is predicted (by name) and, with ``target.centre``, before ("raw" + name)."""
         self.grid, self.patch_size = grid, patch_size
+        self.mask_rule: MaskRule | None = None
+        self.target_function: TargetFunction | None = None
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -337,6 +351,9 @@ class FrozenNetworks(nn.Module):
         scores = self._scores(look, alpha, logs) if rule in GUIDED else None
         if scores is not None and self.mask.other_image:
             scores = of_other_images(scores)
+        if self.mask_rule is not None:
+            uniform = noise[:, : self.grid[0] * self.grid[1]]
+            return from_priority(self.mask_rule(scores, uniform, self.grid), n_mask)
         return sample_mask(
             rule, n_mask, noise, self.grid, scores, temperature=self.mask.temperature,
             guided_share=guided_share, hint_share=self.mask.hint_share, square_side=self.mask.square_side,
@@ -397,7 +414,9 @@ class FrozenNetworks(nn.Module):
 
     def _image_target(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Pixels of patches in MAE's order, or HOG of the unnormalised image; at hidden patches ids."""
-        if self.target.source == "pixel":
+        if self.target_function is not None:
+            patches = self.target_function(images)
+        elif self.target.source == "pixel":
             patches = T.patchify(images, self.patch_size)
         else:
             patches = hog_targets(images.float() * self.std + self.mean, self.patch_size)

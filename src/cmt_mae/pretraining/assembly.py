@@ -78,8 +78,13 @@ def make_teacher(
     return teacher, backbone
 
 
-def build_learner(config: PretrainConfig, teacher: Teacher | None) -> StudentWithDecoder:
-    """Student, decoder and heads, started at random from the run's seed or from ``init_from``."""
+def build_learner(
+    config: PretrainConfig, teacher: Teacher | None, target_width: int = 0
+) -> StudentWithDecoder:
+    """Student, decoder and heads, started at random from the run's seed or from ``init_from``.
+
+    target_width: channels of a target that is a function of the image; 0: the target is one of ours.
+    """
     torch.manual_seed(config.seed)
     student = build_student(config.student)
     pixels = config.student.patch_size**2 * config.student.in_chans
@@ -90,7 +95,7 @@ def build_learner(config: PretrainConfig, teacher: Teacher | None) -> StudentWit
         "momentum": int(student.embed_dim),
     }
     names = ("teacher", "momentum") if config.target.source == "collab" else (config.target.source,)
-    heads = {name: widths[name] for name in names if widths[name]}
+    heads = {name: target_width or widths[name] for name in names if widths[name]}
     learner = StudentWithDecoder(student, config.decoder, config.target, heads)
     if config.init_from:
         start_from(learner, config)

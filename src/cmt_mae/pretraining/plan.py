@@ -1,6 +1,6 @@
 """What the settings of a run and the number of its images make of each other: steps, switch, alphas."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.engine.schedules import half_lives, momentum
@@ -26,13 +26,22 @@ class Plan:
     """Images a process takes at a time."""
     accumulation: int
     """Micro-batches of an optimizer step."""
+    extensions: list[int] = field(default_factory=list)
+    """Steps at which a finished run was trained on."""
+
+    def first_end(self) -> int:
+        """Steps of the run before any extension."""
+        return self.extensions[0] if self.extensions else self.total_steps
 
     def momentum_at(self, settings: MomentumConfig, step: int) -> float:
-        """m of the moving average at this step of stage two."""
-        steps = max(1, self.total_steps - self.switch_step)
+        """m of the moving average at this step of stage two; an extension begins with ``start`` again."""
+        borders = [self.switch_step, *self.extensions, self.total_steps]
+        number = sum(border <= step for border in self.extensions)
+        begin, end = borders[number : number + 2]
+        steps = max(1, end - begin)
         if settings.half_lives:
             return float(0.5 ** (settings.half_lives / steps))
-        share = (step - self.switch_step) / steps
+        share = (step - begin) / steps
         return momentum(share, settings.start, settings.end, settings.schedule)
 
     def half_lives(self, settings: MomentumConfig, step: int) -> float:
@@ -75,6 +84,7 @@ def make_plan(config: PretrainConfig, n_images: int, processes: int) -> Plan:
         lr=config.optim.blr * config.batch_size / 256,
         micro_batch=micro,
         accumulation=accumulation,
+        extensions=[round(epochs * steps_per_epoch) for epochs in config.extended],
     )
 
 

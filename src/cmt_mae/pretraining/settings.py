@@ -141,7 +141,11 @@ class RuntimeConfig:
     tracker: Tracker = "none"
     """none | wandb: a further place for metrics (metrics.jsonl and tensorboard are always written)."""
     progress: bool = True
-    """Show the progress bar."""
+    """Show the progress bar, or a line every few seconds where there is no terminal."""
+    extend: bool = False
+    """Train a finished run on, to more `epochs`, with a warm-up and a cosine of its own."""
+    yes: bool = False
+    """Begin also where a CPU would take more than a day."""
 
 
 @dataclass
@@ -161,8 +165,10 @@ class PretrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig, metadata=RESUME_SAFE)
     epochs: Positive = 800.0
     """Passes over the images, both stages together."""
+    extended: list[float] = field(default_factory=list)
+    """Epochs after which a finished run was trained on; `--extend` writes it."""
     stage1_share: Share = 0.5
-    """Share of the epochs that stage one takes, 0..1."""
+    """Share of the epochs (before any extension) that stage one takes, 0..1."""
     stage1_epochs: Amount | None = None
     """Epochs of stage one; overrides stage1_share."""
     batch_size: Count = 4096
@@ -264,7 +270,19 @@ class PretrainConfig:
         """Epochs of stage one; 0 where no momentum student takes part."""
         if not self.needs_momentum():
             return self.epochs
-        return self.epochs * self.stage1_share if self.stage1_epochs is None else self.stage1_epochs
+        if self.stage1_epochs is not None:
+            return self.stage1_epochs
+        return self.first_epochs() * self.stage1_share
+
+    def first_epochs(self) -> float:
+        """Epochs before any extension."""
+        return self.extended[0] if self.extended else self.epochs
+
+    def phase(self, epoch: float) -> tuple[float, float]:
+        """(first, last) epoch of the schedule at ``epoch``: of the run itself or of an extension."""
+        borders = [0.0, *self.extended, self.epochs]
+        number = max(i for i, border in enumerate(borders[:-1]) if border <= epoch)
+        return borders[number], borders[number + 1]
 
     def mask_source(self) -> str:
         """Whose attention guides the mask, or "none" for rules without attention."""

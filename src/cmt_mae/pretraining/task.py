@@ -38,6 +38,9 @@ from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.student_files import as_backbone, save_student
 from cmt_mae.pretraining.teacher_store import TeacherStore
 
+EXTENSION_WARMUP = 0.1
+"""Largest share of an extension that its warm-up takes."""
+
 
 @dataclass
 class Images:
@@ -114,7 +117,8 @@ class Pretraining(Task):
                     batch, images if teacher_images is None else teacher_images
                 ),
                 random_mask=step < rules.random_until_epoch * self.steps_per_epoch,
-                guided_share=rules.mix_random_start + mixed * (step / self.total_steps),
+                guided_share=rules.mix_random_start
+                + mixed * min(1.0, step / self.plan.first_end()),
             )
         loss, more = model(
             images,
@@ -154,11 +158,15 @@ class Pretraining(Task):
             self.learner.activate(active)
 
     def lr_at(self, step: int) -> float:
-        """Warm-up and cosine."""
+        """Warm-up and cosine; an extension has its own."""
         optim, epoch = self.config.optim, step / self.steps_per_epoch
-        return learning_rate(
-            epoch, self.plan.lr, optim.warmup_epochs, self.config.epochs, optim.min_lr
+        start, end = self.config.phase(epoch)
+        warmup = (
+            min(optim.warmup_epochs, EXTENSION_WARMUP * (end - start))
+            if start
+            else optim.warmup_epochs
         )
+        return learning_rate(epoch - start, self.plan.lr, warmup, end - start, optim.min_lr)
 
     def alphas_at(self, step: int) -> Alphas:
         """alpha of Eqs. 3 and 4 at this step."""

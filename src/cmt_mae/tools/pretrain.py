@@ -1,19 +1,28 @@
 """The command ``pretrain``: builds the task and passes in what other rooms add to it - pictures, probe, cost."""
 
+import hashlib
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from cmt_mae.backbones import Backbone
-from cmt_mae.core.checkpoint import list_checkpoints
+from cmt_mae.core.checkpoint import list_checkpoints, step_of
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.parsing import read_settings
+from cmt_mae.core.run_reader import read_run
 from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.core.settings import resume_safe_settings
+from cmt_mae.core.text import duration
 from cmt_mae.data.source import Source
 from cmt_mae.engine import compiling
 from cmt_mae.engine.fit import fit
-from cmt_mae.engine.processes import make_accelerator
+from cmt_mae.engine.processes import any_process, make_accelerator
+from cmt_mae.method.cmtmae import MaskRule, TargetFunction
 from cmt_mae.method.vit import Vit
 from cmt_mae.pretraining.assembly import (
     build_guides,
@@ -27,24 +36,39 @@ from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.task import Images, Looks, Pretraining
 
 PICTURED = 6  # images in a picture
+DAY = 86400.0  # seconds
+SURELY_A_DAY_LESS = 5e14
+"""FLOP that the slowest CPU makes in a day; only above it the machine is measured."""
+OVER_PRODUCTS = 1.3
+"""Time of a step over that of its matrix products (design section 4)."""
 CELL = 1.2  # inches: five of them and the colour bar fit in a row of the report
 
 
-def pretrain(config: PretrainConfig) -> dict[str, Any]:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    mask_rule: MaskRule | None = None,
+    target: TargetFunction | None = None,
+) -> dict[str, Any]:
     """Run, or continue, pre-training; returns the last metrics.
 
     Writes the run directory ``config.out`` (design section 5). Raises InputError for what the user can mend
     and Stopped when a signal asked for the end; both leave a checkpoint to continue from.
+
+    mask_rule: takes the place of ``mask.rule``, and is given the attention that guides that one, if any; see
+    ``method.cmtmae.MaskRule``. target: what is predicted in place of pixels (``target.source`` must be pixel); see
+    ``TargetFunction``. Both are recorded by name and source, and a run is continued with the same ones only.
     """
     config.check()
     runtime = config.runtime
     accelerator = make_accelerator(runtime.device, config.precision, runtime.deterministic)
     source = config.data.open_train()
+    extended = extend(config)
     plan = make_plan(config, len(source), accelerator.num_processes)
     run = RunDir(
         config.out,
         plain(config),
-        resume_safe_settings(PretrainConfig),
+        (*resume_safe_settings(PretrainConfig), *(("epochs", "extended") if extended else ())),
         writes=accelerator.is_main_process,
         defaults=plain(PretrainConfig()),
     )
@@ -52,24 +76,121 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     try:
         stats = statistics(config, source)
         teacher, backbone = build_teacher(config, stats)
+        frozen = build_guides(config, teacher, stats)
+        frozen.mask_rule, frozen.target_function = mask_rule, target
+        width = target_width(config, target)
         probe, sizes = open_probe(config, accelerator)
         task = Pretraining(
             config,
             accelerator,
             plan,
-            build_learner(config, teacher),
-            build_guides(config, teacher, stats),
+            build_learner(config, teacher, width),
+            frozen,
             images=Images(source, crop_settings(config, teacher)),
             stats=stats,
             teacher=backbone,
             looks=Looks(draw_attention, probe),
         )
-        more: dict[str, Any] = {"plan": vars(plan), "cost": cost_of(task)}
+        cost = cost_of(task)
+        if not list_checkpoints(run.checkpoints):
+            refuse_days(task, cost["flop_per_image"])
+        facts = {**task.facts(0), "plan": vars(plan), "cost": cost}
+        facts["functions"] = {"mask_rule": source_of(mask_rule), "target": source_of(target)}
         if sizes:
-            more["probe"] = sizes
-        return fit(runtime, task, accelerator, run, {**task.facts(0), **more}).row
+            facts["probe"] = sizes
+        return fit(runtime, task, accelerator, run, facts).row
     finally:
         run.close()
+
+
+def extend(config: PretrainConfig) -> bool:
+    """Put into ``config.extended`` how the run in ``config.out`` was extended; whether it is extended now.
+
+    Raises InputError where a finished run is given more epochs without --extend, or cannot be extended.
+    """
+    out = Path(config.out)
+    if not (out / "config.yaml").is_file():
+        if config.runtime.extend:
+            raise InputError(f"{out} holds no run that could be extended: leave out --extend")
+        return False
+    text = (out / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    before = read_settings(text, str(out / "config.yaml"))
+    epochs, steps = (
+        float(before.get("epochs", config.epochs)),
+        list_checkpoints(out / "checkpoints"),
+    )
+    known = list(before.get("extended") or [])
+    if config.epochs <= epochs or not steps:
+        config.extended = known if config.epochs == epochs else config.extended
+        return False
+    total = read_run(str(out)).facts.get("plan", {}).get("total_steps")
+    finished = step_of(steps[-1]) == total
+    if not config.runtime.extend:
+        if finished:
+            raise InputError(
+                f"{out} has finished its {epochs:g} epochs: --extend trains it on to {config.epochs:g}, with a "
+                f"warm-up and a cosine of its own; --init_from {out} and another --out start a new run from it"
+            )
+        return False
+    if not finished:
+        raise InputError(
+            f"{out} is at step {step_of(steps[-1])} of {total}: let its {epochs:g} epochs end, then extend it"
+        )
+    config.extended = [*known, epochs]
+    return True
+
+
+def target_width(config: PretrainConfig, target: TargetFunction | None) -> int:
+    """Channels of a target's features, by trying it on one black image; 0 without one. Raises InputError."""
+    if target is None:
+        return 0
+    if config.target.source != "pixel":
+        raise InputError(
+            f"a target of your own takes the place of pixels: set target.source {config.target.source} to pixel"
+        )
+    rows, columns = config.student.grid()
+    found = target(torch.zeros(1, config.student.in_chans, *config.student.size()))
+    if found.ndim != 3 or found.shape[:2] != (1, rows * columns):
+        raise InputError(
+            f"the target gave {tuple(found.shape)} for one image: it must give (1, {rows * columns}, channels), a "
+            "feature for each patch in raster order"
+        )
+    return int(found.shape[2])
+
+
+def source_of(function: Callable[..., Any] | None) -> str | None:
+    """Name and hash of the source of a function that was passed in. Raises InputError where it has none."""
+    if function is None:
+        return None
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        text = inspect.getsource(function if hasattr(function, "__name__") else type(function))
+    except (OSError, TypeError):
+        raise InputError(
+            f"{name} has no source to record: define it in a file, so that the run can be continued with it"
+        ) from None
+    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def refuse_days(task: Pretraining, flop: dict[str, int]) -> None:
+    """Raise InputError where a CPU would need more than a day, by its speed at matrix products."""
+    plan, config = task.plan, task.config
+    if task.device.type != "cpu" or config.runtime.yes:
+        return
+    steps = {"one": plan.switch_step, "two": plan.total_steps - plan.switch_step}
+    whole = config.batch_size * sum(flop.get(name, 0) * count for name, count in steps.items())
+    if whole < SURELY_A_DAY_LESS:
+        return
+    from cmt_mae.tools.bench.measure import peak_flops
+
+    peak = peak_flops(task.device, "fp32")["flops"] * task.accelerator.num_processes
+    seconds = OVER_PRODUCTS * whole / peak
+    if any_process(task.accelerator, seconds > DAY):
+        raise InputError(
+            f"on this CPU {plan.total_steps} steps of {config.batch_size} images would take about "
+            f"{duration(seconds)}: take a recipe of a smaller scale, such as --recipe cmt_all,micro64, or add "
+            "--yes to begin all the same"
+        )
 
 
 def keep_range(source: Source, run: RunDir) -> None:
