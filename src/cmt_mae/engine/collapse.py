@@ -36,6 +36,10 @@ def limit_of(name: str) -> float | None:
     return next((limit for start, limit in LEAST.items() if name.startswith(start)), None)
 
 
+FIX = "lower optim.blr, or look at the images and the teacher"
+"""What to do, in the words of the training, the report and the doctor."""
+
+
 class CollapseAlarm:
     """Says once what shows collapse, until it is over."""
 
@@ -49,7 +53,4 @@ class CollapseAlarm:
         self._told = set(now)
         if not new:
             return ""
-        return (
-            f"signs of collapse at step {row['step']}: {', '.join(new)}: lower optim.blr, or look at the images "
-            "and the teacher"
-        )
+        return f"signs of collapse at step {row['step']}: {', '.join(new)}: {FIX}"

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from PIL import Image
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.run_reader import read_run
+from cmt_mae.tools.diagnose.run import diagnose
 from cmt_mae.tools.report.page import render
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 from cmt_mae.tools.report.page.pictures import chosen
@@ -132,6 +134,46 @@ def test_the_command_writes_it_beside_the_run(
     assert said["bytes"] == (run / "report.html").stat().st_size
     assert "a: learning: k-NN 60.0" in err
     assert main(["report", str(run)]) == 0  # over its own page
+
+
+KILLED = """
+import os, signal, sys
+from cmt_mae.core import files
+from cmt_mae.core.cli import main
+left = int(sys.argv[1])
+def flush(number):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+files.flush = flush
+main(["report", sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_killed_report_leaves_a_whole_page(write: Write, moment: int) -> None:
+    """1: the new page is written aside and not yet in place; 2: it is in place. Never half a page."""
+    run = write()
+    assert main(["report", str(run)]) == 0
+    before = (run / "report.html").read_text()
+    (run / "bad_images.txt").write_text("new.jpg\tbroken\n")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(moment), str(run)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    after = (run / "report.html").read_text()
+    assert (after == before) is (moment == 1)
+    assert after.rstrip().endswith("</html>")
+    assert main(["report", str(run)]) == 0
+    assert "new.jpg" in (run / "report.html").read_text()
+    assert list(run.glob(".*.tmp")) == [], "what the killed one left aside is gone"
+
+
+def test_the_findings_of_the_doctor_are_on_the_page(write: Write) -> None:
+    text, _ = made(write())
+    (found,) = diagnose(read_run(write("b")))
+    assert found.what == "too few images"
+    assert f"warning: {found.what}</strong>" in text
+    assert found.fix in text
 
 
 def test_a_file_that_is_no_report_is_not_written_over(write: Write, tmp_path: Path) -> None:

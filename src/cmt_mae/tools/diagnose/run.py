@@ -9,7 +9,7 @@ import math
 from statistics import fmean
 
 from cmt_mae.core.run_reader import RunRecord, section
-from cmt_mae.engine.collapse import signs
+from cmt_mae.engine.collapse import FIX, signs
 from cmt_mae.engine.schedules import learning_rate
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 from cmt_mae.tools.diagnose.limits import FAR, GREEDY, SAME, UNIFORM
@@ -165,8 +165,8 @@ def collapsed(run: RunRecord) -> list[Finding]:
     since = watched[min(healthy + 1, len(watched) - 1)]["step"]
     return [problem(
         "run", "signs of collapse", f"since step {since:.0f}, {', '.join(found)}",
-        f"{lower_blr(run)}, or look at the images and the teacher; where the momentum student alone is the "
-        "target: --momentum.start 0.99 or more, --target.norm layer_norm, or mix in a teacher (alpha 0.3)",
+        f"{FIX}: {lower_blr(run)}; where the momentum student alone is the target: "
+        "--momentum.start 0.99 or more, --target.norm layer_norm, or mix in a teacher (alpha 0.3)",
     )]  # fmt: skip
 
 

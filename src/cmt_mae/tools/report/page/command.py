@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.files import write_text
+from cmt_mae.core.files import sweep, write_text
 from cmt_mae.core.run_reader import RunRecord, labels_of, read_run
 from cmt_mae.core.text import printable
 from cmt_mae.tools.diagnose.verdict import judge
@@ -38,6 +38,8 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
             f"{out} is there and is no report of cmt-mae: delete it or give another --out"
         )
     text = page(records)
+    if out.parent.is_dir():
+        sweep(out.parent)  # what a killed report left aside
     write_text(out, text)
     verdicts = {record.label: judge(record).line for record in records}
     for label, line in verdicts.items():
