@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.core.settings import docs_of
 from cmt_mae.data.sample import write_ade20k, write_coco, write_davis
 from cmt_mae.evaluate import everything, knn, linear
 from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
@@ -344,3 +345,11 @@ def test_a_new_setting_changes_no_key_of_an_old_ledger():
     for name, count in counts.items():
         settings = everything.TASKS[name].load_settings()(backbone="a", data="b")
         assert len(everything.settings_in_key(settings)) == count, name
+
+
+@pytest.mark.parametrize("name", everything.TASKS)
+def test_every_setting_is_explained(name: str):
+    """--help is made of the text under each field."""
+    settings = everything.TASKS[name].load_settings()
+    explained = docs_of(settings)
+    assert [one.name for one in fields(settings) if not explained.get(one.name)] == []

@@ -1,11 +1,9 @@
 """Whole fine-tunings: against plain torch and timm, stopped and killed, on two processes, on bad input."""
 
-import inspect
 import io
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -350,10 +348,3 @@ def test_a_broken_image_is_named(
     with pytest.raises(InputError, match=r"green/2\.png.*(mend|remove)") as caught:
         run(**{**given, "data": str(tmp_path / "d"), "epochs": 1, "batch_size": 12})
     assert "\n" not in str(caught.value)
-
-
-def test_every_setting_has_its_help_below_it() -> None:
-    lines = inspect.getsource(FinetuneConfig).splitlines()
-    own = [i for i, line in enumerate(lines) if re.match(r"    \w+: .* = ", line)]
-    assert len(own) == 22
-    assert all(lines[i + 1].startswith('    """') for i in own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
@@ -19,21 +18,19 @@ from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.runs import RunDir, plain
+from cmt_mae.core.runs import RunDir
 from cmt_mae.core.settings import (
     Amount,
     Count,
     CountOrNone,
     PartOf,
     resume_safe,
-    resume_safe_settings,
 )
 from cmt_mae.data.augment import Augment, seeded
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.source import Source
 from cmt_mae.data.tasks import train_batches
-from cmt_mae.engine.fit import fit
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import learning_rate
@@ -58,7 +55,8 @@ from cmt_mae.evaluate.finetune_protocols import (
     eval_crop,
     resolve,
 )
-from cmt_mae.evaluate.result import Result, backbone_name, make_result, save_where
+from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.training import open_run, train_and_measure
 
 MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
 
@@ -170,66 +168,47 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
     recipe = resolve(config, width, len(train))
     for source in (train, val):  # a pack made with other channels is told before the training
         load_first(source, len(backbone.mean))
-    run = RunDir(
-        str(out),
-        plain(config) | asdict(recipe),
-        resume_safe_settings(FinetuneConfig),
-        writes=accelerator.is_main_process,
-        defaults={"val_share": 0.0, "range": []},
-    )
+    run = open_run(out, config, asdict(recipe), accelerator)
     said = differences(config, recipe, width, len(train))
     task = make_task(config, recipe, backbone, train, val, accelerator, run)
-    if accelerator.is_main_process:
-        for line in said:
-            print(f"finetune, preset {config.preset}: {line}", file=sys.stderr)
     # the part of a few-shot run goes by its seed: results of several seeds are of the same data
     whole = train.parent if config.few_shot is not None else None
     data = describe_data(config.data, whole or train, val) | {"train": len(train)}
-    facts = {
-        "task": "finetune",
-        "backbone": {
-            "name": backbone_name(config),
-            "digest": backbone.digest,
-            "facts": backbone.facts,
-        },
-        "data": data,
-    }
-    try:
-        last = fit(config, task, accelerator, run, facts).evaluation
+
+    def finish(last: Evaluation) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
         rows: list[Any] = [run.read_metrics() if accelerator.is_main_process else None]
         broadcast_object_list(rows)
         history = [row for row in rows[0] if "val_top1" in row]
         best = max(history, key=lambda row: row["val_top1"])
-        result = make_result(
-            "finetune",
-            config,
-            backbone,
-            metrics={**last.metrics, "best_top1": best["val_top1"]},
-            protocol=describe(config, recipe, backbone, train, accelerator, said),
-            data=data,
-            device=accelerator.device,
-            processes=accelerator.num_processes,
-            started=started,
-            details={
-                **last.details,
-                "steps": task.total_steps,
-                "few_shot_images": train.identity() if whole else None,
-                "evaluations": [
-                    {"epoch": row["step"] / task.steps_per_epoch, "top1": row["val_top1"]}
-                    for row in history
-                ],
-            },
-        )
         if accelerator.is_main_process:
             classifier = task.model
             assert isinstance(classifier, Classifier)
-            source_line = f"fine-tuned on {Path(config.data).name}, preset {config.preset}, from {backbone.source}"
-            save_classifier(run.path, classifier, backbone, train.classes, source_line)
-            result.save(run.path)
-            save_where(result, None, config.backbone)
-    finally:
-        run.close()
-    return result
+            source = f"fine-tuned on {Path(config.data).name}, preset {config.preset}, from {backbone.source}"
+            save_classifier(run.path, classifier, backbone, train.classes, source)
+        details = {
+            **last.details,
+            "steps": task.total_steps,
+            "few_shot_images": train.identity() if whole else None,
+            "evaluations": [
+                {"epoch": row["step"] / task.steps_per_epoch, "top1": row["val_top1"]}
+                for row in history
+            ],
+        }
+        protocol = describe(config, recipe, backbone, train, accelerator, said)
+        return {**last.metrics, "best_top1": best["val_top1"]}, protocol, details
+
+    return train_and_measure(
+        "finetune",
+        config,
+        task,
+        accelerator,
+        run,
+        backbone,
+        data,
+        finish,
+        said=said,
+        started=started,
+    )
 
 
 def load_first(source: Source, channels: int) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from cmt_mae.backbones import Backbone, load_backbone, resized
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
-from cmt_mae.core.runs import RunDir, plain
-from cmt_mae.core.settings import resume_safe, resume_safe_settings
+from cmt_mae.core.runs import RunDir
+from cmt_mae.core.settings import resume_safe
 from cmt_mae.data.ade20k import (
     Ade20k,
     ZeroLabel,
@@ -32,7 +32,6 @@ from cmt_mae.data.ade20k import (
 )
 from cmt_mae.data.segmentation_crops import SegmentationCrop, resize_image, resized_size
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.engine.fit import fit
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import poly, warmed_up
@@ -42,7 +41,7 @@ from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
 from cmt_mae.evaluate.pyramid import default_taps, sync_norms
-from cmt_mae.evaluate.result import Result, backbone_name, make_result, save_where
+from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation_pictures import segmentation_picture
 from cmt_mae.evaluate.segmentation_protocols import (
     WEIGHTS,
@@ -52,6 +51,7 @@ from cmt_mae.evaluate.segmentation_protocols import (
     resolve,
 )
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits
+from cmt_mae.evaluate.training import open_run, train_and_measure
 from cmt_mae.evaluate.upernet import Segmenter
 
 TOLD_EVERY = 500  # images between two lines about how far an evaluation is
@@ -131,15 +131,10 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     recipe = resolve(config, len(data.train))
     given = load_backbone(config.backbone, key=config.key, facts=config)
     backbone, padded = at_window(config, given, recipe.crop_size)
-    settings = plain(config) | asdict(recipe)
-    indifferent = resume_safe_settings(Ade20kConfig)
-    run = RunDir(str(out), settings, indifferent, writes=accelerator.is_main_process)
+    run = open_run(out, config, asdict(recipe), accelerator)
     task = make_task(config, recipe, backbone, data, accelerator, run)
     check_data(data, accelerator)
     said = differences(config, recipe, int(given.model.embed_dim), padded)  # type: ignore[arg-type]
-    if accelerator.is_main_process:
-        for line in said:
-            print(f"ade20k, preset {config.preset}: {line}", file=sys.stderr)
     about = {
         "path": config.data,
         "fingerprint": data.fingerprint,
@@ -147,31 +142,11 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
         "val": len(data.val),
         "classes": len(data.classes),
     }
-    facts = {
-        "task": "ade20k",
-        "backbone": {"name": backbone_name(config), "digest": given.digest, "facts": given.facts},
-        "data": about,
-    }
-    try:
-        last = fit(config, task, accelerator, run, facts).evaluation
-        result = make_result(
-            "ade20k",
-            config,
-            given,
-            metrics=last.metrics,
-            protocol=describe(config, recipe, backbone, task, accelerator, said),
-            data=about,
-            device=accelerator.device,
-            processes=accelerator.num_processes,
-            started=started,
-            details=last.details,
-        )
-        if accelerator.is_main_process:
-            result.save(run.path)
-            save_where(result, None, config.backbone)
-    finally:
-        run.close()
-    return result
+    protocol = describe(config, recipe, backbone, task, accelerator, said)
+    return train_and_measure(
+        "ade20k", config, task, accelerator, run, given, about,
+        lambda last: (last.metrics, protocol, last.details), said=said, started=started,
+    )  # fmt: skip
 
 
 def at_window(config: Ade20kConfig, given: Backbone, crop: int) -> tuple[Backbone, int]:

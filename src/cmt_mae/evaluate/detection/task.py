@@ -4,9 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from torch import Tensor
 from cmt_mae.backbones import Backbone, load_backbone, resized
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
-from cmt_mae.core.runs import RunDir, plain
-from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.data.coco import CocoSplit, open_coco, same_classes
 from cmt_mae.data.detection_crops import (
     Example,
@@ -30,7 +26,6 @@ from cmt_mae.data.detection_crops import (
     scaled_size,
 )
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.engine.fit import fit
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import step_decay, warmed_up
@@ -43,7 +38,8 @@ from cmt_mae.evaluate.detection.predict import to_coco
 from cmt_mae.evaluate.detection.protocols import CocoConfig, Protocol, describe, resolve
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.pyramid import sync_norms
-from cmt_mae.evaluate.result import Result, make_result, save_where
+from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.training import open_run, train_and_measure
 
 SAY_EVERY = 60.0
 """Seconds between two lines that tell how far an evaluation is."""
@@ -69,16 +65,10 @@ def evaluate_coco(config: CocoConfig) -> Result:
         )
     backbone, protocol, changed = open_backbone(config)
     chosen = trainable_images(train, protocol, config.data)
-    run = RunDir(
-        str(out),
-        plain(config),
-        resume_safe_settings(CocoConfig),
-        writes=accelerator.is_main_process,
-    )
+    run = open_run(out, config, {}, accelerator)
     torch.manual_seed(config.seed)  # new weights
     masks = train.has_masks and val.has_masks
-    if not masks and accelerator.is_main_process:
-        print("coco: the data have no masks: no mask head, box AP alone", file=sys.stderr)
+    said = [] if masks else ["the data have no masks: no mask head, box AP alone"]
     detector = build_detector(backbone, len(train.classes), protocol, config.save_memory, masks)
     sync_norms(detector.to(accelerator.device), accelerator.device, accelerator.num_processes)
     evaluated = train if config.eval_split == "train" else val
@@ -93,33 +83,13 @@ def evaluate_coco(config: CocoConfig) -> Result:
         "classes": len(train.classes),
         "boxes": int(train.counts.sum()),
     }
-    about = {"name": config.backbone, "architecture": backbone.architecture}
-    network = {"digest": backbone.digest, "facts": backbone.facts}
-    facts = {"backbone": {**about, **network}, "data": data}
-    with closing(run):
-        evaluation = fit(config, task, accelerator, run, facts).evaluation
-        precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-        settings = describe(config, protocol, changed, precision, masks) | {
-            "steps": task.total_steps
-        }
-        result = make_result(
-            "coco",
-            config,
-            backbone,
-            metrics=evaluation.metrics,
-            protocol=settings,
-            data=data,
-            device=accelerator.device,
-            processes=accelerator.num_processes,
-            started=started,
-            details={**evaluation.details, "run": str(out)},
-        )
-        for package in ("faster-coco-eval", "accelerate"):
-            result.versions[package] = version(package)
-        if accelerator.is_main_process:
-            result.save(out)
-            save_where(result, None, config.backbone)
-    return result
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    described = describe(config, protocol, changed, precision, masks) | {"steps": task.total_steps}
+    return train_and_measure(
+        "coco", config, task, accelerator, run, backbone, data,
+        lambda last: (last.metrics, described, {**last.details, "run": str(out)}),
+        said=said, packages=("faster-coco-eval", "accelerate"), started=started,
+    )  # fmt: skip
 
 
 def open_backbone(config: CocoConfig) -> tuple[Backbone, Protocol, list[str]]:
