@@ -130,8 +130,7 @@ checkpoint, 130 interrupted, 1 a fault of cmt-mae itself, or problems that docto
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status 0, 2 (bad input), 75 (stopped, checkpoint written), 130 or 1.
 
-    However a command ends, it says so in one line on stderr. 1 is a fault of ours: an error that no
-    part of the package foresaw.
+    A command that fails prints one line on stderr. 1 is a bug of cmt-mae: an error that no part of it expected.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("CMT_MAE_DEBUG", "0") not in ("", "0")
@@ -159,8 +158,12 @@ def run(arguments: list[str], debug: bool) -> int:
         )
     except Exception as error:
         if out_of_memory(error):
-            mend = "take a smaller batch (--runtime.micro_batch in pretrain) or network"
-            return fail(f"out of memory ({one_line(error, 120)}): {mend}", 2, debug)
+            return fail(
+                f"out of memory ({one_line(error, 120)}): take a smaller network or fewer images at a time "
+                "(--runtime.micro_batch in pretrain)",
+                2,
+                debug,
+            )
         kind = type(error).__name__
         return fail(
             f"a fault of cmt-mae, {kind}: {one_line(error)}; --debug shows where: please report it",

@@ -2,11 +2,11 @@
 
 
 class InputError(Exception):
-    """Something the user can mend: one line that says what, where and the mend. Exit status 2."""
+    """A wrong input: one line that says what is wrong, where, and how to fix it. Exit status 2."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop and the checkpoint is written. Exit status 75."""
+    """The run was stopped by a signal, and its checkpoint is written. Exit status 75."""
 
 
 class LostProcess(Stopped):

@@ -1,4 +1,4 @@
-"""Words of the command line -> a settings dataclass; what does not fit is told in one line of our own."""
+"""Words of the command line -> a settings dataclass. jsonargparse reads the values, core/settings.py judges them."""
 
 import json
 from collections.abc import Mapping, Sequence

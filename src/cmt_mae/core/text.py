@@ -1,4 +1,4 @@
-"""Text from outside - names of files, parts of other people's files - made fit to be shown."""
+"""Text from outside, such as names of files, made fit to be printed."""
 
 import difflib
 from collections.abc import Sequence
