@@ -1,4 +1,4 @@
-"""Words of the command line -> a settings dataclass. jsonargparse reads the values, core/settings.py judges them."""
+"""Words of the command line -> settings: jsonargparse reads the values, core/settings.py judges them."""
 
 import json
 from collections.abc import Mapping, Sequence
