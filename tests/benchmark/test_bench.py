@@ -103,9 +103,9 @@ def test_the_command_takes_recipes_and_prints_json(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--rounds=0", "rounds must be positive"),
-        ("--stages=three", "stages 'three' is unknown"),
-        ("--peak=guess", "peak 'guess' is unknown"),
+        ("--rounds=0", "rounds is 0: give a whole number of 1 or more"),
+        ("--stages=three", "stages is 'three': give one of both, one, two"),
+        ("--peak=guess", "peak is 'guess': give one of auto, measured"),
         ("--alpha=2", "alpha is 2: give a number from 0 to 1"),
         ("--teacher.name=no_such_model", "no_such_model"),
     ],

@@ -233,7 +233,7 @@ def test_the_run_directory_is_the_default_place(config, vit, tmp_path, calls):
     [
         ({"tasks": ("lineer",)}, r"task 'lineer' is unknown \(did you mean linear\?\)"),
         ({"tasks": ()}, "no task is left"),
-        ({"preset": "fast"}, "preset 'fast' is unknown"),
+        ({"preset": "fast"}, "preset is 'fast': give one of quick, paper"),
         ({"data_root": "nowhere"}, "nowhere: no such folder"),
         ({"backbone": "nothing"}, "no such file, run directory or timm model"),
         ({"device": "tpu"}, "unknown device"),

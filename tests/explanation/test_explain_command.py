@@ -117,7 +117,7 @@ def test_images_files_all_and_folders_evenly(photos: Path, tmp_path: Path) -> No
         ([], "nothing to look at"),
         (["--backbone", "embedded"], "no images: give --images"),
         (["--run", "x", "--what", "masks"], "needs images"),
-        (["--run", "x", "--alpha", "2"], "give a weight in 0..1"),
+        (["--run", "x", "--alpha", "2"], "give a number from 0 to 1"),
         (["--run", "x", "--formats", "gif"], "use png, svg, pdf"),
         (["--run", "x", "--size", "1", "2", "3"], "give one side, or height and width"),
         (["--run", "no/such/run", "--what", "curves"], "no such run directory"),

@@ -19,6 +19,7 @@ from cmt_mae.backbones.licences import NOT_STATED, libraries_line
 from cmt_mae.backbones.load import load_backbone
 from cmt_mae.backbones.save import plain_state, save_backbone, write_atomically
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import check_fields
 from cmt_mae.core.text import printable
 
 
@@ -44,16 +45,15 @@ def export(config: ExportConfig) -> dict[str, Any]:
     weights, teacher (name, licence), libraries (one line), and `load`, the line of Python that loads it.
     Raises InputError when the format cannot express the network or the file cannot be written.
     """
+    check_fields(config)
     backbone = load_backbone(config.backbone, key=config.key)
     out = Path(config.out)
     if config.format == "hf":
         load = _export_hf(backbone, out)
     elif config.format == "timm":
         load = _export_timm(backbone, _with_suffix(out, ".safetensors"))
-    elif config.format == "torch":
-        load = _export_torch(backbone, _with_suffix(out, ".pth"))
     else:
-        raise InputError(f"format '{config.format}' is unknown; take timm, hf or torch")
+        load = _export_torch(backbone, _with_suffix(out, ".pth"))
     for line in licence_lines(backbone):
         print(printable(line), file=sys.stderr)
     return {

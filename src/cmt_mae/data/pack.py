@@ -15,6 +15,7 @@ from rich.progress import track
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import flush_folder
 from cmt_mae.core.lock import Lock
+from cmt_mae.core.settings import Amount, Count, CountOrNone, check_fields
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage
 from cmt_mae.data.loader import load_image
@@ -35,15 +36,15 @@ class PackConfig:
     """Images: folder, tar shards, parquet files or Hugging Face data set."""
     out: str
     """Folder to make; with train/ and val/ inside when the data have them."""
-    size: int = 128
+    size: Count = 128
     """Side of the packed square images in pixels."""
-    channels: int = 3
+    channels: Count = 3
     """Channels of the packed images."""
     range: list[float] = field(default_factory=list)
     """Values of black and white in images of more than 8 bits; empty: measured."""
-    workers: int = 2
+    workers: CountOrNone = 2
     """Processes that decode."""
-    timeout_s: float = TIMEOUT_S
+    timeout_s: Amount = TIMEOUT_S
     """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
 
 
@@ -56,10 +57,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
     "all"), path, count, bad (name, reason) and whether it was there already. Raises InputError:
     bad data, an out folder that holds something else, a disk that is full.
     """
-    if config.size < 1 or config.channels < 1:
-        raise InputError(
-            f"pack: size {config.size} and channels {config.channels} must be positive"
-        )
+    check_fields(config)
     out = Path(config.out).expanduser().absolute()
     splits: dict[str, tuple[Source, Path]] = {}
     if has_splits(config.data):

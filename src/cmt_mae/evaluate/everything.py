@@ -20,7 +20,7 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.backbone_facts import FACTS, BackboneFacts
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import write_json
-from cmt_mae.core.settings import default_of
+from cmt_mae.core.settings import check_fields, default_of
 from cmt_mae.core.text import printable
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.evaluate.features import FrozenSettings, start_processes
@@ -171,8 +171,7 @@ def output_folder(config: EvaluateAllConfig) -> Path:
     Raises:
         InputError: neither is there, or an unknown preset.
     """
-    if config.preset not in ("quick", "paper"):
-        raise InputError(f"preset '{config.preset}' is unknown: use quick or paper")
+    check_fields(config)
     folder = results_folder(config.out, config.backbone)
     if folder is not None:
         return folder

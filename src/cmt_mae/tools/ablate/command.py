@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import make_folder
+from cmt_mae.core.settings import Count, CountOrNone, check_fields
 from cmt_mae.core.text import hint
 from cmt_mae.data.sources import has_splits
 from cmt_mae.engine.signals import StopRequest
@@ -48,19 +49,19 @@ class AblateConfig:
     """The scale: recipes or .yaml files joined by commas, after the method of each variant."""
     teacher: str = ""
     """As for `pretrain`; default: the recipe's."""
-    seeds: int = 3
+    seeds: Count = 3
     """Runs of each variant, with seeds 0, 1, ... More of them may be asked for later."""
     evaluate: tuple[str, ...] = ()
     """Further evaluations as TASK=FOLDER: linear=digits/, ade20k=camvid/, davis=davis/, coco=coco/."""
     only: tuple[str, ...] = ()
     """Variants to run now; default: all."""
-    jobs: int = 1
+    jobs: Count = 1
     """Runs at a time on this machine."""
-    threads: int = 0
+    threads: CountOrNone = 0
     """CPU threads of each; 0: the cores shared out."""
-    index: int = 0
+    index: CountOrNone = 0
     """Which part of the plan this machine works off: 0 .. of - 1 (SLURM: $SLURM_ARRAY_TASK_ID)."""
-    of: int = 1
+    of: Count = 1
     """Into how many parts the plan is divided, one a machine that sees the folder."""
     table_only: bool = False
     """Start nothing, write the table of what is done."""
@@ -99,9 +100,8 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
 
 def check(config: AblateConfig) -> None:
     """Raise InputError for numbers that cannot work."""
-    if config.seeds < 1 or config.jobs < 1 or config.of < 1 or config.threads < 0:
-        raise InputError("seeds, jobs and of must be positive, threads 0 or more")
-    if not 0 <= config.index < config.of:
+    check_fields(config)
+    if config.index >= config.of:
         raise InputError(
             f"--index {config.index} is no part of {config.of}: give 0 to {config.of - 1}"
         )

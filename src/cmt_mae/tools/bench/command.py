@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.table import Table
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json
 from cmt_mae.core.runs import environment, plain
+from cmt_mae.core.settings import Count, CountOrNone, check_fields
 from cmt_mae.core.text import printable
 from cmt_mae.data.loader import Batch, pretrain_batches
 from cmt_mae.data.source import Source
@@ -38,16 +39,16 @@ class BenchConfig(PretrainConfig):
     random weights. `out` is a JSON file, or a folder that gets bench.json; empty: nothing is written.
     """
 
-    images: int = 0
+    images: CountOrNone = 0
     """Images in a measured step of one process; 0: runtime.micro_batch, else batch_size, but at most 256 on a
     GPU and 16 on a CPU."""
-    rounds: int = 7
+    rounds: Count = 7
     """Timings of which the median counts."""
-    steps: int = 0
+    steps: CountOrNone = 0
     """Steps in a timing; 0: 10 on a GPU, 2 on a CPU."""
-    stages: str = "both"
+    stages: Literal["both", "one", "two"] = "both"
     """both | one | two."""
-    peak: str = "auto"
+    peak: Literal["auto", "measured"] = "auto"
     """auto (the data sheet of known GPUs in bf16, else measured) | measured (by a large matrix product)."""
 
     def run_settings(self) -> PretrainConfig:
@@ -59,14 +60,7 @@ class BenchConfig(PretrainConfig):
         run.out = run.out or "bench"
         run.data.path = run.data.path or "synthetic images"
         run.check()
-        if self.rounds < 1 or self.steps < 0 or self.images < 0:
-            raise InputError("rounds must be positive, steps and images 0 or more")
-        for name, word, choices in (
-            ("stages", self.stages, ("both", "one", "two")),
-            ("peak", self.peak, ("auto", "measured")),
-        ):
-            if word not in choices:
-                raise InputError(f"{name} '{word}' is unknown: use {', '.join(choices)}")
+        check_fields(self)
         on_gpu = run.runtime.device == "cuda" or (
             run.runtime.device == "auto" and torch.cuda.is_available()
         )

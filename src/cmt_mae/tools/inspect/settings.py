@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import Count, CountOrNone, Share, check_fields
 from cmt_mae.core.text import hint, one_line
 from cmt_mae.tools.report.canvas import FORMATS
 
@@ -40,14 +41,14 @@ class ExplainConfig(BackboneFacts):
     nine, as far as the run allows."""
     out: str = ""
     """Folder for the pictures. Default: RUN/pictures."""
-    count: int = 4
+    count: Count = 4
     """Images in a picture, evenly chosen from the folders."""
-    checkpoints: list[int] = field(default_factory=list)
+    checkpoints: list[CountOrNone] = field(default_factory=list)
     """Steps of the checkpoints in `growth` (0 is the random start); the last one is used for all else. Empty:
     evenly chosen ones."""
-    columns: int = 6
+    columns: Count = 6
     """Checkpoints in `growth`, neighbours, frames in a strip."""
-    size: list[int] = field(default_factory=list)
+    size: list[Count] = field(default_factory=list)
     """Another input size than the network's: one side, or height and width, in pixels."""
     teacher: str = ""
     """Another teacher than the run's, as `pretrain --teacher`, or none. A run or backbone without one gets A_t."""
@@ -55,15 +56,15 @@ class ExplainConfig(BackboneFacts):
     """As `pretrain --teacher.grid_align`: input | resample. Default: the run's, else input."""
     key: str = ""
     """Of a backbone with several entries, e.g. momentum."""
-    alpha: float | None = None
+    alpha: Share | None = None
     """Weight of A_s in A_c, 0..1. Default: the run's at that step."""
     rule: str = ""
     """Mask rule of `attention`, `predictions` and `reconstruction`. Default: the run's."""
-    layer: int = 0
+    layer: CountOrNone = 0
     """Block whose attention and features are shown, from 1; 0: the last."""
     gallery: str = ""
     """Images among which neighbours are looked for. Default: --images, all of them."""
-    gallery_size: int = 1000
+    gallery_size: Count = 1000
     """At most so many of the gallery, evenly chosen."""
     data: str = ""
     """For davis, detections and segmentations: the data set they were measured on. For aim: images with known
@@ -73,13 +74,14 @@ class ExplainConfig(BackboneFacts):
     one a method. Default: what lies in RUN."""
     formats: list[str] = field(default_factory=lambda: ["png"])
     """png | svg | pdf; several with commas: png,svg."""
-    seed: int = 0
+    seed: CountOrNone = 0
     """Of the masks."""
     progress: bool = True
     """Show the progress bar."""
 
     def check(self) -> None:
         """Raise InputError for settings that cannot work, before anything is loaded."""
+        check_fields(self)
         for name in self.what:
             if name not in KINDS:
                 raise InputError(
@@ -94,11 +96,7 @@ class ExplainConfig(BackboneFacts):
             raise InputError("--run and --backbone are both given: leave one out")
         if not (self.run or self.backbone or self.results):
             raise InputError("nothing to look at: give --run RUN, or --backbone B")
-        if self.count < 1 or self.columns < 1 or self.gallery_size < 1:
-            raise InputError("--count, --columns and --gallery_size must be 1 or more")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise InputError(f"--alpha {self.alpha} is out of range: give a weight in 0..1")
-        if len(self.size) > 2 or any(side < 1 for side in self.size):
+        if len(self.size) > 2:
             raise InputError(f"--size {self.size}: give one side, or height and width, in pixels")
         wanted = [name for name in self.what if name in OF_IMAGES]
         if wanted and not self.images:

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.run_reader import PICTURES, files_below, inside, read_run, result_files
+from cmt_mae.core.settings import Port, check_fields
 from cmt_mae.core.text import one_line, printable
 from cmt_mae.tools.report.page.render import page
 
@@ -48,7 +49,7 @@ class WatchConfig:
 
     run: str
     """Run directory of `pretrain`."""
-    port: int = 8070
+    port: Port = 8070
     """Of the address; 0: any free one."""
     host: str = "127.0.0.1"
     """Address to listen on. Everybody who reaches it can read the run: only this machine by default."""
@@ -58,6 +59,7 @@ class WatchConfig:
 
 def watch(config: WatchConfig) -> dict[str, Any]:
     """Serve until Ctrl-C. Raises InputError for a folder that is no run and an address that cannot be had."""
+    check_fields(config)
     read_run(config.run)  # refuses what is no run before anything listens
     server = make_server(config)
     address = address_of(config.host, server.server_address[1])
