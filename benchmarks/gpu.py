@@ -258,10 +258,10 @@ class Bench:
 
     def rates(self) -> None:
         """Stages and MAE, eager and compiled, over batch sizes; the plain version and transformers beside them."""
-        from cmt_mae.tools.bench import measure
+        from cmt_mae.tools.bench.peak import peak_flops
 
         peak = self.book.measure(
-            "peak", 5, lambda: measure.peak_flops(self.device, self.precision, "measured")
+            "peak", 5, lambda: peak_flops(self.device, self.precision, "measured")
         )
         for size in self.sizes:
             for method in ("two", "mae", "one"):

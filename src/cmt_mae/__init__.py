@@ -13,14 +13,10 @@ if TYPE_CHECKING:
         Backbone as Backbone,
     )
     from cmt_mae.backbones import (
-        ExportConfig as ExportConfig,
-    )
-    from cmt_mae.backbones import (
-        export as export,
-    )
-    from cmt_mae.backbones import (
         load_backbone as load_backbone,
     )
+    from cmt_mae.backbones.export import ExportConfig as ExportConfig
+    from cmt_mae.backbones.export import export as export
     from cmt_mae.core.errors import InputError as InputError
     from cmt_mae.core.errors import Stopped as Stopped
     from cmt_mae.data.pack import PackConfig as PackConfig
@@ -64,8 +60,8 @@ if TYPE_CHECKING:
     from cmt_mae.tools.ablate import ablate as ablate
     from cmt_mae.tools.app import AppConfig as AppConfig
     from cmt_mae.tools.app import app as app
-    from cmt_mae.tools.bench import BenchConfig as BenchConfig
-    from cmt_mae.tools.bench import bench as bench
+    from cmt_mae.tools.bench.command import BenchConfig as BenchConfig
+    from cmt_mae.tools.bench.command import bench as bench
     from cmt_mae.tools.diagnose.command import DoctorConfig as DoctorConfig
     from cmt_mae.tools.diagnose.command import doctor as doctor
     from cmt_mae.tools.inspect.command import explain as explain
@@ -87,14 +83,14 @@ _HOMES = {
     "Ade20kConfig": "evaluate.segmentation",
     "AppConfig": "tools.app",
     "Backbone": "backbones",
-    "BenchConfig": "tools.bench",
+    "BenchConfig": "tools.bench.command",
     "CocoConfig": "evaluate.detection",
     "CompareConfig": "tools.report.compare",
     "DavisConfig": "evaluate.video.evaluate",
     "DoctorConfig": "tools.diagnose.command",
     "EvaluateAllConfig": "evaluate.everything",
     "ExplainConfig": "tools.inspect.settings",
-    "ExportConfig": "backbones",
+    "ExportConfig": "backbones.export",
     "FinetuneConfig": "evaluate.finetune",
     "InputError": "core.errors",
     "KnnConfig": "evaluate.knn",
@@ -106,7 +102,7 @@ _HOMES = {
     "WatchConfig": "tools.report.page.serve",
     "ablate": "tools.ablate",
     "app": "tools.app",
-    "bench": "tools.bench",
+    "bench": "tools.bench.command",
     "compare": "tools.report.compare",
     "doctor": "tools.diagnose.command",
     "evaluate_ade20k": "evaluate.segmentation",
@@ -117,7 +113,7 @@ _HOMES = {
     "evaluate_knn": "evaluate.knn",
     "evaluate_linear": "evaluate.linear",
     "explain": "tools.inspect.command",
-    "export": "backbones",
+    "export": "backbones.export",
     "load_backbone": "backbones",
     "make_report": "tools.report.page.command",
     "pack": "data.pack",

@@ -16,8 +16,10 @@ from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.tools.bench import BenchConfig, bench, measure
+from cmt_mae.tools.bench import measure
 from cmt_mae.tools.bench.build import frozen_backbone, make_trainer, synthetic_batches
+from cmt_mae.tools.bench.command import BenchConfig, bench
+from cmt_mae.tools.bench.peak import peak_flops
 
 SMALL = [
     "--student.img_size=[32]", "--student.depth=2", "--decoder.depth=1", "--teacher.name=embedded",
@@ -194,8 +196,8 @@ def test_the_peak_of_memory_starts_anew() -> None:
 
 def test_a_known_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    found = measure.peak_flops(torch.device("cuda"), "bf16")
+    found = peak_flops(torch.device("cuda"), "bf16")
     assert found["flops"] == 989e12
     assert "data sheet of H100" in found["how"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 PCIe")
-    assert measure.peak_flops(torch.device("cuda"), "bf16")["flops"] == 756e12
+    assert peak_flops(torch.device("cuda"), "bf16")["flops"] == 756e12

@@ -9,8 +9,7 @@ import timm
 from benchmarks import supply
 from packaging.requirements import Requirement
 
-from cmt_mae.backbones import ExportConfig, export
-from cmt_mae.backbones.export import licence_lines
+from cmt_mae.backbones.export import ExportConfig, export, licence_lines
 from cmt_mae.backbones.licences import NOT_STATED, licence_of, needed_libraries
 
 

@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import Any
 
 from cmt_mae.core.errors import InputError, LostProcess, Stopped
-from cmt_mae.core.help import show_help
 from cmt_mae.core.parsing import expand, parse, take, take_flag, with_lists, with_positional
 from cmt_mae.core.recipes import head_comment, load_recipes, recipe_names, recipe_text
 from cmt_mae.core.streams import lasting_streams
@@ -49,7 +48,7 @@ COMMANDS = {
         "--recipe METHOD,SCALE --data PATH --out PATH", PRETRAIN_FIRST,
     ),
     "pack": Command("cmt_mae.data.pack", "PackConfig", "pack", "--data PATH --out PATH"),
-    "export": Command("cmt_mae.backbones", "ExportConfig", "export", "--backbone NAME --out PATH"),
+    "export": Command("cmt_mae.backbones.export", "ExportConfig", "export", "--backbone NAME --out PATH"),
     "demo": Command("cmt_mae.tools.demo", "DemoConfig", "demo", "[--data PATH]"),
     "compare": Command("cmt_mae.tools.report.compare", "CompareConfig", "compare", "RUN ..."),
     "report": Command(
@@ -57,7 +56,7 @@ COMMANDS = {
     ),
     "watch": Command("cmt_mae.tools.report.page.serve", "WatchConfig", "watch", "RUN"),
     "bench": Command(
-        "cmt_mae.tools.bench", "BenchConfig", "bench", "--recipe METHOD,SCALE",
+        "cmt_mae.tools.bench.command", "BenchConfig", "bench", "--recipe METHOD,SCALE",
         ("recipe", "data", "teacher", "out", "images", "rounds", "steps", "stages", "peak", "device", "json"),
     ),
     "explain": Command(
@@ -270,6 +269,8 @@ def asks_for_help(words: list[str]) -> bool:
 
 def help_page(name: str, entry: Command, everything: bool) -> str:
     """The text of ``cmt-mae NAME --help``, or of --help-all."""
+    from cmt_mae.core.help import show_help
+
     settings, _ = load(entry)
     takes_recipe = name in RECIPE_COMMANDS
     extra = {"json": "Print the outcome as one JSON object, the last line of stdout."}

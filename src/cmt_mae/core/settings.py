@@ -58,6 +58,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "bf16", "fp32"]
 Tracker = Literal["none", "wandb"]
 Parallel = Literal["ddp", "fsdp"]
+TIMEOUT_S = 300.0
+"""Default time limit of a loader process's answer: below the 10 minutes after which NCCL gives a process up."""
 
 NAMES = {float: "number", int: "whole number", str: "word"}
 SAMPLES = {float: "[0.2, 1.0]", int: "[10, 20]", str: "[one, two]"}

@@ -22,10 +22,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import TIMEOUT_S as TIMEOUT_S
 from cmt_mae.core.text import printable
 
-TIMEOUT_S = 300.0
-"""Default time limit of a worker's answer: below the 10 minutes after which NCCL gives a process up."""
 MAX_WORKERS = 1024  # processes; far above what any machine feeds, far below what stops one
 MAX_RESTARTS = 3
 """Restarts of the workers without an item in between, after which the run stops."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import (
+    TIMEOUT_S,
     Amount,
     Count,
     CountOrNone,
@@ -17,7 +18,6 @@ from cmt_mae.core.settings import (
     check_fields,
     resume_safe,
 )
-from cmt_mae.data.workers import TIMEOUT_S
 
 
 @dataclass(kw_only=True)

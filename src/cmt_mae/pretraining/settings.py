@@ -7,6 +7,7 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.recipes import load_recipes, merge
 from cmt_mae.core.settings import (
     RESUME_SAFE,
+    TIMEOUT_S,
     Amount,
     Count,
     CountOrNone,
@@ -24,7 +25,6 @@ from cmt_mae.core.settings import (
 )
 from cmt_mae.data.source import Source
 from cmt_mae.data.sources import open_split
-from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.method.cmtmae import FROM_IMAGE, MaskConfig, TargetConfig, takes_class_token
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.masking import GUIDED

@@ -181,7 +181,7 @@ def refuse_days(task: Pretraining, flop: dict[str, int]) -> None:
     whole = config.batch_size * sum(flop.get(name, 0) * count for name, count in steps.items())
     if whole < SURELY_A_DAY_LESS:
         return
-    from cmt_mae.tools.bench.measure import peak_flops
+    from cmt_mae.tools.bench.peak import peak_flops
 
     peak = peak_flops(task.device, "fp32")["flops"] * task.accelerator.num_processes
     seconds = OVER_PRODUCTS * whole / peak
@@ -221,7 +221,7 @@ def open_probe(config: PretrainConfig, accelerator: Accelerator) -> tuple[Any, d
 def cost_of(task: Pretraining) -> dict[str, Any]:
     """``flop_per_image`` of each stage (one, two) and ``peak`` of one device (flops, how), or None."""
     from cmt_mae.tools.bench.flops import step_macs, step_of
-    from cmt_mae.tools.bench.measure import data_sheet
+    from cmt_mae.tools.bench.peak import data_sheet
 
     config, plan, device = task.config, task.plan, task.device
     stages = {"one": 0} if plan.switch_step > 0 else {}

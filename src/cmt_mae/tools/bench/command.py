@@ -29,6 +29,7 @@ from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.bench import measure
 from cmt_mae.tools.bench.build import frozen_backbone, make_trainer, synthetic_batches
 from cmt_mae.tools.bench.flops import OURS, PLAIN, step_macs, step_of
+from cmt_mae.tools.bench.peak import peak_flops
 
 
 @dataclass
@@ -87,7 +88,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             f"{config.data.path} has {len(source)} images, fewer than a step of {run.batch_size}: lower --images"
         )
     trainer, task = make_trainer(run, backbone, len(source) if source else None)
-    peak = measure.peak_flops(trainer.device, trainer.precision, config.peak)
+    peak = peak_flops(trainer.device, trainer.precision, config.peak)
     content: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
