@@ -270,3 +270,38 @@ def test_mutated_bytes_give_a_picture_or_a_reason(data: st.DataObject) -> None:
         assert array.dtype == np.uint8
         assert array.ndim == 3
         assert array.shape[2] == 3
+
+
+def test_heic_and_jxl_through_other_libraries() -> None:
+    """Lossy codecs at high quality: the picture, within a few grey levels on average."""
+    smooth = np.add.outer(np.arange(64), np.arange(48)).astype(np.uint8)[:, :, None].repeat(3, 2)
+    heif = pytest.importorskip("pillow_heif")
+    pytest.importorskip("pillow_jxl")
+    file = io.BytesIO()
+    heif.from_pillow(Image.fromarray(smooth)).save(file, quality=95)
+    for raw in (file.getvalue(), encode(Image.fromarray(smooth), "JXL", quality=95)):
+        assert abs(decode_image(raw).astype(int) - smooth).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"), [("MONOCHROME2", (-1024, 3071)), ("MONOCHROME1", (-3071, 1024))]
+)
+def test_dicom_by_its_modality_values(kind: str, limits: tuple[float, float]) -> None:
+    """Stored 12 bits, Hounsfield units by slope and intercept; MONOCHROME1 has white lowest."""
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    stored = (np.add.outer(np.arange(64), np.arange(48)) * 36).astype(np.uint16)
+    picture = pydicom.dataset.FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    picture.Rows, picture.Columns, picture.SamplesPerPixel = 64, 48, 1
+    picture.PhotometricInterpretation, picture.PixelRepresentation = kind, 0
+    picture.BitsAllocated, picture.BitsStored, picture.HighBit = 16, 12, 11
+    picture.RescaleSlope, picture.RescaleIntercept = 1, -1024
+    picture.PixelData = stored.tobytes()
+    file = io.BytesIO()
+    picture.save_as(file, enforce_file_format=True)
+    shown = decode_image(file.getvalue(), 1, limits=limits)[:, :, 0].astype(float)
+    right = stored / 4095 * 255
+    np.testing.assert_allclose(shown, right if kind[-1] == "2" else 255 - right, atol=0.51)

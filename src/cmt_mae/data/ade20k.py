@@ -18,7 +18,7 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import is_litter, open_file, read_file
+from cmt_mae.data.folder import is_litter, open_file, read_file, with_content
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
@@ -51,7 +51,7 @@ class Ade20k:
     train: Pairs
     val: Pairs
     fingerprint: str
-    """sha256 over classes, names and sizes in bytes of all images and masks."""
+    """Of classes, names and sizes in bytes of all images and masks, and of what some of them hold."""
     zero_label: ZeroLabel | None = None
     """What label 0 is; None: ignored, as nothing else was said."""
 
@@ -70,14 +70,17 @@ def open_ade20k(
     names = read_classes(folder, classes)
     train, val = (_find_pairs(folder, split) for split in ("training", "validation"))
     digest = hashlib.sha256("\n".join(names).encode())
-    for path in (*train.images, *train.masks, *val.images, *val.masks):
+    paths = (*train.images, *train.masks, *val.images, *val.masks)
+    for path in paths:
         name = os.path.relpath(path, folder)
         try:
             size = os.path.getsize(path)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; mend or remove it") from None
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    return Ade20k(str(root), tuple(names), train, val, digest.hexdigest(), zero_label)
+    return Ade20k(
+        str(root), tuple(names), train, val, with_content(digest.hexdigest(), paths), zero_label
+    )
 
 
 def _find_pairs(folder: Path, split: str) -> Pairs:

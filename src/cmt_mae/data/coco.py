@@ -31,7 +31,7 @@ from cmt_mae.data.coco_masks import (
 )
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.detection_crops import Example
-from cmt_mae.data.folder import open_file, read_file
+from cmt_mae.data.folder import open_file, read_file, with_content
 
 LARGEST_ID = 2**53
 """Ids from here on are not the same number in every JSON reader, and overflow in the evaluation."""
@@ -94,7 +94,8 @@ class CocoSplit:
         self._bytes = np.frombuffer(b"".join(texts), dtype=np.uint8)
         for size in check_files(annotation_file, folder, self.names, self.sizes):
             digest.update(f"{size}\n".encode())
-        self._fingerprint = digest.hexdigest()
+        paths = [folder / name for name in self.names]
+        self._fingerprint = with_content(digest.hexdigest(), paths)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -109,7 +110,7 @@ class CocoSplit:
                 )
 
     def fingerprint(self) -> str:
-        """sha256 over the annotation file and the sizes in bytes of the images, in its order."""
+        """Of the annotation file, the sizes in bytes of the images, in its order, and what some of them hold."""
         return self._fingerprint
 
     def annotations(self, index: int) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import is_litter, open_file, read_file
+from cmt_mae.data.folder import is_litter, open_file, read_file, with_content
 
 RESOLUTION = "480p"
 LIST_BYTES = 2**24
@@ -44,8 +44,10 @@ class VideoSequence:
     """Height and width of frames and masks in pixels."""
     objects: tuple[int, ...]
     """Ids in the first mask, rising; the objects to follow."""
+    names_fingerprint: str
+    """sha256 over the names and sizes in bytes of all files, which older results recorded."""
     fingerprint: str
-    """sha256 over the names and sizes in bytes of all files: same data, same text."""
+    """Of the same and of what some of the files hold: same data, same text."""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -148,12 +150,13 @@ def open_sequence(root: Path, name: str) -> VideoSequence:
                 f"{size[1]} x {size[0]}; frames and masks of a sequence need one size"
             )
     objects = first_objects(masks[0])
-    return VideoSequence(
-        name, tuple(frames), tuple(masks), size, objects, fingerprint(name, [*frames, *masks])
-    )
+    files = [*frames, *masks]
+    names = names_fingerprint(name, files)
+    prints = (names, with_content(names, files))
+    return VideoSequence(name, tuple(frames), tuple(masks), size, objects, *prints)
 
 
-def fingerprint(name: str, files: list[Path]) -> str:
+def names_fingerprint(name: str, files: list[Path]) -> str:
     """sha256 over a sequence's name and its files' names and sizes in bytes."""
     digest = hashlib.sha256(name.encode())
     for file in files:

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,10 +72,10 @@ def left_out_of(images: int, left_out: Counter[str]) -> str:
     if not count:
         return ""
     hints = {
-        ".heic": "pip install pillow-heif reads them",
-        ".heif": "pip install pillow-heif reads them",
-        ".jxl": "pip install pillow-jxl-plugin reads them",
-        ".dcm": "pip install pydicom reads them",
+        ".heic": "pip install pillow-heif to read them",
+        ".heif": "pip install pillow-heif to read them",
+        ".jxl": "pip install pillow-jxl-plugin to read them",
+        ".dcm": "pip install pydicom to read them",
     }
     kinds = []
     for kind, number in left_out.most_common(4):
@@ -125,6 +125,12 @@ class Files:
             except OSError:
                 continue
         return changed
+
+
+def with_content(names: str, files: Sequence[str | Path]) -> str:
+    """A fingerprint of ``files`` as `Source.fingerprint` has it. names: sha256 over their names and sizes."""
+    listed = Names(str(file) for file in files)
+    return f"{names[:32]}-{Source(listed, Files('', listed)).content()[:31]}"
 
 
 def open_file(path: str | bytes | Path) -> BinaryIO:

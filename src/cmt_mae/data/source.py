@@ -129,7 +129,7 @@ class Source:
     def fingerprint(self) -> str:
         """Same data, same text: 32 hex digits over count, names and sizes of all images, a dash, 31 over what
         some of them hold (all of small sets)."""
-        return f"{self.names_fingerprint()[:32]}-{self._content()[:31]}"
+        return f"{self.names_fingerprint()[:32]}-{self.content()[:31]}"
 
     def names_fingerprint(self) -> str:
         """sha256 over count, names and sizes alone, which older runs recorded."""
@@ -149,7 +149,8 @@ class Source:
         """Whether a recorded fingerprint, also one of the older kind, is that of these images."""
         return fingerprint in (None, self.fingerprint(), self.names_fingerprint())
 
-    def _content(self) -> str:
+    def content(self) -> str:
+        """sha256 over some bytes of some of the images, evenly over the set."""
         digest, sizes = hashlib.sha256(), list(self._reader.sizes())
         for index in even(len(self), SAMPLED):
             size = sizes[self._at(index)]

@@ -1,5 +1,6 @@
 """COCO detection and instance segmentation with any plain ViT (spec section 7)."""
 
+import hashlib
 import json
 import sys
 import time
@@ -74,9 +75,10 @@ def evaluate_coco(config: CocoConfig) -> Result:
     evaluated = train if config.eval_split == "train" else val
     evaluate = Evaluator(detector, evaluated, protocol, backbone, accelerator, run.path, config)
     task = make_task(config, protocol, detector, backbone, train, chosen, accelerator, evaluate)
+    both = hashlib.sha256(f"{train.fingerprint()} {val.fingerprint()}".encode())
     data = {
         "path": config.data,
-        "fingerprint": f"{train.fingerprint()[:32]}{val.fingerprint()[:32]}",
+        "fingerprint": f"{train.fingerprint()[:32]}-{both.hexdigest()[:31]}",
         "train": len(chosen),
         "train_without_boxes": int((train.counts == 0).sum()),
         "val": len(evaluated),

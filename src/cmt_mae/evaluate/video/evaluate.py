@@ -186,10 +186,11 @@ def describe_protocol(name: str, protocol: VideoProtocol) -> dict[str, Any]:
 
 def describe_sequences(path: str, sequences: list[VideoSequence]) -> dict[str, Any]:
     """``Result.data``."""
-    digest = hashlib.sha256("\n".join(s.fingerprint for s in sequences).encode())
+    names = hashlib.sha256("\n".join(s.names_fingerprint for s in sequences).encode())
+    content = hashlib.sha256("\n".join(s.fingerprint for s in sequences).encode())
     return {
         "path": path,
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": f"{names.hexdigest()[:32]}-{content.hexdigest()[:31]}",
         "sequences": len(sequences),
         "objects": sum(len(s.objects) for s in sequences),
         "frames": sum(len(s) for s in sequences),

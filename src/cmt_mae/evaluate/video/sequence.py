@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.files import write_json
+from cmt_mae.core.files import same_fingerprint, write_json
 from cmt_mae.data.davis import VideoSequence, read_frame, read_mask, write_mask
 from cmt_mae.evaluate.video.features import Extractor, resize_linear
 from cmt_mae.evaluate.video.metrics import score_frame
@@ -68,7 +68,7 @@ class Shelf:
             kept = Followed(**json.loads(text))
         except (OSError, ValueError, TypeError):
             return None
-        if kept.fingerprint != sequence.fingerprint:
+        if not same_fingerprint(kept.fingerprint, sequence.fingerprint):
             return None
         numbers = range(len(sequence))
         if self.masks and not all(self.mask_file(sequence, n).is_file() for n in numbers):
