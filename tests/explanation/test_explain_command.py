@@ -9,10 +9,10 @@ from PIL import Image
 
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
+from cmt_mae.tools.inspect import canvas
 from cmt_mae.tools.inspect.command import MAKERS, explain
 from cmt_mae.tools.inspect.images import Album
 from cmt_mae.tools.inspect.settings import KINDS, ExplainConfig
-from cmt_mae.tools.report import canvas
 
 
 def names(folder: Path) -> set[str]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from cmt_mae.core.run_reader import RunRecord, read_run
 from cmt_mae.pretraining.plan import alphas_at
 from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.tools.inspect.curves import curves_figure
 from cmt_mae.tools.report.charts import alphas, charts, label_of, thinned
-from cmt_mae.tools.report.curves import curves_figure
 
 from .conftest import Write
 

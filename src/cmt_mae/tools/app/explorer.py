@@ -11,12 +11,8 @@ from numpy.typing import NDArray
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.masking import Mask, count_masked
-from cmt_mae.tools.inspect.colours import fit_basis, similar_to
-from cmt_mae.tools.inspect.images import Photo, cut, read_image
-from cmt_mae.tools.inspect.look import Inspector, hidden
-from cmt_mae.tools.inspect.networks import NO_TEACHER, Networks, Run, open_backbone
-from cmt_mae.tools.report.attention import attention_sheet, in_units
-from cmt_mae.tools.report.canvas import (
+from cmt_mae.tools.inspect.attention import attention_sheet, in_units
+from cmt_mae.tools.inspect.canvas import (
     Picture,
     Scale,
     as_picture,
@@ -26,6 +22,10 @@ from cmt_mae.tools.report.canvas import (
     save,
     without,
 )
+from cmt_mae.tools.inspect.colours import fit_basis, similar_to
+from cmt_mae.tools.inspect.images import Photo, cut, read_image
+from cmt_mae.tools.inspect.look import Inspector, hidden
+from cmt_mae.tools.inspect.networks import NO_TEACHER, Networks, Run, open_backbone
 
 OWN_TEACHER = "the run's own"
 TILES = {

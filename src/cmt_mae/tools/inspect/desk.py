@@ -6,11 +6,11 @@ from matplotlib.figure import Figure
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.masking import Mask
+from cmt_mae.tools.inspect.canvas import save
 from cmt_mae.tools.inspect.images import Album, Inputs, Photo, cut
 from cmt_mae.tools.inspect.look import Inspector, hidden
 from cmt_mae.tools.inspect.networks import Networks, Run, open_backbone
 from cmt_mae.tools.inspect.settings import ExplainConfig
-from cmt_mae.tools.report.canvas import save
 
 
 class NotHere(InputError):

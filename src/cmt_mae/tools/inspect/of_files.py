@@ -6,9 +6,9 @@ from cmt_mae.core.run_reader import is_run, read_run
 from cmt_mae.data.ade20k import open_ade20k
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis
+from cmt_mae.tools.inspect.curves import curves_figure
 from cmt_mae.tools.inspect.desk import Desk, NotHere
-from cmt_mae.tools.report.curves import curves_figure
-from cmt_mae.tools.report.galleries import (
+from cmt_mae.tools.inspect.galleries import (
     Output,
     detections_sheet,
     outputs,
@@ -16,7 +16,7 @@ from cmt_mae.tools.report.galleries import (
     segmentations_sheet,
     strips_figure,
 )
-from cmt_mae.tools.report.ladder import ladder_figure, read_ladder
+from cmt_mae.tools.inspect.ladder import ladder_figure, read_ladder
 
 
 def curves(desk: Desk) -> None:

@@ -8,22 +8,22 @@ from torch import Tensor
 
 from cmt_mae.method.cmtmae import as_shares
 from cmt_mae.tools.inspect.aim import auc, object_patches, read_objects
+from cmt_mae.tools.inspect.attention import attention_sheet, growth_sheet, heads_sheet, masks_sheet
+from cmt_mae.tools.inspect.canvas import LARGEST, Sheet
 from cmt_mae.tools.inspect.colours import explained, fit_basis, likeness
 from cmt_mae.tools.inspect.desk import Desk, NotHere
-from cmt_mae.tools.inspect.images import Album, cut
-from cmt_mae.tools.inspect.look import Inspector, every_rule, hidden, overlap
-from cmt_mae.tools.inspect.neighbours import embed, make_gallery, nearest
-from cmt_mae.tools.inspect.networks import Networks, Run, Who
-from cmt_mae.tools.inspect.settings import ExplainConfig
-from cmt_mae.tools.report.attention import attention_sheet, growth_sheet, heads_sheet, masks_sheet
-from cmt_mae.tools.report.canvas import LARGEST, Sheet
-from cmt_mae.tools.report.features import (
+from cmt_mae.tools.inspect.features import (
     Predicted,
     features_sheet,
     neighbours_sheet,
     predictions_sheet,
     reconstruction_sheet,
 )
+from cmt_mae.tools.inspect.images import Album, cut
+from cmt_mae.tools.inspect.look import Inspector, every_rule, hidden, overlap
+from cmt_mae.tools.inspect.neighbours import embed, make_gallery, nearest
+from cmt_mae.tools.inspect.networks import Networks, Run, Who
+from cmt_mae.tools.inspect.settings import ExplainConfig
 
 
 def attention(desk: Desk) -> None:

@@ -7,7 +7,7 @@ from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Count, CountOrNone, Share, check_fields
 from cmt_mae.core.text import hint, one_line
-from cmt_mae.tools.report.canvas import FORMATS
+from cmt_mae.tools.inspect.canvas import FORMATS
 
 OF_IMAGES = (
     "attention", "heads", "growth", "masks", "features", "predictions", "reconstruction", "neighbours",

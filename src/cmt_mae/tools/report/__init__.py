@@ -1,1 +1,1 @@
-"""Pictures and pages from tensors, run directories and results; trains nothing."""
+"""The page of a run, and tables of results, from files; trains nothing."""

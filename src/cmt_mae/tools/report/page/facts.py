@@ -101,7 +101,7 @@ def schedule(record: RunRecord) -> str:
     get = record.setting
     parts = []
     if get("epochs") is not None:
-        parts.append(f"{value(get('epochs'))} epochs")
+        parts.append(f"{record.number('epochs'):.4g} epochs")
     if record.total_steps:
         parts.append(f"{record.total_steps} steps of {value(get('batch_size', '?'))} images")
     peak = section(record.facts, "plan").get("lr")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from cmt_mae.tools.report.canvas import (
+from cmt_mae.tools.inspect.canvas import (
     LARGEST,
     Picture,
     Sheet,

@@ -11,9 +11,9 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import with_lists
-from cmt_mae.tools.report import canvas
-from cmt_mae.tools.report.attention import attention_sheet, in_units
-from cmt_mae.tools.report.canvas import (
+from cmt_mae.tools.inspect import canvas
+from cmt_mae.tools.inspect.attention import attention_sheet, in_units
+from cmt_mae.tools.inspect.canvas import (
     COVER,
     Scale,
     Sheet,
@@ -23,7 +23,7 @@ from cmt_mae.tools.report.canvas import (
     save,
     without,
 )
-from cmt_mae.tools.report.ladder import ladder_figure, read_ladder
+from cmt_mae.tools.inspect.ladder import ladder_figure, read_ladder
 
 ROOT = Path(__file__).resolve().parents[2]
 

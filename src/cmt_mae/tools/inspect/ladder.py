@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
-from cmt_mae.tools.report.canvas import NORMAL, SMALL, WIDTH
+from cmt_mae.tools.inspect.canvas import NORMAL, SMALL, WIDTH
 
 MEASURES = (("knn_mean", "k-NN top-1, %"), ("linear_mean", "linear probe top-1, %"))
 """Key in the file and title of the panel; features are the mean of the patch tokens."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cmt_mae.tools.report.canvas import (
+from cmt_mae.tools.inspect.canvas import (
     HIDDEN,
     Picture,
     Scale,

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from cmt_mae.core.run_reader import RunRecord
 from cmt_mae.core.text import printable
-from cmt_mae.tools.report.canvas import NORMAL, SMALL, WIDTH
+from cmt_mae.tools.inspect.canvas import NORMAL, SMALL, WIDTH
 from cmt_mae.tools.report.charts import charts
 
 ACROSS = 3

@@ -15,7 +15,7 @@ from cmt_mae.data.coco import open_coco
 from cmt_mae.data.coco_masks import mask_of
 from cmt_mae.data.davis import open_davis
 from cmt_mae.data.sample import write_ade20k, write_coco, write_davis
-from cmt_mae.tools.report.galleries import (
+from cmt_mae.tools.inspect.galleries import (
     detections_sheet,
     labels_of,
     outputs,

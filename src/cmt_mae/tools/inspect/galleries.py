@@ -26,7 +26,7 @@ from cmt_mae.evaluate.detection.pictures import (
 from cmt_mae.evaluate.segmentation_pictures import NAMES_SHOWN, UNLABELLED, class_colours
 from cmt_mae.evaluate.video.pictures import Row, short, strip_figure
 from cmt_mae.evaluate.video.sequence import Shelf
-from cmt_mae.tools.report.canvas import SMALL, WIDTH, Picture, Sheet
+from cmt_mae.tools.inspect.canvas import SMALL, WIDTH, Picture, Sheet
 
 MAX_BYTES = 1 << 30
 """A file of detections above this is not read."""
