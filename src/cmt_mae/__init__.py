@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from cmt_mae.backbones.export import ExportConfig as ExportConfig
     from cmt_mae.backbones.export import export as export
+    from cmt_mae.core.backbone_facts import BackboneFacts as BackboneFacts
     from cmt_mae.core.errors import InputError as InputError
     from cmt_mae.core.errors import Stopped as Stopped
     from cmt_mae.data.pack import PackConfig as PackConfig
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
     from cmt_mae.tools.bench.command import bench as bench
     from cmt_mae.tools.diagnose.command import DoctorConfig as DoctorConfig
     from cmt_mae.tools.diagnose.command import doctor as doctor
+    from cmt_mae.tools.embed import EmbedConfig as EmbedConfig
+    from cmt_mae.tools.embed import embed as embed
+    from cmt_mae.tools.embed import embed_images as embed_images
     from cmt_mae.tools.inspect.command import explain as explain
     from cmt_mae.tools.inspect.settings import ExplainConfig as ExplainConfig
     from cmt_mae.tools.pretrain import pretrain as pretrain
@@ -83,11 +87,13 @@ _HOMES = {
     "Ade20kConfig": "evaluate.segmentation",
     "AppConfig": "tools.app",
     "Backbone": "backbones",
+    "BackboneFacts": "core.backbone_facts",
     "BenchConfig": "tools.bench.command",
     "CocoConfig": "evaluate.detection",
     "CompareConfig": "tools.report.compare",
     "DavisConfig": "evaluate.video.evaluate",
     "DoctorConfig": "tools.diagnose.command",
+    "EmbedConfig": "tools.embed",
     "EvaluateAllConfig": "evaluate.everything",
     "ExplainConfig": "tools.inspect.settings",
     "ExportConfig": "backbones.export",
@@ -105,6 +111,8 @@ _HOMES = {
     "bench": "tools.bench.command",
     "compare": "tools.report.compare",
     "doctor": "tools.diagnose.command",
+    "embed": "tools.embed",
+    "embed_images": "tools.embed",
     "evaluate_ade20k": "evaluate.segmentation",
     "evaluate_all": "evaluate.everything",
     "evaluate_coco": "evaluate.detection",

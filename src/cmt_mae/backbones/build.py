@@ -286,10 +286,10 @@ def pretrained_cfg(backbone: Backbone, channels: int) -> dict[str, Any]:
     """timm's description of weights: input size and normalisation, for `timm.data.resolve_model_data_config`."""
     return {
         "architecture": backbone.architecture,
-        "input_size": [channels, *backbone.img_size],
+        "input_size": (channels, *backbone.img_size),
         "fixed_input_size": True,
-        "mean": list(backbone.mean),
-        "std": list(backbone.std),
+        "mean": backbone.mean,
+        "std": backbone.std,
         "interpolation": "bicubic",
         "crop_pct": CROP,
         "crop_mode": "center",

@@ -15,22 +15,25 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import Backbone
+from cmt_mae.backbones.build import pretrained_cfg
 from cmt_mae.backbones.licences import NOT_STATED, libraries_line
 from cmt_mae.backbones.load import load_backbone
 from cmt_mae.backbones.save import plain_state, save_backbone, write_atomically
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import check_fields
 from cmt_mae.core.text import printable
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(BackboneFacts):
     """Settings of `export`."""
 
     backbone: str
     """What to export: a run directory, a file or a timm name."""
     out: str
-    """Where to: FILE.safetensors for timm, FILE.pth for torch, a folder for hf."""
+    """Where to: a folder for timm and hf, FILE.pth for torch. timm also takes FILE.safetensors: one file, which
+    timm loads without its normalisation."""
     format: Literal["timm", "hf", "torch"] = "timm"
     """timm: loads in timm.create_model; hf: in transformers.ViTModel; torch: a plain state dict."""
     key: str | None = None
@@ -40,21 +43,21 @@ class ExportConfig:
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write the backbone in another tool's format; features stay equal.
 
-    Prints the licences on stderr: of the weights, of their teacher, of the libraries.
+    Prints the licences on stderr (of the weights, of their teacher, of the libraries) and the line that loads it.
     Returns what was written: out, format, architecture, kwargs, digest, source, licence of the
     weights, teacher (name, licence), libraries (one line), and `load`, the line of Python that loads it.
     Raises InputError when the format cannot express the network or the file cannot be written.
     """
     check_fields(config)
-    backbone = load_backbone(config.backbone, key=config.key)
+    backbone = load_backbone(config.backbone, key=config.key, facts=config)
     out = Path(config.out)
     if config.format == "hf":
         load = _export_hf(backbone, out)
     elif config.format == "timm":
-        load = _export_timm(backbone, _with_suffix(out, ".safetensors"))
+        load = _export_timm(backbone, out)
     else:
         load = _export_torch(backbone, _with_suffix(out, ".pth"))
-    for line in licence_lines(backbone):
+    for line in [*licence_lines(backbone), f"load it with: {load}"]:
         print(printable(line), file=sys.stderr)
     return {
         "out": str(out),
@@ -86,6 +89,11 @@ def _with_suffix(out: Path, suffix: str) -> Path:
     return out
 
 
+def _folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; this format is a folder")
+
+
 def _arguments(backbone: Backbone) -> str:
     """kwargs as they stand in a call; CLIP's projection is a head of E classes."""
     classes = 0 if backbone.proj is None else backbone.proj.shape[0]
@@ -93,8 +101,13 @@ def _arguments(backbone: Backbone) -> str:
 
 
 def _export_timm(backbone: Backbone, out: Path) -> str:
+    """A folder as timm reads it (weights, config.json), or the weights alone for FILE.safetensors."""
+    alone = out.suffix == ".safetensors"
+    if alone or out.exists():
+        _with_suffix(out, ".safetensors") if alone else _folder(out)
+    file = out if alone else out / "model.safetensors"
     save_backbone(
-        out,
+        file,
         backbone.model,
         architecture=backbone.architecture,
         kwargs=backbone.kwargs,
@@ -106,10 +119,21 @@ def _export_timm(backbone: Backbone, out: Path) -> str:
         extra={"teacher": backbone.teacher},
         proj=backbone.proj,
     )
-    arguments = _arguments(backbone)
-    return (
-        f"timm.create_model({backbone.architecture!r}, checkpoint_path={str(out)!r}, {arguments})"
-    )
+    if alone:
+        arguments = _arguments(backbone)
+        return f"timm.create_model({backbone.architecture!r}, checkpoint_path={str(out)!r}, {arguments})"
+    channels = len(backbone.mean)
+    cfg = pretrained_cfg(backbone, channels)
+    config = {
+        "architecture": backbone.architecture,
+        "num_classes": cfg["num_classes"],
+        "num_features": int(backbone.model.num_features),  # type: ignore[arg-type]
+        "model_args": backbone.kwargs,
+        "pretrained_cfg": cfg,
+    }
+    # the configuration last: a folder without it is not taken for a model
+    write_atomically(out / "config.json", json.dumps(config, indent=2).encode())
+    return f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
 
 
 def _export_torch(backbone: Backbone, out: Path) -> str:
@@ -121,8 +145,7 @@ def _export_torch(backbone: Backbone, out: Path) -> str:
 
 
 def _export_hf(backbone: Backbone, out: Path) -> str:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; the hf format is a folder")
+    _folder(out)
     config = _hf_config(backbone)
     state = _hf_state(plain_state(backbone.model, None))
     processor = {

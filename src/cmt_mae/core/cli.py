@@ -49,6 +49,9 @@ COMMANDS = {
     ),
     "pack": Command("cmt_mae.data.pack", "PackConfig", "pack", "--data PATH --out PATH"),
     "export": Command("cmt_mae.backbones.export", "ExportConfig", "export", "--backbone NAME --out PATH"),
+    "embed": Command(
+        "cmt_mae.tools.embed", "EmbedConfig", "embed_images", "--backbone NAME --images DIR --out FILE.npz"
+    ),
     "demo": Command("cmt_mae.tools.demo", "DemoConfig", "demo", "[--data PATH]"),
     "compare": Command("cmt_mae.tools.report.compare", "CompareConfig", "compare", "RUN ..."),
     "report": Command(
@@ -114,6 +117,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   report RUN ...   one HTML page of a run, or of several side by side [--out FILE]
   watch RUN        the same page live, on this machine only [--port N] [--open]
   export           write a backbone as timm, hf or torch
+  embed            features of all images of a folder: --backbone B --images DIR --out F.npz | .parquet | .csv
   pack             pack images into a memory-mapped array for fast epochs
   bench            images/s, MFU and the share of each part of a step: --recipe R
   ablate WHAT      a grid of runs x seeds and its table: components | alpha | masks | FILE.yaml ...
