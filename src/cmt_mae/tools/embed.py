@@ -167,7 +167,7 @@ def embed_images(config: EmbedConfig) -> dict[str, Any]:
 def _fill(
     config: EmbedConfig, source: Source, backbone: Backbone, device: torch.device, folder: Path
 ) -> dict[str, str]:
-    """Write START.npz and START.json below ``folder`` for every KEEP_EVERY images that lack them; returns the bad."""
+    """Write START.npz and START.json below ``folder`` for every KEEP_EVERY images; returns the unreadable ones."""
     backbone.model.to(device).eval()
     bad: dict[str, str] = {}
     channels = len(backbone.mean)
