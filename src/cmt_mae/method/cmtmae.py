@@ -45,11 +45,6 @@ from cmt_mae.method.vit import LastBlockInput, encode_visible, forward_to_last, 
 
 Source = Literal["teacher", "momentum", "collab"]
 SOURCES: tuple[str, ...] = get_args(Source)
-MaskRule = Callable[[Tensor | None, Tensor, tuple[int, int]], Tensor]
-"""(scores (B, L) of the guiding attention, or None for a rule without; uniform numbers (B, L) in (0, 1); the grid)
--> priorities (B, L): the patches of highest priority are hidden. It may draw no random numbers of its own."""
-TargetFunction = Callable[[Tensor], Tensor]
-"""Normalised images (B, C, H, W) -> features (B, L, D) to predict, patches in raster order."""
 FROM_IMAGE = ("pixel", "hog")  # targets that are computed from the image, without a network
 
 
@@ -108,6 +103,13 @@ class TargetConfig:
     """Momentum target: mean of the last K block outputs; 1 = last block after the final norm."""
     centre: bool = False
     """Subtract the running mean of a network's features before they are normalised."""
+
+
+MaskRule = Callable[[Tensor | None, Tensor, tuple[int, int]], Tensor]
+"""(scores (B, L) of the guiding attention, or None for a rule without; uniform numbers (B, L) in (0, 1); the grid)
+-> priorities (B, L): the patches of highest priority are hidden. It may draw no random numbers of its own."""
+TargetFunction = Callable[[Tensor], Tensor]
+"""Normalised images (B, C, H, W) -> features (B, L, D) to predict, patches in raster order."""
 
 
 @dataclass
