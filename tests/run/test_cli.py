@@ -74,6 +74,14 @@ def test_help_of_every_command_is_short_and_says_how_it_is_called(
     assert "Annotated" not in text
     assert "configuration file" not in text
     assert main([*words, "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    first, every = (
+        {line.split()[0] for line in page.splitlines() if line.startswith("  --")}
+        for page in (text, everything)
+    )
+    assert first <= every
+    assert len(first) <= 16
+
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -63,7 +63,9 @@ COMMANDS = {
         ("recipe", "data", "teacher", "out", "images", "rounds", "steps", "stages", "peak", "device", "json"),
     ),
     "explain": Command(
-        "cmt_mae.tools.inspect.command", "ExplainConfig", "explain", "--run RUN --images PATH ..."
+        "cmt_mae.tools.inspect.command", "ExplainConfig", "explain", "--run RUN --images PATH ...",
+        ("run", "backbone", "images", "what", "out", "count", "checkpoints", "size", "teacher", "rule", "alpha",
+         "data", "formats", "json"),
     ),
     "ablate": Command("cmt_mae.tools.ablate", "AblateConfig", "ablate", "EXPERIMENT"),
     "doctor": Command(
@@ -75,8 +77,16 @@ COMMANDS = {
 }  # fmt: skip
 NEEDED = "--backbone NAME --data PATH"
 EVALUATIONS = {
-    "knn": Command("cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn", NEEDED),
-    "linear": Command("cmt_mae.evaluate.linear", "LinearConfig", "evaluate_linear", NEEDED),
+    "knn": Command(
+        "cmt_mae.evaluate.knn", "KnnConfig", "evaluate_knn", NEEDED,
+        ("backbone", "data", "out", "k", "temperature", "pools", "size", "key", "val_share", "device",
+         "batch_size", "cache", "json"),
+    ),
+    "linear": Command(
+        "cmt_mae.evaluate.linear", "LinearConfig", "evaluate_linear", NEEDED,
+        ("backbone", "data", "out", "protocol", "pools", "epochs", "blr", "augment", "size", "key", "val_share",
+         "device", "cache", "json"),
+    ),
     "finetune": Command(
         "cmt_mae.evaluate.finetune", "FinetuneConfig", "evaluate_finetune", NEEDED, TRAIN_FIRST
     ),
@@ -92,6 +102,7 @@ EVALUATIONS = {
     "all": Command(
         "cmt_mae.evaluate.everything", "EvaluateAllConfig", "evaluate_all",
         "--backbone NAME --data-root PATH",
+        ("backbone", "data_root", "out", "tasks", "preset", "key", "device", "json"),
     ),
 }  # fmt: skip
 RECIPE_COMMANDS = ("pretrain", "bench", "doctor")

@@ -50,8 +50,9 @@ def show_help(
         told = "" if value in (MISSING, None, "", [], ()) else f" ({default}: {as_word(value)})"
         rows[f"--{shown} {value_word(shown, kind)}"] = docs_of(owner).get(last, "") + told
     order = {f"--{name}": place for place, name in enumerate(first or ["recipe"])}
-    order["--json"] = len(order) + 1
-    rows = dict(sorted(rows.items(), key=lambda row: order.get(row[0].split()[0], len(order))))
+    others = len(order)
+    order["--json"] = others + 1
+    rows = dict(sorted(rows.items(), key=lambda row: order.get(row[0].split()[0], others)))
     width = min(120, shutil.get_terminal_size().columns)
     lines = [f"usage: {usage}", "", *textwrap.wrap(summary(settings), width), ""]
     for name, text in rows.items():
