@@ -20,7 +20,7 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.evaluate.detection.detector import (
     Anchors,
-    Batch,
+    DetectionBatch,
     Detector,
     Heads,
     PadBatch,
@@ -30,7 +30,7 @@ from cmt_mae.evaluate.detection.detector import (
 )
 from cmt_mae.evaluate.detection.protocols import (
     CocoConfig,
-    Protocol,
+    DetectionProtocol,
     describe,
     published,
     resolve,
@@ -57,7 +57,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def batch(seed: int = 0, sizes: Any = ((48, 64), (56, 40)), empty: int = -1) -> Batch:
+def batch(seed: int = 0, sizes: Any = ((48, 64), (56, 40)), empty: int = -1) -> DetectionBatch:
     """Bright rectangles of two classes on grey, with their boxes and masks."""
     torch.manual_seed(seed)
     images, targets = [], []
@@ -73,7 +73,7 @@ def batch(seed: int = 0, sizes: Any = ((48, 64), (56, 40)), empty: int = -1) -> 
             boxes, labels, masks = boxes[:0], labels[:0], masks[:0]
         images.append(image)
         targets.append({"boxes": boxes, "labels": labels, "masks": masks})
-    return Batch(images, targets)
+    return DetectionBatch(images, targets)
 
 
 # --- protocols -------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_presets_have_the_numbers_of_the_specification() -> None:
 
 
 def test_every_number_can_be_set_and_is_in_the_protocol() -> None:
-    names = {f.name for f in fields(Protocol)}
+    names = {f.name for f in fields(DetectionProtocol)}
     config = CocoConfig()
     assert all(getattr(config, name) is None for name in names)
     protocol, changed = resolve(CocoConfig(lr=3e-4, taps=[0, 1, 2, 3]), 12)  # type: ignore[arg-type]
@@ -283,7 +283,7 @@ def test_only_the_vits_rate_decays_with_depth(backbone: Backbone) -> None:
     ],
     ids=["1x", "vitdet", "fixed"],
 )
-def test_every_parameter_gets_a_gradient(backbone: Backbone, protocol: Protocol) -> None:
+def test_every_parameter_gets_a_gradient(backbone: Backbone, protocol: DetectionProtocol) -> None:
     """Also without any box: DDP stops at a parameter that is left out."""
     torch.manual_seed(0)
     detector = build_detector(backbone, 2, protocol).train()
@@ -298,13 +298,13 @@ def test_every_parameter_gets_a_gradient(backbone: Backbone, protocol: Protocol)
         assert [n for n, p in detector.named_parameters() if p.grad is None] == []
 
 
-def learnt(detector: Detector, one: Batch) -> bool:
+def learnt(detector: Detector, one: DetectionBatch) -> bool:
     """Whether each object is found with its class, an IoU over .7 and a mask that fits."""
     from torchvision.ops import box_iou
 
     detector.eval()
     with torch.no_grad():
-        found = detector(Batch(one.images))
+        found = detector(DetectionBatch(one.images))
     assert one.targets is not None
     for truth, answer in zip(one.targets, found, strict=True):
         best = answer["scores"] > 0.5
@@ -360,7 +360,7 @@ def test_unusual_backbones(tmp_path: Path, architecture: str, more: dict[str, An
         assert all(math.isfinite(float(v.detach())) for v in losses.values())
         detector.eval()
         with torch.no_grad():
-            (found,) = detector(Batch([torch.randn(3, 37, 53)]))
+            (found,) = detector(DetectionBatch([torch.randn(3, 37, 53)]))
         assert found["masks"].shape[1:] == (1, 28, 28)
 
 
@@ -384,7 +384,7 @@ def test_bf16_keeps_boxes_in_float32(backbone: Backbone) -> None:
         detector.eval()
         detector.roi_heads.score_thresh = 0.0
         with torch.no_grad():
-            (found,) = detector(Batch([torch.randn(3, 40, 40)]))
+            (found,) = detector(DetectionBatch([torch.randn(3, 40, 40)]))
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
     assert len(found["boxes"])
 

@@ -29,7 +29,7 @@ from cmt_mae.evaluate.finetune import FinetuneConfig, collate, to_device
 from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
 from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
 from cmt_mae.evaluate.finetune_protocols import (
-    Recipe,
+    FinetuneProtocol,
     differences,
     eval_crop,
     fit_batch,
@@ -364,9 +364,9 @@ def test_every_number_can_be_given() -> None:
         "min_lr": 1e-7, "weight_decay": 0.2, "rand_augment": "none", "mixup": 0.1, "cutmix": 0.2,
         "smoothing": 0.3, "erasing": 0.4, "smallest_crop": 0.5, "pool": "cls", "ema_decay": 0.9,
     }  # fmt: skip
-    assert resolve(FinetuneConfig(**given), 768, 10_000) == Recipe(**given)
+    assert resolve(FinetuneConfig(**given), 768, 10_000) == FinetuneProtocol(**given)
     assert given.keys() == asdict(published("mae", 768)).keys()
-    said = differences(FinetuneConfig(**given), Recipe(**given), 768, 10_000)
+    said = differences(FinetuneConfig(**given), FinetuneProtocol(**given), 768, 10_000)
     for name in given.keys() - {"batch_size"}:
         assert any(line.startswith(f"{name} {given[name]} instead of") for line in said), name
     assert any(line.startswith("batch 32 instead of 1024 (as asked)") for line in said)

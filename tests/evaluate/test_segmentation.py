@@ -1,6 +1,5 @@
 """Whole segmentations: protocols, learning, exact resume, two processes, bad input."""
 
-import inspect
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_task, open_ade20k
-from cmt_mae.evaluate.segmentation_protocols import Recipe, published, resolve
+from cmt_mae.evaluate.segmentation_protocols import SegmentationProtocol, published, resolve
 from cmt_mae.evaluate.upernet import Segmenter
 
 PROGRAM = Path(__file__).with_name("segmentation_program.py")
@@ -124,7 +123,7 @@ def program(*runs: dict[str, Any], processes: int = 1) -> "subprocess.CompletedP
 
 def test_the_three_published_recipes() -> None:
     """Specification 8, number by number."""
-    paper = Recipe(
+    paper = SegmentationProtocol(
         lr=3e-5, layer_decay=0.9, iterations=160_000, batch_size=16, warmup=1500, warmup_ratio=1e-6, power=1,
         weight_decay=0.05, drop_path=0.1, crop_size=512, stride=341, shorter_side=512, longer_side=2048,
         smallest_ratio=0.5, largest_ratio=2, cat_max_ratio=0.75, channels=768, dropout=0.1,
@@ -307,13 +306,6 @@ def test_a_signal_stops_it_and_the_next_start_ends_the_same(
     assert_same_end(tmp_path / "r", undisturbed)
 
 
-def test_a_kill_loses_nothing(undisturbed: Path, small: dict[str, Any], tmp_path: Path) -> None:
-    killed = program({"out": str(tmp_path / "r"), "kill_at": (signal.SIGKILL, 4), **small})
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run(out=str(tmp_path / "r"), **small)
-    assert_same_end(tmp_path / "r", undisturbed)
-
-
 def test_two_processes(undisturbed: Path, small: dict[str, Any], tmp_path: Path) -> None:
     """Weights that one process trained and measured are measured again: 5 images, so their shares differ.
     And two processes train."""
@@ -437,12 +429,6 @@ def test_recomputed_blocks_change_nothing(
 ) -> None:
     run(out=str(tmp_path / "r"), **small | {"save_memory": True})
     assert_same_end(tmp_path / "r", undisturbed)
-
-
-def test_help_has_a_text_for_every_setting() -> None:
-    source = inspect.getsource(Ade20kConfig)
-    for name in Ade20kConfig.__annotations__:
-        assert re.search(rf'\n    {name}: .*\n    """', source), name
 
 
 def test_the_command_line(

@@ -49,8 +49,8 @@ from cmt_mae.evaluate.few_shot import few_shot_indexes
 from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
 from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
 from cmt_mae.evaluate.finetune_protocols import (
+    FinetuneProtocol,
     PresetName,
-    Recipe,
     differences,
     eval_crop,
     resolve,
@@ -62,7 +62,7 @@ MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(TaskSettings, Recipe):
+class FinetuneConfig(TaskSettings, FinetuneProtocol):
     """Settings of fine-tuning. What is not given is the preset's."""
 
     preset: PresetName = "mae"
@@ -221,7 +221,7 @@ def load_first(source: Source, channels: int) -> None:
 
 def make_task(
     config: FinetuneConfig,
-    recipe: Recipe,
+    recipe: FinetuneProtocol,
     backbone: Backbone,
     train: Source,
     val: Source,
@@ -354,7 +354,7 @@ def measurement(
 
 def describe(
     config: FinetuneConfig,
-    recipe: Recipe,
+    recipe: FinetuneProtocol,
     backbone: Backbone,
     train: Source,
     accelerator: Accelerator,

@@ -31,7 +31,7 @@ FEW_STEPS = 500  # below so many optimizer steps a run is told of
 
 
 @dataclass(kw_only=True)
-class Recipe:
+class FinetuneProtocol:
     """Every number that moves a fine-tuning; those left out are the preset's."""
 
     epochs: Count = OF_PRESET
@@ -101,7 +101,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 HUGE_DROP_PATH = 0.3  # MAE's for ViT-H, whose other numbers are ViT-L's
 
 
-def published(name: PresetName, width: int) -> Recipe:
+def published(name: PresetName, width: int) -> FinetuneProtocol:
     """The recipe for a ViT of this width: the ViT-L column from 1024 on, the ViT-B column below.
 
     MAE's own differs for ViT-H (from 1280 on) in its drop path alone. Nothing is published for smaller networks;
@@ -119,7 +119,7 @@ def published(name: PresetName, width: int) -> Recipe:
     if name not in PRESETS:
         raise InputError(refusal("preset is", name, PresetName))
     large = width >= LARGE
-    recipe = Recipe(**(COMMON_LARGE if large else COMMON) | PRESETS[name][large])
+    recipe = FinetuneProtocol(**(COMMON_LARGE if large else COMMON) | PRESETS[name][large])
     if width >= HUGE and "drop_path" not in PRESETS[name][1]:
         recipe.drop_path = HUGE_DROP_PATH
     return recipe
@@ -135,7 +135,7 @@ def eval_crop(size: tuple[int, int]) -> tuple[float, str]:
     return 256 / 224, CENTRE_CROP
 
 
-def resolve(config: FinetuneConfig, width: int, n: int) -> Recipe:
+def resolve(config: FinetuneConfig, width: int, n: int) -> FinetuneProtocol:
     """The preset with the user's numbers in their places, its batch limited to ``n`` training images.
 
     The warm-up keeps its share of the epochs when only those are given.
@@ -144,14 +144,14 @@ def resolve(config: FinetuneConfig, width: int, n: int) -> Recipe:
         InputError: a number without meaning, or fewer than 2 training images.
     """
     own = published(config.preset, width)
-    recipe = replace(own, **given_fields(config, Recipe))
+    recipe = replace(own, **given_fields(config, FinetuneProtocol))
     if config.epochs is not None and config.warmup_epochs is None:
         recipe = replace(recipe, warmup_epochs=own.warmup_epochs * config.epochs / own.epochs)
     check(recipe)
     return replace(recipe, batch_size=fit_batch(recipe.batch_size, n))
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: FinetuneProtocol) -> None:
     """Raise InputError for a number that has no meaning."""
     check_fields(recipe)
     if recipe.warmup_epochs >= recipe.epochs:
@@ -178,7 +178,7 @@ def fit_batch(batch_size: int, n: int) -> int:
     return n // unit * unit
 
 
-def differences(config: FinetuneConfig, recipe: Recipe, width: int, n: int) -> list[str]:
+def differences(config: FinetuneConfig, recipe: FinetuneProtocol, width: int, n: int) -> list[str]:
     """In words, where this run leaves the published recipe, and what to expect of that."""
     own, said = published(config.preset, width), []
     if config.preset != "quick" and width < 768:
@@ -190,7 +190,7 @@ def differences(config: FinetuneConfig, recipe: Recipe, width: int, n: int) -> l
         said.append(
             f"batch {recipe.batch_size} instead of {own.batch_size} ({why}); the learning rate is scaled with it"
         )
-    for field in fields(Recipe):
+    for field in fields(FinetuneProtocol):
         name = field.name
         if name != "batch_size" and getattr(recipe, name) != getattr(own, name):
             said.append(f"{name} {getattr(recipe, name)} instead of {getattr(own, name)}")

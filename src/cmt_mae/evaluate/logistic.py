@@ -33,7 +33,7 @@ ROWS = 65536
 
 
 @dataclass
-class Classifier:
+class LinearClassifier:
     """A linear layer on standardised features."""
 
     weight: Tensor
@@ -51,8 +51,8 @@ class Classifier:
 
 
 def fit_logistic(
-    x: Tensor, labels: Tensor, classes: int, strength: float, start: Classifier | None = None
-) -> Classifier:
+    x: Tensor, labels: Tensor, classes: int, strength: float, start: LinearClassifier | None = None
+) -> LinearClassifier:
     """Minimise C * (sum of cross-entropies) + |W|^2 / 2, as scikit-learn's LogisticRegression does.
 
     x: (N, D) float32, standardised here. labels: (N,). start: where to begin (the minimum does not depend on it).
@@ -87,7 +87,7 @@ def fit_logistic(
         return total
 
     solver.step(loss)  # type: ignore[arg-type]
-    return Classifier(weight.detach(), bias.detach(), mean, std)
+    return LinearClassifier(weight.detach(), bias.detach(), mean, std)
 
 
 def make_folds(labels: Sequence[int], seed: int) -> list[np.ndarray]:
@@ -101,7 +101,7 @@ def make_folds(labels: Sequence[int], seed: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def hits(model: Classifier, x: Tensor, labels: Tensor) -> tuple[float, float]:
+def hits(model: LinearClassifier, x: Tensor, labels: Tensor) -> tuple[float, float]:
     """Shares (top-1, top-5) of images in percent. Equal logits: the lower class."""
     ranked = [
         model.logits(rows).sort(dim=1, descending=True, stable=True).indices[:, :5]
@@ -119,7 +119,7 @@ def search(
     Ends where PATIENCE values of C have brought nothing better.
     """
     folds = make_folds(labels.tolist(), seed)
-    models: list[Classifier | None] = [None] * len(folds)
+    models: list[LinearClassifier | None] = [None] * len(folds)
     table: list[dict[str, float]] = []
     for strength in STRENGTHS:
         right = 0.0

@@ -46,7 +46,7 @@ from cmt_mae.evaluate.segmentation_pictures import segmentation_picture
 from cmt_mae.evaluate.segmentation_protocols import (
     WEIGHTS,
     PresetName,
-    Recipe,
+    SegmentationProtocol,
     differences,
     resolve,
 )
@@ -58,7 +58,7 @@ TOLD_EVERY = 500  # images between two lines about how far an evaluation is
 
 
 @dataclass(kw_only=True)
-class Ade20kConfig(TaskSettings, Recipe):
+class Ade20kConfig(TaskSettings, SegmentationProtocol):
     """Settings of segmentation on a data set in ADE20K's layout. What is not given is the preset's."""
 
     preset: PresetName = "paper"
@@ -187,7 +187,7 @@ def check_data(data: Ade20k, accelerator: Accelerator) -> None:
 
 def make_task(
     config: Ade20kConfig,
-    recipe: Recipe,
+    recipe: SegmentationProtocol,
     backbone: Backbone,
     data: Ade20k,
     accelerator: Accelerator,
@@ -278,7 +278,7 @@ def norm_images(micro: int, accelerator: Accelerator) -> int:
 
 def measurement(
     config: Ade20kConfig,
-    recipe: Recipe,
+    recipe: SegmentationProtocol,
     model: Segmenter,
     backbone: Backbone,
     data: Ade20k,
@@ -358,7 +358,7 @@ def class_table(found: Scores, names: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def describe(
     config: Ade20kConfig,
-    recipe: Recipe,
+    recipe: SegmentationProtocol,
     backbone: Backbone,
     task: SupervisedTask,
     accelerator: Accelerator,

@@ -34,7 +34,7 @@ WEIGHTS = {
 
 
 @dataclass(kw_only=True)
-class Recipe:
+class SegmentationProtocol:
     """Every number that moves a segmentation; those left out are the preset's."""
 
     lr: Positive = OF_PRESET
@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: SegmentationProtocol) -> None:
     """Raise InputError for numbers that have no meaning, alone or together."""
     check_fields(recipe)
     if recipe.stride > recipe.crop_size:
@@ -119,7 +119,7 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def published(name: PresetName) -> Recipe:
+def published(name: PresetName) -> SegmentationProtocol:
     """The recipe of this name.
 
     paper: the paper's numbers, the rest from BEiT's file that has the same (upernet_beit_base_12_512_slide_160k
@@ -134,10 +134,10 @@ def published(name: PresetName) -> Recipe:
     """
     if name not in PRESETS:
         raise InputError(refusal("preset is", name, PresetName))
-    return Recipe(**PRESETS[name])
+    return SegmentationProtocol(**PRESETS[name])
 
 
-def resolve(config: Ade20kConfig, n: int) -> Recipe:
+def resolve(config: Ade20kConfig, n: int) -> SegmentationProtocol:
     """The preset with the user's numbers in their places, for ``n`` training images.
 
     Given alone, crop_size takes stride (2/3), shorter_side (1) and longer_side (4) with it, and iterations takes
@@ -147,7 +147,7 @@ def resolve(config: Ade20kConfig, n: int) -> Recipe:
         InputError: a number without meaning, or fewer than 2 training images.
     """
     own = published(config.preset)
-    given = given_fields(config, Recipe)
+    given = given_fields(config, SegmentationProtocol)
     if "crop_size" in given:
         given.setdefault("stride", given["crop_size"] * 2 // 3)
         given.setdefault("shorter_side", given["crop_size"])
@@ -167,12 +167,14 @@ def resolve(config: Ade20kConfig, n: int) -> Recipe:
     return recipe
 
 
-def differences(config: Ade20kConfig, recipe: Recipe, width: int, padded: int) -> list[str]:
+def differences(
+    config: Ade20kConfig, recipe: SegmentationProtocol, width: int, padded: int
+) -> list[str]:
     """In words, where this run leaves the published recipe. padded: side of a window in whole patches."""
     own, said = published(config.preset), []
     if config.preset != "quick" and width != 768:
         said.append(f"numbers of ViT-B for a network of width {width}: the paper has none for it")
-    for field in fields(Recipe):
+    for field in fields(SegmentationProtocol):
         mine, theirs = getattr(recipe, field.name), getattr(own, field.name)
         if mine != theirs:
             said.append(f"{field.name} {mine} instead of {theirs}")

@@ -33,7 +33,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.evaluate.detection.protocols import Protocol
+from cmt_mae.evaluate.detection.protocols import DetectionProtocol
 from cmt_mae.evaluate.detection.vitdet import SimplePyramid, WindowedViT, default_global_blocks
 from cmt_mae.evaluate.pyramid import STRIDES, DeconvPyramid, Taps, default_taps
 
@@ -45,7 +45,7 @@ NORMS: dict[str, Any] = {"bn": nn.BatchNorm2d, "ln": LayerNorm2d, "none": None}
 
 
 @dataclass
-class Batch:
+class DetectionBatch:
     """A micro-batch on the device."""
 
     images: list[Tensor]
@@ -57,7 +57,7 @@ class Batch:
 class TapsFPN(nn.Module):
     """Four taps of the ViT, deconvolution and pooling, FPN: maps "0".."3" and "pool" in float32."""
 
-    def __init__(self, backbone: Backbone, protocol: Protocol, save_memory: bool) -> None:
+    def __init__(self, backbone: Backbone, protocol: DetectionProtocol, save_memory: bool) -> None:
         super().__init__()
         taps = protocol.taps or default_taps(depth_of(backbone))
         if len(taps) != len(STRIDES):
@@ -81,7 +81,7 @@ class TapsFPN(nn.Module):
 class SimpleFPN(nn.Module):
     """ViTDet's backbone and pyramid: maps "0".."3" and "pool" in float32."""
 
-    def __init__(self, backbone: Backbone, protocol: Protocol, save_memory: bool) -> None:
+    def __init__(self, backbone: Backbone, protocol: DetectionProtocol, save_memory: bool) -> None:
         super().__init__()
         rows, columns = patch_of(backbone)
         side = protocol.lsj_size if protocol.augment == "lsj" else max(protocol.short_sides)
@@ -281,14 +281,14 @@ def box_regression_loss(
 class Detector(GeneralizedRCNN):
     """``detector(batch)``: losses by name in training, detections (boxes, labels, scores, masks) else."""
 
-    def forward(self, batch: Batch) -> Any:  # type: ignore[override]
+    def forward(self, batch: DetectionBatch) -> Any:  # type: ignore[override]
         return super().forward(batch.images, batch.targets)
 
 
 def build_detector(
     backbone: Backbone,
     classes: int,
-    protocol: Protocol,
+    protocol: DetectionProtocol,
     save_memory: bool = False,
     masks: bool = True,
 ) -> Detector:
@@ -320,7 +320,9 @@ def build_detector(
     return Detector(neck, rpn, heads, PadBatch((rows, columns), fixed))
 
 
-def _heads(protocol: Protocol, classes: int, strides: Sequence[float], masks: bool) -> Heads:
+def _heads(
+    protocol: DetectionProtocol, classes: int, strides: Sequence[float], masks: bool
+) -> Heads:
     """Box and mask heads; classes with the background."""
     channels, norm = protocol.channels, NORMS[protocol.norm]
     if protocol.box_head == "4conv1fc":
@@ -347,7 +349,9 @@ def _heads(protocol: Protocol, classes: int, strides: Sequence[float], masks: bo
     )
 
 
-def _mask_parts(protocol: Protocol, classes: int, strides: Sequence[float]) -> dict[str, nn.Module]:
+def _mask_parts(
+    protocol: DetectionProtocol, classes: int, strides: Sequence[float]
+) -> dict[str, nn.Module]:
     """The mask head, by the names of RoIHeads' arguments."""
     channels, norm = protocol.channels, LayerNorm2d if protocol.norm == "ln" else None
     return {

@@ -22,11 +22,11 @@ from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.detection.vitdet import default_global_blocks
 from cmt_mae.evaluate.pyramid import default_taps
 
-Preset = Literal["1x", "1x-ibot", "1x-cae", "vitdet", "quick"]
+PresetName = Literal["1x", "1x-ibot", "1x-cae", "vitdet", "quick"]
 
 
 @dataclass(kw_only=True)
-class Protocol:
+class DetectionProtocol:
     """Every number of a detection protocol; those left out are the preset's."""
 
     neck: Literal["taps", "simple"] = OF_PRESET
@@ -142,11 +142,13 @@ VITDET_LARGE = {"layer_decay": 0.8, "drop_path": 0.4}
 """From 24 blocks on."""
 
 
-def published(name: str, depth: int = 12) -> Protocol:
+def published(name: str, depth: int = 12) -> DetectionProtocol:
     """The protocol of this name for a ViT of this depth. Raises InputError for an unknown name."""
     if name not in PRESETS:
-        raise InputError(refusal("preset is", name, Preset))
-    return Protocol(**PRESETS[name] | (VITDET_LARGE if name == "vitdet" and depth >= 24 else {}))
+        raise InputError(refusal("preset is", name, PresetName))
+    return DetectionProtocol(
+        **PRESETS[name] | (VITDET_LARGE if name == "vitdet" and depth >= 24 else {})
+    )
 
 
 # What is alike in all protocols, and where torchvision's parts leave the published ones.
@@ -170,10 +172,10 @@ DIFFERS = {
 
 
 @dataclass(kw_only=True)
-class CocoConfig(TaskSettings, Protocol):
+class CocoConfig(TaskSettings, DetectionProtocol):
     """Settings of COCO detection and instance segmentation. Those left out are the preset's."""
 
-    preset: Preset = "1x"
+    preset: PresetName = "1x"
     """1x: the paper's 12 epochs at rate 2e-4 (taps, FPN, 4conv1fc, GIoU). 1x-ibot, 1x-cae: the same at
     1e-4, and at 3e-4 with a batch of 32. vitdet: windowed attention, simple pyramid, 100 epochs at 1024
     pixels. quick: 6 epochs on pictures of 96 pixels, for a CPU."""
@@ -183,12 +185,12 @@ class CocoConfig(TaskSettings, Protocol):
     """Compute the ViT's blocks again in the backward pass instead of keeping their insides."""
 
 
-def resolve(config: CocoConfig, depth: int) -> tuple[Protocol, list[str]]:
+def resolve(config: CocoConfig, depth: int) -> tuple[DetectionProtocol, list[str]]:
     """The protocol with the user's changes, for a ViT of this depth, and the names of what was changed.
 
     Raises InputError for an unknown preset or an impossible number.
     """
-    protocol, given = published(config.preset, depth), given_fields(config, Protocol)
+    protocol, given = published(config.preset, depth), given_fields(config, DetectionProtocol)
     changed = sorted(k for k, v in given.items() if v != getattr(protocol, k))
     protocol = replace(protocol, **given)
     check(protocol)
@@ -199,7 +201,7 @@ def resolve(config: CocoConfig, depth: int) -> tuple[Protocol, list[str]]:
     return protocol, changed
 
 
-def check(protocol: Protocol) -> None:
+def check(protocol: DetectionProtocol) -> None:
     """Raise InputError for numbers that have no meaning, alone or together."""
     check_fields(protocol)
     if not protocol.short_sides:
@@ -222,7 +224,11 @@ ONLY = {
 
 
 def describe(
-    config: CocoConfig, protocol: Protocol, changed: list[str], precision: str, masks: bool = True
+    config: CocoConfig,
+    protocol: DetectionProtocol,
+    changed: list[str],
+    precision: str,
+    masks: bool = True,
 ) -> dict[str, Any]:
     """``Result.protocol``: every setting that moves the number. precision: fp32 or bf16. masks: of the data."""
     on_train = config.eval_split == "train"

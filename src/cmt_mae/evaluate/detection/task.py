@@ -32,11 +32,11 @@ from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.schedules import step_decay, warmed_up
 from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
-from cmt_mae.evaluate.detection.detector import Batch, Detector, build_detector, depth_of
+from cmt_mae.evaluate.detection.detector import DetectionBatch, Detector, build_detector, depth_of
 from cmt_mae.evaluate.detection.metrics import coco_metrics
 from cmt_mae.evaluate.detection.pictures import detection_picture
 from cmt_mae.evaluate.detection.predict import to_coco
-from cmt_mae.evaluate.detection.protocols import CocoConfig, Protocol, describe, resolve
+from cmt_mae.evaluate.detection.protocols import CocoConfig, DetectionProtocol, describe, resolve
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.pyramid import sync_norms
 from cmt_mae.evaluate.result import Result
@@ -94,7 +94,7 @@ def evaluate_coco(config: CocoConfig) -> Result:
     )  # fmt: skip
 
 
-def open_backbone(config: CocoConfig) -> tuple[Backbone, Protocol, list[str]]:
+def open_backbone(config: CocoConfig) -> tuple[Backbone, DetectionProtocol, list[str]]:
     """The backbone and the protocol for it, with the names of changed settings.
 
     Raises InputError where they do not fit: BEiT's relative positions need a fixed input size.
@@ -117,7 +117,7 @@ def open_backbone(config: CocoConfig) -> tuple[Backbone, Protocol, list[str]]:
     return backbone, protocol, changed
 
 
-def trainable_images(train: CocoSplit, protocol: Protocol, where: str) -> np.ndarray:
+def trainable_images(train: CocoSplit, protocol: DetectionProtocol, where: str) -> np.ndarray:
     """Indexes of the images that are trained on. InputError where there are too few."""
     found = np.arange(len(train)) if protocol.empty_images else np.flatnonzero(train.counts > 0)
     if not train.counts.any():
@@ -136,7 +136,7 @@ class TrainSample:
 
     split: CocoSplit
     chosen: np.ndarray
-    protocol: Protocol
+    protocol: DetectionProtocol
     channels: int
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
@@ -153,7 +153,7 @@ class EvalSample:
     """Index -> (index, image at test size)."""
 
     split: CocoSplit
-    protocol: Protocol
+    protocol: DetectionProtocol
     channels: int
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor]:  # noqa: ARG002
@@ -162,7 +162,7 @@ class EvalSample:
         return index, resize_image(image, size)
 
 
-def eval_size(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
+def eval_size(size: tuple[int, int], protocol: DetectionProtocol) -> tuple[int, int]:
     """Of a test picture, from its own (height, width)."""
     return scaled_size(size, protocol.test_short, protocol.test_longest)
 
@@ -174,7 +174,7 @@ def keep(samples: list[Any]) -> list[Any]:
 
 def make_task(
     config: CocoConfig,
-    protocol: Protocol,
+    protocol: DetectionProtocol,
     detector: Detector,
     backbone: Backbone,
     train: CocoSplit,
@@ -236,14 +236,14 @@ def make_task(
     )
 
 
-def to_device(examples: list[Example], backbone: Backbone, device: torch.device) -> Batch:
+def to_device(examples: list[Example], backbone: Backbone, device: torch.device) -> DetectionBatch:
     """Examples as the detector takes them; normalised with the backbone's own mean and deviation."""
     images = [normalise(e.image[None].to(device), backbone)[0] for e in examples]
     targets = [
         {"boxes": e.boxes.to(device), "labels": e.labels.to(device), "masks": e.masks.to(device)}
         for e in examples
     ]
-    return Batch(images, targets)
+    return DetectionBatch(images, targets)
 
 
 class Evaluator:
@@ -253,7 +253,7 @@ class Evaluator:
         self,
         detector: Detector,
         split: CocoSplit,
-        protocol: Protocol,
+        protocol: DetectionProtocol,
         backbone: Backbone,
         accelerator: Accelerator,
         out: Path,
@@ -299,7 +299,7 @@ class Evaluator:
         ):
             normal = normalise(image[None].to(self.accelerator.device), self.backbone)[0]
             with self.accelerator.autocast():
-                (answer,) = self.detector(Batch([normal]))
+                (answer,) = self.detector(DetectionBatch([normal]))
             resized = (image.shape[1], image.shape[2])
             split = self.split
             rows = to_coco(
