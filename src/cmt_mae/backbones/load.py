@@ -18,7 +18,6 @@ from cmt_mae.backbones.build import Weights, as_backbone, build, check_size, cre
 from cmt_mae.backbones.clip import check_tower, quickgelu_name
 from cmt_mae.backbones.container import read_container
 from cmt_mae.backbones.facts import agree, announce, complete
-from cmt_mae.backbones.formats import read_foreign
 from cmt_mae.backbones.save import HEADER, read_ours
 from cmt_mae.backbones.shapes import VIT_MODULES, pair
 from cmt_mae.core.backbone_facts import BackboneFacts
@@ -87,10 +86,14 @@ def from_file(
     if HEADER in container.metadata and key is not None:
         raise InputError(f"{path}: holds one backbone; it has no entry '{key}'")
     try:
-        ours = HEADER in container.metadata
-        weights = (
-            read_ours(container) if ours else complete(read_foreign(container, key), given, path)
-        )
+        if HEADER in container.metadata:
+            weights = read_ours(container)
+        else:
+            from cmt_mae.backbones.formats import (
+                read_foreign,
+            )  # a run with a file of ours needs none
+
+            weights = complete(read_foreign(container, key), given, path)
         backbone = build(weights, img_size, str(path))
     except UNEXPECTED as error:
         # a file may hold any shapes, and a config.json beside it any values
