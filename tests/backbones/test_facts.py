@@ -169,3 +169,26 @@ def test_embedded_teacher_and_timm_names_ask_nothing() -> None:
     fresh = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32)
     assert tokens(fresh.model, image()).shape == (2, 5, 192)
     assert fresh.known_from["network"] == "timm's vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_a_folder_of_timms_hub_says_everything(tmp_path: Path, name: str) -> None:
+    sizes: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+    path, model = bare(tmp_path / "model.safetensors", name, img_size=32, **sizes)
+    with pytest.raises(InputError, match="--arch NAME"):
+        load(tmp_path)
+    cfg: dict[str, Any] = {"input_size": [3, 32, 32], "license": "mit"}
+    config = {"architecture": name, "num_classes": 0, "model_args": sizes, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match="mean and std"
+    ):  # an architecture without a tag does not say them
+        load(tmp_path)
+    cfg |= {"mean": [0.1] * 3, "std": [0.2] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    b = load(tmp_path)
+    same(b, model)
+    assert (b.mean, b.licence, b.img_size, b.facts["heads"]) == ((0.1,) * 3, "mit", (32, 32), 2)
+    assert b.known_from["normalisation"] == "config.json"
+    assert tokens(load_backbone(str(tmp_path), img_size=48).model, image(48)).shape[0] == 2
+    assert path.is_file()
