@@ -258,6 +258,16 @@ def test_links_to_nothing_pipes_and_long_words(tmp_path: Path) -> None:
             read_classes(root, words)
 
 
+def test_what_systems_leave_beside_images_is_left_out(tmp_path: Path) -> None:
+    root = layout(tmp_path)
+    before = open_ade20k(root)
+    images = root / "images" / "training"
+    (images / "._0.jpg").write_bytes(b"\x00\x05\x16\x07 Mac OS X")
+    (images / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (8, 6)).save(images / ".ipynb_checkpoints" / "0-checkpoint.jpg")
+    assert open_ade20k(root) == before
+
+
 def test_a_missing_folder() -> None:
     with pytest.raises(InputError, match="no such folder"):
         open_ade20k("/nowhere/at/all")
