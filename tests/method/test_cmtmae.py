@@ -283,6 +283,11 @@ def at_tokens(tokens: Tensor, mask: Mask, which: str) -> Tensor:
     return tokens[chosen].view(len(tokens), -1, tokens.shape[-1])
 
 
+def at_patches(patches: Tensor, mask: Mask, which: str) -> Tensor:
+    """As ``at_tokens``, of patches (B, L, D)."""
+    return at_tokens(F.pad(patches, (0, 0, 1, 0)), mask, which)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", ["masked", "masked+cls", "all", "all+cls"])
 def test_outputs_that_are_given_equal_those_of_the_teacher(tokens: str) -> None:
@@ -307,10 +312,12 @@ def test_targets_from_the_image(source: str, tokens: str) -> None:
     else:  # HOG sees the picture itself, not the normalised one
         shown = x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         wanted = hog_targets(shown, 8)
+        made.target.hog_window = False
+        close(
+            look(made)[1][source], at_patches(hog_targets(shown, 8, gaussian=False), mask, tokens)
+        )
         assert wanted.shape[-1] == hog_dim(8, 3)
-    if tokens == "masked":
-        wanted = wanted[mask.mask].view(2, N_MASK, -1)
-    close(targets[source], wanted)
+    close(targets[source], at_patches(wanted, mask, tokens))
 
 
 def test_impossible_targets_are_refused() -> None:

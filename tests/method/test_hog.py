@@ -57,7 +57,8 @@ def test_equals_scikit_image(patch: int, cell: int, size: int, bins: int) -> Non
         np.testing.assert_allclose(got[channel], expected, atol=1e-5)
 
 
-def test_maskfeat_definition_in_plain_loops() -> None:
+@pytest.mark.parametrize("gaussian", [True, False])
+def test_maskfeat_definition_in_plain_loops(gaussian: bool) -> None:
     # MaskFeat's order of work written pixel by pixel in float64, with no tensor operation of ours.
     size, bins, cell = 32, 9, 8
     image = photo(size)[:1]
@@ -70,10 +71,10 @@ def test_maskfeat_definition_in_plain_loops() -> None:
             gx, gy = (window * sobel).sum(), (window * sobel.T).sum()
             index = math.floor(math.atan2(gx, gy) / math.pi * bins) % bins
             offset_y, offset_x = (row % 16 - 7.5) / 8, (column % 16 - 7.5) / 8
-            weight = math.exp(-0.5 * (offset_y**2 + offset_x**2))
+            weight = math.exp(-0.5 * (offset_y**2 + offset_x**2)) if gaussian else 1
             expected[row // cell, column // cell, index] += weight * math.hypot(gx, gy)
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-    ours = hog_targets(torch.from_numpy(image)[None], patch_size=16)
+    ours = hog_targets(torch.from_numpy(image)[None], patch_size=16, gaussian=gaussian)
     np.testing.assert_allclose(cells_of(ours, 1, bins, 2, 2)[0], expected, atol=1e-5)
 
 

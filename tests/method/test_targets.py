@@ -126,6 +126,12 @@ def test_squares_mean_and_sum_over_channels() -> None:
     assert distance(prediction, target, norm="none", reduce="sum").item() == pytest.approx(5.0)
 
 
+def test_l1_by_hand() -> None:
+    prediction, target = torch.tensor([[[1.0, -2.0, 3.0]]]), torch.zeros(1, 1, 3)
+    assert distance(prediction, target, loss="l1", norm="none").item() == pytest.approx(2.0)
+    assert distance(prediction, target, loss="l1", norm="none", reduce="sum").item() == 6.0
+
+
 @pytest.mark.parametrize(("beta", "wanted"), [(2.0, (0.25, 1, 2)), (1.0, (0.5, 1.5, 2.5))])
 def test_smooth_l1_by_hand(beta: float, wanted: tuple[float, ...]) -> None:
     for error, cost in zip((1.0, 2.0, 3.0), wanted, strict=True):

@@ -1,4 +1,4 @@
-"""CMT-MAE as a module: who guides (teacher, momentum student) and who learns (student, decoder, heads).
+"""CMT-MAE as modules: the frozen networks (teacher, momentum student) and what learns (student, decoder, heads).
 
 Stage one: the teacher's attention hides patches, its features are predicted (Eq. 2). Stage two: the
 momentum student's attention is mixed in (Eq. 3) and both networks' features are predicted (Eq. 4).
@@ -92,7 +92,7 @@ class TargetConfig:
     norm: T.Norm = "layer_norm"
     """Of the target: layer_norm | l2 (target and prediction) | none | mae (MAE's normalised pixels)."""
     loss: T.Loss = "mse"
-    """mse | smooth_l1 | cosine."""
+    """mse | l1 | smooth_l1 | cosine."""
     beta: Positive = 2.0
     """Of smooth_l1 (data2vec: 2)."""
     reduce: Literal["mean", "sum"] = "mean"
@@ -103,6 +103,8 @@ class TargetConfig:
     """Momentum target: mean of the last K block outputs; 1 = last block after the final norm."""
     centre: bool = False
     """Subtract the running mean of a network's features before they are normalised."""
+    hog_window: bool = True
+    """hog: weigh gradients by a Gaussian of 16 pixels (Meta's runs of MaskFeat do without)."""
 
 
 MaskRule = Callable[[Tensor | None, Tensor, tuple[int, int]], Tensor]
@@ -334,14 +336,14 @@ class FrozenNetworks(nn.Module):
         it is wanted (``TeacherStore``), on the student's grid. random_mask: ignore attention at this step.
         """
         seen = images if teacher_images is None else teacher_images
-        look = CachedForwards(self, images, seen, teacher_output)
+        forwards = CachedForwards(self, images, seen, teacher_output)
         logs: dict[str, Tensor] = {}
-        mask = self._mask(look, noise, n_mask, weights.mask, logs, random_mask, guided_share)
-        return mask, self._targets(look, mask, weights.loss, logs), logs
+        mask = self._mask(forwards, noise, n_mask, weights.mask, logs, random_mask, guided_share)
+        return mask, self._targets(forwards, mask, weights.loss, logs), logs
 
     def _mask(
         self,
-        look: "CachedForwards",
+        forwards: "CachedForwards",
         noise: Tensor,
         n_mask: int,
         alpha: float,
@@ -350,7 +352,7 @@ class FrozenNetworks(nn.Module):
         guided_share: float = 1.0,
     ) -> Mask:
         rule = "random" if random_mask and self.mask.rule in GUIDED else self.mask.rule
-        scores = self._scores(look, alpha, logs) if rule in GUIDED else None
+        scores = self._scores(forwards, alpha, logs) if rule in GUIDED else None
         if scores is not None and self.mask.other_image:
             scores = of_other_images(scores)
         if self.mask_rule is not None:
@@ -361,12 +363,12 @@ class FrozenNetworks(nn.Module):
             guided_share=guided_share, hint_share=self.mask.hint_share, square_side=self.mask.square_side,
         )  # fmt: skip
 
-    def _scores(self, look: "CachedForwards", alpha: float, logs: dict[str, Tensor]) -> Tensor:
+    def _scores(self, forwards: "CachedForwards", alpha: float, logs: dict[str, Tensor]) -> Tensor:
         """Normalised attention that guides the mask (Eq. 3), on the student's grid."""
         maps: dict[str, Tensor] = {}
         for name, weight in shares(self.mask.source, alpha).items():
             if weight > 0:
-                raw, mass = look.attention(name, self.mask.heads)
+                raw, mass = forwards.attention(name, self.mask.heads)
                 maps[name] = normalise_map(raw, self.mask.normalise)  # type: ignore[arg-type]
                 logs[f"class_mass_{name}"] = mass.mean()
                 logs[f"entropy_{name}"] = T.entropy(as_shares(maps[name]))
@@ -379,7 +381,7 @@ class FrozenNetworks(nn.Module):
         return mixed
 
     def _targets(
-        self, look: "CachedForwards", mask: Mask, alpha: float, logs: dict[str, Tensor]
+        self, forwards: "CachedForwards", mask: Mask, alpha: float, logs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         ids = mask.ids_mask if self.target.tokens.startswith("masked") else None
         with_class = takes_class_token(self.target)
@@ -388,10 +390,10 @@ class FrozenNetworks(nn.Module):
                 raise InputError(
                     f"target.tokens {self.target.tokens} needs a network as target: use masked or all"
                 )
-            raw: dict[str, Tensor] = {self.target.source: self._image_target(look.images, ids)}
+            raw: dict[str, Tensor] = {self.target.source: self._image_target(forwards.images, ids)}
         else:
             raw = {
-                name: look.features(name, ids, with_class)
+                name: forwards.features(name, ids, with_class)
                 for name, weight in shares(self.target.source, alpha).items()
                 if weight > 0
             }
@@ -421,7 +423,8 @@ class FrozenNetworks(nn.Module):
         elif self.target.source == "pixel":
             patches = T.patchify(images, self.patch_size)
         else:
-            patches = hog_targets(images.float() * self.std + self.mean, self.patch_size)
+            shown = images.float() * self.std + self.mean
+            patches = hog_targets(shown, self.patch_size, gaussian=self.target.hog_window)
         return (
             patches
             if ids is None
@@ -465,77 +468,77 @@ def shares(source: str, alpha: float) -> dict[str, float]:
 
 
 class CachedForwards:
-    """Forward passes of the guides on one batch, each run at most once and only when something asks."""
+    """Forward passes of the frozen networks on one batch, each run at most once and only where it is needed."""
 
     def __init__(
         self,
-        guides: FrozenNetworks,
+        networks: FrozenNetworks,
         images: Tensor,
         teacher_images: Tensor,
         teacher_output: Callable[[], TeacherOutput] | None = None,
     ) -> None:
-        self.guides, self.images, self.teacher_images = guides, images, teacher_images
+        self.networks, self.images, self.teacher_images = networks, images, teacher_images
         self.teacher_output = teacher_output
         self.states: dict[str, LastBlockInput] = {}
-        self.known: TeacherOutput | None = None
+        self.given: TeacherOutput | None = None
 
     def teacher_given(self) -> TeacherOutput | None:
         """The teacher's outputs where they come as a whole and not from its parts, on the student's grid."""
-        teacher = self.guides.teacher
-        if self.known is None and self.teacher_output is not None:
-            with self.guides.whole_precision():
-                self.known = self.teacher_output()
-        elif self.known is None and teacher is not None and teacher.grid != self.guides.grid:
-            # made for whole photos and asked about a crop, as for pictures: the crop is its photo
-            with_class = takes_class_token(self.guides.target)
-            with self.guides.whole_precision():
-                whole = teacher.outputs(self.teacher_images, self.guides.mask.heads, with_class)
+        teacher = self.networks.teacher
+        if self.given is None and self.teacher_output is not None:
+            with self.networks.whole_precision():
+                self.given = self.teacher_output()
+        elif self.given is None and teacher is not None and teacher.grid != self.networks.grid:
+            # made for whole photos but given a crop, as for pictures: the crop is taken for a photo
+            with_class = takes_class_token(self.networks.target)
+            with self.networks.whole_precision():
+                whole = teacher.outputs(self.teacher_images, self.networks.mask.heads, with_class)
             box = self.images.new_tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(self.images), -1)
-            self.known = at_crops(whole, teacher.grid, self.guides.grid, box)
-        return self.known
+            self.given = at_crops(whole, teacher.grid, self.networks.grid, box)
+        return self.given
 
     def state(self, name: str) -> LastBlockInput:
         """All but the last block of the named network."""
         if name not in self.states:
-            with self.guides.whole_precision():
+            with self.networks.whole_precision():
                 self.states[name] = self._to_last(name)
         return self.states[name]
 
     def _to_last(self, name: str) -> LastBlockInput:
         if name == "teacher":
-            assert self.guides.teacher is not None
-            return self.guides.teacher.look(self.teacher_images)
-        kept = self.guides.target.momentum_last_k - 1
-        images = self.images if self.guides.dtype is None else self.images.to(self.guides.dtype)
+            assert self.networks.teacher is not None
+            return self.networks.teacher.look(self.teacher_images)
+        kept = self.networks.target.momentum_last_k - 1
+        images = self.images if self.networks.dtype is None else self.images.to(self.networks.dtype)
         return forward_to_last(
-            self.guides.momentum_runs(), images, kept, self.guides.mask.student_block
+            self.networks.momentum_runs(), images, kept, self.networks.mask.student_block
         )
 
     def attention(self, name: str, heads: str) -> tuple[Tensor, Tensor]:
         """Raw map (B, L) and prefix mass (B,) of the named network."""
         if name == "teacher":
-            assert self.guides.teacher is not None
-            known = self.teacher_given()
-            if known is not None:
-                return known.attention, known.mass
-            return self.guides.teacher.attention(self.state(name), heads)
-        mask = self.guides.mask
+            assert self.networks.teacher is not None
+            given = self.teacher_given()
+            if given is not None:
+                return given.attention, given.mass
+            return self.networks.teacher.attention(self.state(name), heads)
+        mask = self.networks.mask
         return attention_map(
-            self.guides.momentum_runs(), self.state(name), heads,  # type: ignore[arg-type]
+            self.networks.momentum_runs(), self.state(name), heads,  # type: ignore[arg-type]
             block=mask.student_block, read=mask.student_map,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def features(self, name: str, ids: Tensor | None, class_token: bool) -> Tensor:
         """Targets before normalisation, (B, N, D)."""
-        known = self.teacher_given() if name == "teacher" else None
-        if known is not None:
+        given = self.teacher_given() if name == "teacher" else None
+        if given is not None:
             if ids is None:
-                return known.features
-            return gather_tokens(known.features, F.pad(1 + ids, (1, 0)) if class_token else ids)
+                return given.features
+            return gather_tokens(given.features, F.pad(1 + ids, (1, 0)) if class_token else ids)
         state = self.state(name)
-        with self.guides.whole_precision():
+        with self.networks.whole_precision():
             if name == "teacher":
-                assert self.guides.teacher is not None
-                return self.guides.teacher.features(state, ids, class_token)
-            run = mean_of_last if self.guides.target.momentum_last_k > 1 else finish
-            return run(self.guides.momentum_runs(), state, ids, with_prefix=class_token)
+                assert self.networks.teacher is not None
+                return self.networks.teacher.features(state, ids, class_token)
+            run = mean_of_last if self.networks.target.momentum_last_k > 1 else finish
+            return run(self.networks.momentum_runs(), state, ids, with_prefix=class_token)

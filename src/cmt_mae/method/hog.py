@@ -1,9 +1,10 @@
 """HOG targets, as MaskFeat predicts them (Wei et al., CVPR 2022): one histogram a cell and channel.
 
-The defaults are those of MaskFeat's published image runs, read off its ``HOGLayerC`` (cells of
-8 pixels, 9 bins, a tiled Gaussian window of 16 pixels with sigma 8): 3x3 Sobel gradients with
-reflected borders, *unsigned* orientation over 180 degrees measured from the vertical axis, hard
-binning by magnitude, and each cell's histogram divided by its own l2 norm, channel by channel.
+The defaults are MaskFeat's ``HOGLayerC`` with cells of 8 pixels, 9 bins and a tiled Gaussian window of 16
+pixels with sigma 8: 3x3 Sobel gradients with reflected borders, *unsigned* orientation over 180 degrees
+measured from the vertical axis, hard binning by magnitude, and each cell's histogram divided by its own
+l2 norm, channel by channel. Meta's own runs have no window: ``gaussian=False`` (``target.hog_window``).
+One difference is left: gradients on the axis between the last and the first bin all fall into the first here.
 The keyword arguments reach the plain [-1, 0, 1] definition of Dalal and Triggs as well; with
 ``gradient="central", gaussian=False, angle_from="x"`` a channel equals
 ``skimage.feature.hog(..., cells_per_block=(1, 1), block_norm="L2")``.

@@ -1,6 +1,6 @@
-"""The last block, run only for the tokens that somebody needs (exact savings, spec section 11).
+"""The last block, run only for the tokens that are needed (exact savings, spec section 11).
 
-Its keys and values come from every token, its queries, output layer and MLP from the asked ones alone.
+Its keys and values come from every token, its queries, output layer and MLP from those alone.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def finish(
     elif asks_alone(block.attn):
         places = _places(ids, prefix, with_prefix)
         return model.norm(run_at(block, state.tokens, places, first_norm(block, state), state.keys))
-    else:  # rotary or relative positions: every token asks, the asked ones go on
+    else:  # rotary or relative positions: queries of every token, then the needed ones go on
         attended = block.attn(first_norm(block, state), **_attn_context(state))
         places = _places(ids, prefix, with_prefix)
         tokens, attended = gather_tokens(state.tokens, places), gather_tokens(attended, places)

@@ -1,7 +1,7 @@
 """What is predicted, and the distance to it (spec section 3; paper Eqs. 1, 2 and 4)."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from cmt_mae.core.errors import InputError
 
 Norm = Literal["layer_norm", "l2", "none", "mae"]
-Loss = Literal["mse", "smooth_l1", "cosine"]
-NORMS: tuple[str, ...] = ("layer_norm", "l2", "none", "mae")
-LOSSES: tuple[str, ...] = ("mse", "smooth_l1", "cosine")
+Loss = Literal["mse", "l1", "smooth_l1", "cosine"]
+NORMS: tuple[str, ...] = get_args(Norm)
+LOSSES: tuple[str, ...] = get_args(Loss)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -70,6 +70,8 @@ def distance(
         return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
     if loss == "mse":
         each = (prediction - target) ** 2
+    elif loss == "l1":
+        each = (prediction - target).abs()
     elif loss == "smooth_l1":
         each = F.smooth_l1_loss(prediction, target, beta=beta, reduction="none")
     else:

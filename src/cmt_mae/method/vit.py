@@ -196,7 +196,7 @@ class LastBlockInput:
     earlier: list[Tensor]
     """Outputs of the blocks before the last that were asked for, oldest first."""
     normed: Tensor | None = None
-    """(B, P + L, D) after the last block's first norm, once somebody has made it."""
+    """(B, P + L, D) after the last block's first norm, once it has been computed."""
     keys: Tensor | None = None
     """(B, heads, P + L, d) of the last block, once the attention map has made them."""
     finished: Tensor | None = None
