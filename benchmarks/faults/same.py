@@ -43,6 +43,8 @@ def differences(whole: Path, other: Path, stopped: bool = False) -> list[str]:
             found += [f"{name}: {different}"] if different else []
         elif name.endswith(".pt"):
             states = [load_checkpoint(p) for p in (mine, theirs)]
+            for state in states:
+                state.get("settings", {}).pop("out", None)  # where the run lies
             found += [f"{name}: {where}" for where in apart(*states)][:3]
         elif name.endswith(".sha256") or name in CLOCKED:
             continue
