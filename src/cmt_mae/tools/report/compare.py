@@ -251,9 +251,14 @@ def tabulate(found: Iterable[tuple[Path, Result]], paper: list[PaperNumber]) -> 
     marks: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], Row] = {}
     cells: dict[tuple[str, str], dict[tuple[Column, str], list[tuple[Path, Result, str]]]] = {}
+    first_facts: dict[tuple[str, str], Any] = {}
     for path, result in found:
         digest = str(result.backbone.get("digest") or "")
         key = (name_of(result), digest)
+        # the same weights with another mean, std or heads are another row; older results state none of them
+        facts = result.backbone.get("facts")
+        if facts and first_facts.setdefault(key, facts) != facts:
+            key = (key[0], f"{digest} {json.dumps(facts, sort_keys=True)}")
         rows.setdefault(key, Row(key[0], result.network, digest, "measured"))
         mark = measured_mark(result, marks, table.footnotes)
         for column, metric in metrics_of(result).items():
