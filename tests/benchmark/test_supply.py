@@ -85,13 +85,15 @@ def test_licences_by_the_metadata() -> None:
 
 def test_export_prints_the_licences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = export(ExportConfig(backbone="embedded", out=str(tmp_path / "x.safetensors")))
-    first, second, third = capsys.readouterr().err.splitlines()
+    *facts, first, second, third, fourth = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in facts] in ([], ["embedded"])
     assert first.startswith(f"licence of the weights: {said['licence']} (")
     assert "Imagenette" in first
     assert second.startswith("taught by weights 087d1a23b631, licence of its weights: not stated")
     assert third.startswith("libraries: ")
     assert "timm" in third
     assert said["libraries"] in third
+    assert fourth == f"load it with: {said['load']}"
 
 
 def test_the_teacher_of_a_run_goes_with_its_backbone(tmp_path: Path) -> None:

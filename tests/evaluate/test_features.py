@@ -264,7 +264,7 @@ class Stub:
 )
 def test_splits_that_do_not_fit(monkeypatch, train, val, message):
     splits = {"train": train, "val": val}
-    monkeypatch.setattr(features_module, "open_split", lambda _, split: splits[split])
+    monkeypatch.setattr(features_module, "open_split", lambda _, split, *__: splits[split])
     with pytest.raises(InputError, match=message) as error:
         open_labelled("data")
     assert "\n" not in str(error.value)
