@@ -23,7 +23,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 # the order matters: later pages use what the first one made
 PAGES = (
     "first-run", "teachers", "report", "doctor", "app", "small", "ablations", "evaluations", "backbones",
-    "pictures", "export", "equations", "add-mask-rule", "add-target", "design", "scale", "gpu", "index",
+    "pictures", "export", "decide", "equations", "add-mask-rule", "add-target", "design", "scale", "gpu", "index",
 )  # fmt: skip
 NO_COMMANDS = {"licences", "api"}  # made by programs
 

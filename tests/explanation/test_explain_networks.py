@@ -273,6 +273,22 @@ def test_a_teacher_that_sees_whole_photos_is_read_at_the_crop(
     assert set(look.targets()) == {"teacher", "momentum"}
 
 
+def test_centred_targets_are_centred_by_the_checkpoints_means(cmt_run: Path, photos: Path) -> None:
+    run = Run(cmt_run)
+    plain = replace(run.config.target, norm="none")
+    networks = replace(run.at(10), config=replace(run.config, target=plain))
+    before = look_at(networks, photos).targets()
+    assert set(before) == {"teacher", "momentum"}
+    mean = torch.linspace(-1, 1, before["teacher"].shape[-1])
+    centred = replace(
+        networks, config=replace(run.config, target=replace(plain, centre=True)),
+        target_means={"means": {"raw teacher": mean}, "counts": {"raw teacher": 9}},
+    )  # fmt: skip
+    after = look_at(centred, photos).targets()
+    torch.testing.assert_close(after["teacher"], before["teacher"] - mean)
+    torch.testing.assert_close(after["momentum"], before["momentum"])
+
+
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 8), st.integers(1, 8))
 def test_box_of_the_centre_crop(height: int, width: int, rows: int, columns: int) -> None:
     """Inside the photo, in its middle, of the wanted shape, and touching two edges."""

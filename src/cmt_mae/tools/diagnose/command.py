@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cmt_mae.data.sources import open_split
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.tools.diagnose.aim import check_aim
+from cmt_mae.tools.diagnose.aim import SAMPLE, check_aim
 from cmt_mae.tools.diagnose.estimate import estimate
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 from cmt_mae.tools.diagnose.images import check_images
@@ -52,9 +53,9 @@ class DoctorConfig(PretrainConfig):
     """How many images of each split are read, drawn at random; 0: all of them."""
     images: CountOrNone = 0
     """How many images the run will have, where --data does not give them."""
-    objects: str = ""
+    objects: str = SAMPLE
     """Images with known objects (COCO's or DAVIS's layout, or images/ and masks/; `sample`: scenes of the
-    package): says whether the attention that guides the mask lies on objects."""
+    package): says whether the attention that guides the mask lies on objects; of `sample` no finding is made."""
     machine: bool = True
     """Look at the machine too, which takes a few seconds (an estimate always does)."""
     estimate: bool = True
@@ -113,8 +114,11 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     if (run or config.recipe or source or named) and settings.needs_teacher():
         with console.status("the teacher"):
             note("teacher", check_teacher(settings, source))
-    if config.objects and can_run(findings):
-        with console.status("the objects"):
+    guided = config.objects and "teacher" in report and settings.mask_source() != "none"
+    if guided and can_run(findings):
+        # of a run that has nothing to look at yet, the sample pictures say nothing either
+        missing = suppress(InputError) if config.objects == SAMPLE else nullcontext()
+        with console.status("the objects"), missing:
             note("aim", check_aim(settings, run.path if run else None, config.objects))
     if run is not None:
         note("run", (facts_of(run), diagnose(run)))

@@ -53,6 +53,8 @@ class Networks:
     """The student's normalisation: mean and standard deviation of each channel, in 0..1."""
     step: int | None = None
     """Of the checkpoint; None for a plain backbone."""
+    target_means: dict[str, Any] | None = None
+    """Running means of the targets in the checkpoint (``target.centre``)."""
     same_teacher: bool = True
     """Whether the teacher is the run's own, so that its features are what the heads predict."""
 
@@ -91,6 +93,8 @@ class Networks:
             mean=self.stats[0], std=self.stats[1],
         )  # fmt: skip
         guides.momentum = self.student
+        if self.target_means is not None:
+            guides.means.load_state_dict(self.target_means, self.student.cls_token.device)
         return guides
 
     def target_source(self) -> Any:
@@ -165,7 +169,8 @@ class Run:
                 f"{self.folder} has no checkpoint of step {step} (there are: {there}): choose one of these"
             )
         state = load_checkpoint(checkpoint_path(self.folder / "checkpoints", step))
-        return self._networks(step, state["learner"], state["momentum"])
+        found = self._networks(step, state["learner"], state["momentum"])
+        return replace(found, target_means=state.get("target_means"))
 
     def _networks(
         self, step: int, learned: dict[str, Tensor], average: dict[str, Tensor] | None
