@@ -4,11 +4,9 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from cmt_mae.evaluate.detection.detector import build_detector
 from cmt_mae.evaluate.detection.protocols import resolve
 from cmt_mae.evaluate.detection.task import Evaluator, make_task, open_backbone, to_device
 from cmt_mae.evaluate.result import Result
+from programs import start
 
 PROGRAM = Path(__file__).with_name("detection_program.py")
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
@@ -66,11 +65,7 @@ def given(deep_vit: str, scenes: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def program(processes: int = 1, **given: Any) -> "subprocess.CompletedProcess[str]":
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), json.dumps(given)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280,
-    )  # fmt: skip
+    return start(PROGRAM, json.dumps(given), processes=processes)
 
 
 def rows(folder: str) -> list[dict[str, Any]]:

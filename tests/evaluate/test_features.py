@@ -1,8 +1,4 @@
 import io
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +24,7 @@ from cmt_mae.evaluate.features import (
     pool_parts,
     start_processes,
 )
+from programs import start
 
 CPU = torch.device("cpu")
 
@@ -312,21 +309,9 @@ def test_two_processes_count_every_image_once(vit, pictures, tmp_path):
         (data / split).symlink_to(Path(pictures) / split)
     (data / "one" / "red").mkdir(parents=True)
     Image.new("RGB", (40, 40), (200, 30, 30)).save(data / "one" / "red" / "a.png")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    setup = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    setup |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, vit, str(data), str(tmp_path)],
-            env=os.environ | setup | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    (tmp_path / "two.py").write_text(TWO)
+    done = start(tmp_path / "two.py", vit, str(data), str(tmp_path), processes=2)
+    assert done.returncode == 0, done.stderr
     for name in ("val", "one"):
         alone = extract(load_backbone(vit), open_source(str(data / name)), device=CPU)
         for rank in range(2):

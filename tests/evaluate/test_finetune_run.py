@@ -3,10 +3,8 @@
 import io
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,17 +31,14 @@ from cmt_mae.evaluate.features import open_labelled
 from cmt_mae.evaluate.finetune import FinetuneConfig, make_task
 from cmt_mae.evaluate.finetune_protocols import resolve
 from cmt_mae.evaluate.result import Result
+from programs import start
 
 PROGRAM = Path(__file__).with_name("finetune_program.py")
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
 
 
 def program(processes: int = 1, **given: Any) -> "subprocess.CompletedProcess[str]":
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), json.dumps(given)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
-    )  # fmt: skip
+    return start(PROGRAM, json.dumps(given), processes=processes)
 
 
 def rows(folder: str) -> list[dict[str, Any]]:

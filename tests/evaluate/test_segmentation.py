@@ -1,12 +1,10 @@
 """Whole segmentations: protocols, learning, exact resume, two processes, bad input."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_task, open_ade20k
 from cmt_mae.evaluate.segmentation_protocols import SegmentationProtocol, published, resolve
 from cmt_mae.evaluate.upernet import Segmenter
+from programs import start
 
 PROGRAM = Path(__file__).with_name("segmentation_program.py")
 TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
@@ -111,11 +110,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def program(*runs: dict[str, Any], processes: int = 1) -> "subprocess.CompletedProcess[str]":
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(PROGRAM), *map(json.dumps, runs)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
-    )  # fmt: skip
+    return start(PROGRAM, *map(json.dumps, runs), processes=processes)
 
 
 # --- protocols ----------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
 """DAVIS end to end on small videos: numbers, files, resuming, processes, bad input; and the real sequences."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from cmt_mae.data.davis import read_mask, write_mask
 from cmt_mae.data.sample import write_davis
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
+from programs import start
 
 
 def config(backbone, data, **more):
@@ -310,14 +308,7 @@ def test_two_processes_share_sequences(plain_vit, davis, tmp_path):
     runs = [vars(config(plain_vit, d, out=str(tmp_path / d.name / "o"))) for d in (davis, broken)]
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(script), json.dumps(runs)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = start(script, json.dumps(runs), processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     said = [json.loads((tmp_path / f"said{rank}").read_text()) for rank in range(2)]
     results, errors = zip(*said, strict=True)
