@@ -34,6 +34,8 @@ REST_S = 0.3
 """Between turns of different processes: OpenMP's threads of the last one go on spinning for a while."""
 TURN_S = 1.0
 """A turn of a process lasts about as long: of short steps it takes several, and their mean is the round's time."""
+PROCESSES: Any = multiprocessing.get_context("spawn")
+"""How processes begin: each from nothing, with the memory that its users see."""
 
 
 @dataclass
@@ -190,17 +192,16 @@ def running(
     contestants: dict[str, Contestant],
 ) -> Iterator[tuple[dict[str, list[Any]], dict[str, dict[str, Any]]]]:
     """The processes of all contestants, ready: the ends of their pipes, and facts of their steps, by name."""
-    context = multiprocessing.get_context("spawn")
     ends: dict[str, list[Any]] = {}
     facts, processes = {}, []
     try:
         for name, contestant in contestants.items():
             ends[name], port = [], free_port()
             for rank in range(contestant.processes):
-                mine, other = context.Pipe()
+                mine, other = PROCESSES.Pipe()
                 places = torchrun_places(rank, contestant.processes, port)
                 words = (contestant, other, torch.get_num_threads(), places)
-                process = context.Process(target=serve, args=words, daemon=True)
+                process = PROCESSES.Process(target=serve, args=words, daemon=True)
                 process.start()
                 processes.append(process)
                 other.close()

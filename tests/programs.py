@@ -14,9 +14,18 @@ import tempfile
 import time
 from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 IMPORTED = ("cmt_mae.evaluate.detection", "cmt_mae.evaluate.segmentation", "cmt_mae.evaluate.finetune",
-            "cmt_mae.evaluate.knn", "cmt_mae.evaluate.linear", "cmt_mae.evaluate.video.evaluate")  # fmt: skip
+            "cmt_mae.evaluate.knn", "cmt_mae.evaluate.linear", "cmt_mae.evaluate.video.evaluate",
+            "benchmarks.scale", "benchmarks.readings")  # fmt: skip
+
+
+def forks() -> Any:
+    """The context of multiprocessing whose processes are forked from the one with the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return context
 
 
 def start(
@@ -27,8 +36,7 @@ def start(
     Returns the first status that is not 0 (minus the signal of a killed one) and what all of them wrote.
     As soon as one fails the others are killed, and all of them after ``timeout`` seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context = forks()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import scale
+from benchmarks import scale, timing
 from benchmarks import scale_model as model
 from benchmarks.steps import settings
 from benchmarks.timing import exponent
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cmt_mae.pretraining.assembly import build_learner
 from cmt_mae.tools.bench.flops import PLAIN, step_macs
+from programs import forks
 
 REPOSITORY = Path(__file__).parents[2]
 RESULT = REPOSITORY / "docs" / "results" / "scale.json"
@@ -136,8 +137,13 @@ def test_powers_are_those_of_the_law() -> None:
     assert noisy["r2"] < 0.5
 
 
-def test_growth_and_two_real_processes_are_measured(tmp_path: Path) -> None:
+def test_growth_and_two_real_processes_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A dead contestant is an error, not a hang."""
+    monkeypatch.setattr(timing, "TURN_S", 0.0)  # one step a turn
+    monkeypatch.setattr(timing, "REST_S", 0.0)
+    monkeypatch.setattr(timing, "PROCESSES", forks())
     content = scale.main(["--quick", "--out", str(tmp_path), "--parts", "growth,processes"])
     assert content["growth"]["axes"]["images a step"]["memory_gb"]["8"] > 0
     table = model.growth_table(content)

@@ -1,6 +1,5 @@
 """The comparisons are fair: the same shapes, the same results, turns in turn; the page says what was found."""
 
-import itertools
 import json
 import os
 import time
@@ -21,6 +20,7 @@ from PIL import Image
 from cmt_mae.evaluate.features import Features
 from cmt_mae.evaluate.sweep import Head, Training, cached_steps, train_heads
 from cmt_mae.tools.bench.build import frozen_backbone
+from programs import forks
 
 
 def learned(module: Any) -> int:
@@ -149,29 +149,27 @@ def test_a_quick_run_has_two_rounds_of_the_small_size(monkeypatch: pytest.Monkey
     assert isinstance(quick, Options)
 
 
-def counting() -> Step:
-    """A contestant that takes longer at every run, and holds 100 MB while it runs."""
-    runs = itertools.count(1)
-    return Step(lambda: bytearray(100_000_000) and time.sleep(0.02 * next(runs)), {"who": os.getpid()})
-
-
 def noting(path: Path) -> Step:
-    """A short contestant that leaves a byte a run."""
+    """A contestant that leaves a byte a run, takes longer at its second and third, and holds 100 MB meanwhile."""
+    path.touch()
 
     def run() -> None:
         with open(path, "ab") as file:
             file.write(b".")
-        time.sleep(0.01)
+        held = bytearray(100_000_000)
+        time.sleep(0.02 * min(path.stat().st_size, 3))
+        del held
 
-    return Step(run)
+    return Step(run, {"who": os.getpid()})
 
 
 def test_contestants_in_processes_of_their_own_keep_their_state_and_their_memory_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(timing, "REST_S", 0.0)
-    contestants = {name: Contestant(counting) for name in ("a", "b")}
-    turns = alternate_processes(contestants, 2, warm=1, turn_s=0)
+    monkeypatch.setattr(timing, "PROCESSES", forks())
+    contestants = {name: Contestant(partial(noting, tmp_path / name)) for name in ("a", "b")}
+    turns = alternate_processes(contestants, 2, warm=1, turn_s=0.3)
     for times in turns.seconds.values():
         assert len(times) == 2
         assert times[0] >= 0.04
@@ -179,7 +177,5 @@ def test_contestants_in_processes_of_their_own_keep_their_state_and_their_memory
     assert len({os.getpid(), *(turns.facts[name]["who"] for name in "ab")}) == 3
     if turns.facts["a"]["of_steps_alone"]:
         assert 0.09 < turns.facts["a"]["above_start_gb"] < 0.5
-    short = {name: Contestant(partial(noting, tmp_path / name)) for name in ("a", "b")}
-    turns = alternate_processes(short, 2, warm=1, turn_s=0.2)
-    runs = [(tmp_path / name).stat().st_size for name in short]
+    runs = [(tmp_path / name).stat().st_size for name in contestants]
     assert runs[0] == runs[1] >= 1 + 2 * 2  # several a turn, the same for all
