@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.request
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.faults import hooks
+from benchmarks.faults.files import bombs
 from benchmarks.faults.lab import Broken, Lab, NotHere, Row, rows_of, tree
 from benchmarks.faults.launch import Launch, in_fork, judged
 from benchmarks.faults.runs import EXACT, Words, whole_so_far
@@ -242,6 +244,55 @@ def strange_host(lab: Lab, _: random.Random) -> None:
             launch.finish()
 
 
+def huge_upload(lab: Lab, _: random.Random) -> None:
+    """6.9: a picture dropped on the app whose header says 60000 x 60000: one line in the page, no traceback."""
+    picture = lab.fresh() / "huge.png"
+    picture.write_bytes(bombs()["png, 60000 x 60000"])
+    port = free_port()
+    launch = Launch(["app", f"--port={port}"], picture.with_name("log"), real=True).start()
+    try:
+        if ask(port, f"127.0.0.1:{port}", launch) != 200:
+            if "pip install" in launch.said():  # the extra is not installed
+                raise NotHere(launch.last())
+            raise Broken(f"app does not start: {launch.last()}")
+        told = drop_on_page(f"http://127.0.0.1:{port}", picture)
+        if "cannot be shown" not in told or "\n" in told.strip() or "Traceback" in launch.said():
+            raise Broken(f"the page says {told[:200]!r}; {launch.last()}")
+        if ask(port, f"127.0.0.1:{port}", launch) != 200:
+            raise Broken(f"it serves no more: {launch.last()}")
+    finally:
+        os.killpg(launch.pids[0], signal.SIGKILL)
+        launch.finish()
+
+
+def drop_on_page(address: str, picture: Path) -> str:
+    """What the app's page answers to an upload: its error text, "" where there is none."""
+
+    def post(path: str, body: bytes, kind: str) -> Any:
+        request = urllib.request.Request(f"{address}/gradio_api/{path}", body, {"Content-Type": kind})
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+    with urllib.request.urlopen(f"{address}/config", timeout=60) as answer:
+        config = json.load(answer)
+    names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
+    (box,) = (number for number, name in names.items() if name == "upload")
+    call = next(c for c in config["dependencies"] if [box, "change"] in [list(t) for t in c["targets"]])
+    values = {part["id"]: part["props"].get("value") for part in config["components"]}
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="huge.png"\r\n'
+    body = head + b"Content-Type: image/png\r\n\r\n" + picture.read_bytes() + b"\r\n--x--\r\n"
+    (path,) = post("upload", body, "multipart/form-data; boundary=x")
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    data = [file if number == box else values[number] for number in call["inputs"]]
+    asked = {"data": data, "fn_index": call["id"], "session_hash": "faults", "trigger_id": box}
+    post("queue/join", json.dumps(asked).encode(), "application/json")
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=faults", timeout=60) as lines:
+        for line in lines:
+            event = json.loads(line[5:]) if line.startswith(b"data:") else {}
+            if event.get("msg") == "process_completed":
+                return str(event["output"].get("error") or "")
+    return ""
+
+
 def ask(port: int, host: str, launch: Launch) -> int | None:
     """Status of GET / with this Host; None where nobody answers within a minute."""
     import http.client
@@ -421,6 +472,7 @@ ROWS = [
     Row("6.8 links out of a run", "report stays inside", links_out),
     Row("6.8 a pipe as recipe, plan, result", "one line at once", fifo_recipe),
     Row("6.9 another Host header", "watch and app refuse it", strange_host),
+    Row("6.9 a huge header dropped on app", "one line in the page, no traceback, it goes on serving", huge_upload),
     Row("torn and flipped checkpoints", "noticed at every byte; the one before is loaded", torn_files),
     Row("kills inside a checkpoint's writing", "complete or invisible", killed_writes),
     Row("full disk", f"one line, exit 2; with room {EXACT}", full_disk, 6),

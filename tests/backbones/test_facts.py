@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from cmt_mae.backbones import facts as asking
 from cmt_mae.backbones import load_backbone, save_backbone
 from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN
 from cmt_mae.backbones.shapes import fitting, native_grid
-from cmt_mae.core.backbone_facts import BackboneFacts
+from cmt_mae.core.backbone_facts import BackboneFacts, NoFacts
+from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 
 NORMAL = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -192,3 +194,15 @@ def test_a_folder_of_timms_hub_says_everything(tmp_path: Path, name: str) -> Non
     assert b.known_from["normalisation"] == "config.json"
     assert tokens(load_backbone(str(tmp_path), img_size=48).model, image(48)).shape[0] == 2
     assert path.is_file()
+
+
+def test_where_no_facts_can_be_given_the_way_out_is_an_export(tmp_path: Path) -> None:
+    """explain's teacher, the second backbone of DAVIS and the app have no such settings."""
+    path, model = bare(tmp_path / "weights.safetensors", "vit_tiny_patch16_224", img_size=64)
+    with pytest.raises(InputError) as refused:
+        load_backbone(str(path), facts=NoFacts())
+    way = str(refused.value).split("give that: ")[1].split(";")[0]
+    assert way.startswith(f"cmt-mae export --backbone {path} --out FOLDER --")
+    words = shlex.split(way.replace("FOLDER", str(tmp_path / "said")).replace("[R,G,B]", "[.5,.5,.5]"))
+    assert main([word.replace("[ROWS,COLUMNS]", "[4,4]") for word in words[1:]]) == 0
+    same(load_backbone(str(tmp_path / "said"), facts=NoFacts()), model, atol=1e-5)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.engine.trainer import Trainer
+from cmt_mae.pretraining.assembly import IMAGENET, Statistics
 from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.pretrain import pretrain
 
@@ -239,7 +240,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert_same_state(Path(whole.out), Path(hurt.out))
 
 
-def test_init_from_a_run_takes_student_decoder_and_heads(make: Make) -> None:
+def test_init_from_a_run_takes_student_decoder_and_heads(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = make("first", mask__source="teacher", target__source="teacher")
     pretrain(first)
     second = make("second", mask__source="teacher", target__source="teacher", init_from=first.out)
@@ -249,6 +252,10 @@ def test_init_from_a_run_takes_student_decoder_and_heads(make: Make) -> None:
     learner = started(second)
     for key, value in trained["learner"].items():
         assert torch.equal(learner[key], value), key
+    assert "was trained on images with mean" not in capsys.readouterr().err
+    half = ((0.5,) * 3, (0.5,) * 3)
+    started(second, half)
+    assert "was trained on images with mean [0.485, 0.456, 0.406]" in capsys.readouterr().err
     # a stage-one run has no head for the momentum student: only the student is taken over
     third = make("third", init_from=first.out, stage1_epochs=0.0)
     learner = started(third)
@@ -256,14 +263,17 @@ def test_init_from_a_run_takes_student_decoder_and_heads(make: Make) -> None:
     assert not torch.equal(
         learner["decoder.embed.weight"], trained["learner"]["decoder.embed.weight"]
     )
+    assert "was trained on images with mean" not in capsys.readouterr().err
+    started(third, half)
+    assert "was trained on images with mean [0.485, 0.456, 0.406]" in capsys.readouterr().err
 
 
-def started(config: object) -> dict[str, torch.Tensor]:
+def started(config: object, seen: Statistics = IMAGENET) -> dict[str, torch.Tensor]:
     from cmt_mae.pretraining import assembly
 
     stats = assembly.IMAGENET
     teacher, _ = assembly.build_teacher(config, stats)  # type: ignore[arg-type]
-    return assembly.build_learner(config, teacher).state_dict()  # type: ignore[arg-type]
+    return assembly.build_learner(config, teacher, stats=seen).state_dict()  # type: ignore[arg-type]
 
 
 def test_online_knn_is_logged_and_the_best_checkpoint_kept(make: Make, images: Path) -> None:

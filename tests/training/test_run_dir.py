@@ -143,3 +143,11 @@ def test_a_setting_that_a_run_is_older_than_had_its_default(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"new: 2 -> 1"):
         RunDir(str(tmp_path), now, (), writes=True, defaults={"new": 2})
     RunDir(str(tmp_path), now, (), writes=True, defaults={"new": 1})
+
+
+def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    run = open_run(tmp_path, epochs=4, blr=0.1)
+    run.refuse_foreign({"step": 1})  # version 0.1 kept no settings in it
+    run.refuse_foreign({"step": 1, "settings": {"seed": 0, "blr": 0.1, "epochs": 2}})  # before --extend
+    with pytest.raises(InputError, match=r"belongs to another run, other, .*blr: 0.2 -> 0.1"):
+        run.refuse_foreign({"step": 1, "run": "other", "settings": {"seed": 0, "blr": 0.2}})

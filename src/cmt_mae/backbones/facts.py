@@ -61,7 +61,7 @@ def complete(weights: Weights, given: BackboneFacts, path: Path) -> Weights:
     """
     where = str(path)
     weights = replace(weights, kwargs=dict(weights.kwargs), known_from=dict(weights.known_from))
-    asked = _Asked(given.prefix)
+    asked = _Asked(given)
     if bool(given.mean) != bool(given.std):
         raise InputError(f"{where}: give {given.prefix}mean and {given.prefix}std together")
     if given.arch:
@@ -77,8 +77,8 @@ def complete(weights: Weights, given: BackboneFacts, path: Path) -> Weights:
 class _Asked:
     """What is unknown, and the options that would say it."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, given: BackboneFacts) -> None:
+        self.given, self.prefix = given.given, given.prefix if given.given else "--"
         self.unknown: list[str] = []
         self.options: list[str] = []
 
@@ -91,14 +91,15 @@ class _Asked:
         if not self.unknown:
             return
         tagged = [t for n in names[:2] for t in timm.list_pretrained(f"{n}.*")]
-        hint = "; cmt-mae export with them writes a file that says it"
+        options, hint = " ".join(self.options), ""
         if weights.mean is None and tagged:
-            hint += (
-                f"; {self.prefix}arch NAME alone if these are weights of timm: {some(tagged, 4)}"
-            )
-        raise InputError(
-            f"{where} does not say {', nor '.join(self.unknown)}: add {' '.join(self.options)}{hint}"
+            hint = f"; {self.prefix}arch NAME alone if these are weights of timm: {some(tagged, 4)}"
+        way = (
+            f"add {options}; cmt-mae export with them writes a file that says it"
+            if self.given
+            else f"make a folder that does and give that: cmt-mae export --backbone {where} --out FOLDER {options}"
         )
+        raise InputError(f"{where} does not say {', nor '.join(self.unknown)}: {way}{hint}")
 
 
 def _network(weights: Weights, given: BackboneFacts, where: str, asked: _Asked) -> list[str]:
@@ -131,7 +132,7 @@ def _network(weights: Weights, given: BackboneFacts, where: str, asked: _Asked) 
             )
             asked(f"its network, activation and eps ({weights.ask or odd})", "arch NAME")
             if not names and not given.heads:
-                asked.options.append(f"{given.prefix}heads N")
+                asked.options.append(f"{asked.prefix}heads N")
             return names
         source = f"the shapes, timm's {names[0]}"
     weights.architecture = names[0]

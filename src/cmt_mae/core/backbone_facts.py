@@ -14,6 +14,8 @@ class BackboneFacts:
     """How these settings are written on the command line."""
     binding: ClassVar[bool] = True
     """False: taken where a file says nothing, without a refusal where it says something else."""
+    given: ClassVar[bool] = True
+    """False: this place has no such settings, and only a file that says everything will do."""
 
     # these may change when a run is continued: what was found is compared (`Backbone.facts`), not how it was told
     arch: str | None = resume_safe(None)
@@ -34,6 +36,13 @@ class AssumedFacts(BackboneFacts):
 
     prefix: ClassVar[str] = "the student's "
     binding: ClassVar[bool] = False
+
+
+@dataclass(kw_only=True)
+class NoFacts(BackboneFacts):
+    """Of a network that is named beside the one whose facts are given, or in the app."""
+
+    given: ClassVar[bool] = False
 
 
 FACTS = ("arch", "mean", "std", "heads", "grid")

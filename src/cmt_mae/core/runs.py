@@ -56,24 +56,23 @@ class RunDir:
         Raises InputError where the folder holds something else, or a run with other settings.
         """
         self.path, self.writes, self.settings = Path(out), writes, settings
+        self._indifferent, self._defaults = indifferent, defaults or {}
         self.checkpoints = self.path / "checkpoints"
         self._lock = Lock(self.path / "run.lock")
         try:
-            self._look(settings, indifferent, defaults or {})
+            self._look()
         except OSError as error:
             raise InputError(
                 f"{out} cannot be read: {error.strerror}; make it readable or choose another --out"
             ) from error
 
-    def _look(
-        self, settings: dict[str, Any], indifferent: tuple[str, ...], defaults: dict[str, Any]
-    ) -> None:
+    def _look(self) -> None:
         config = self.path / "config.yaml"
         if config.exists():
             # else it never got anywhere: settings may change
             if list_checkpoints(self.checkpoints):
                 before = read_settings(config.read_text(errors="replace"), str(config))
-                refuse_changes(self.path, before, settings, indifferent, defaults)
+                refuse_changes(self.path, before, self.settings, self._indifferent, self._defaults)
             else:
                 self._refuse_to_lose()
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
@@ -121,6 +120,19 @@ class RunDir:
         # a run killed at once leaves these two behind
         names = (p.name for p in self.path.iterdir())
         return any(name != "run.lock" and not ASIDE.fullmatch(name) for name in names)
+
+    def refuse_foreign(self, state: dict[str, Any]) -> None:
+        """Raise InputError for the state of a checkpoint that was written with other settings than this run's."""
+        # those of --extend are older than the settings that config.yaml has since; version 0.1 kept none
+        indifferent = (*self._indifferent, "epochs", "extended")
+        settings = state.get("settings") or self.settings
+        found = changes(settings, self.settings, indifferent, self._defaults)
+        if found:
+            raise InputError(
+                f"the checkpoint of step {state['step']} in {self.checkpoints} belongs to another run, "
+                f"{state.get('run')}, with other settings ({'; '.join(found)}): bring this run's own back from a "
+                "copy, or delete that one"
+            )
 
     def close(self) -> None:
         """Give the folder back."""
@@ -208,17 +220,27 @@ def refuse_changes(
     defaults: dict[str, Any] | None = None,
 ) -> None:
     """Raise InputError with the differences where a setting that affects results has changed."""
-    old, new = {**flatten(defaults or {}), **flatten(before)}, flatten(now)
-    differences = [
+    found = changes(before, now, indifferent, defaults or {})
+    if found:
+        raise InputError(
+            f"{run} holds a run with other settings ({'; '.join(found)}): give the same settings to "
+            "continue it, or another --out"
+        )
+
+
+def changes(
+    before: dict[str, Any],
+    now: dict[str, Any],
+    indifferent: tuple[str, ...],
+    defaults: dict[str, Any],
+) -> list[str]:
+    """The settings that affect results and have changed, as "name: old -> new"."""
+    old, new = {**flatten(defaults), **flatten(before)}, flatten(now)
+    return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key) and not key.startswith(indifferent)
     ]
-    if differences:
-        raise InputError(
-            f"{run} holds a run with other settings ({'; '.join(differences)}): give the same settings to "
-            "continue it, or another --out"
-        )
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -115,17 +115,6 @@ class Files:
             except OSError:
                 yield -1
 
-    def changed_since(self, seconds: float) -> list[int]:
-        """Files whose content was last changed after this moment (seconds since 1970)."""
-        changed = []
-        for index in range(len(self.names)):
-            try:
-                if os.stat(self.path(index)).st_mtime > seconds:
-                    changed.append(index)
-            except OSError:
-                continue
-        return changed
-
 
 def with_content(names: str, files: Sequence[str | Path]) -> str:
     """A fingerprint of ``files`` as `Source.fingerprint` has it. names: sha256 over their names and sizes."""

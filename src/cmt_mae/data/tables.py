@@ -250,7 +250,7 @@ def _library(path: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{path}: needs the datasets library: pip install 'cmt-mae[hf]'") from None
+        raise InputError(f"{path}: needs the datasets library: pip install datasets") from None
     return datasets
 
 

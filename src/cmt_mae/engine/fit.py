@@ -322,6 +322,7 @@ class _Fit:
         agree(self.accelerator, state["step"] if state else -1)
         known = self.run.known_facts()
         if state is not None:
+            self.run.refuse_foreign(state)
             self.refuse_other(known)
         self.accelerator.wait_for_everyone()  # every process has read before one writes
         # of a checkpoint of version 0.1's pre-training, which evaluated before it was written

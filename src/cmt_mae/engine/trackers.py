@@ -28,7 +28,7 @@ class Trackers:
                 import wandb
             except ImportError as error:
                 raise InputError(
-                    "runtime.tracker wandb needs the package: pip install 'cmt-mae[wandb]'"
+                    "runtime.tracker wandb needs the package: pip install wandb"
                 ) from error
             self.wandb = wandb.init(
                 dir=run.path, name=run.path.name, config=settings, resume="allow"

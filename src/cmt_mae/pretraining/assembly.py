@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,15 @@ def make_teacher(
 
 
 def build_learner(
-    config: PretrainConfig, teacher: Teacher | None, target_width: int = 0
+    config: PretrainConfig,
+    teacher: Teacher | None,
+    target_width: int = 0,
+    stats: Statistics | None = None,
 ) -> StudentWithDecoder:
     """Student, decoder and heads, started at random from the run's seed or from ``init_from``.
 
-    target_width: channels of a target that is a function of the image; 0: the target is one of ours.
+    target_width: channels of a target that is a function of the image; 0: the target is one of ours. stats: of the
+    student's images; where ``init_from`` was trained with others, one line on stderr says so.
     """
     torch.manual_seed(config.seed)
     student = build_student(config.student)
@@ -98,15 +103,22 @@ def build_learner(
     heads = {name: target_width or widths[name] for name in names if widths[name]}
     learner = StudentWithDecoder(student, config.decoder, config.target, heads)
     if config.init_from:
-        start_from(learner, config)
+        start_from(learner, config, stats)
     return learner
 
 
-def start_from(learner: StudentWithDecoder, config: PretrainConfig) -> None:
+def start_from(
+    learner: StudentWithDecoder, config: PretrainConfig, stats: Statistics | None
+) -> None:
     """Load ``init_from``: everything of a run with the same shapes, else the student alone."""
     state = load_last(Path(config.init_from) / "checkpoints")
     if state is not None and shapes(state["learner"]) == shapes(learner.state_dict()):
         learner.load_state_dict(state["learner"])
+        data = (state.get("settings") or {}).get("data", {})
+        given_there = (tuple(data["mean"]), tuple(data["std"])) if data.get("mean") else None
+        warn_of_other(
+            config, stats, given_there or (IMAGENET if config.student.in_chans == 3 else None)
+        )
         return
     name, sizes = config.student.architecture()
     # only the weights are taken, so what features depend on besides is the student's own
@@ -134,6 +146,26 @@ def start_from(learner: StudentWithDecoder, config: PretrainConfig) -> None:
             f"{', '.join(names[:3])}): choose student.preset, patch_size and pos_embed of that network"
         )
     learner.student.load_state_dict(given)
+    assumed = backbone.known_from.get("normalisation", "").startswith(own_facts.prefix)
+    warn_of_other(config, stats, None if assumed else (backbone.mean, backbone.std))
+
+
+def warn_of_other(
+    config: PretrainConfig, stats: Statistics | None, theirs: Statistics | None
+) -> None:
+    """One line on stderr where ``init_from`` saw images normalised in another way. theirs: None, not known."""
+    if stats is None or theirs is None or os.environ.get("RANK", "0") != "0":
+        return
+    same = (
+        round(a, 3) == round(b, 3) for i in (0, 1) for a, b in zip(stats[i], theirs[i], strict=True)
+    )
+    if not all(same):
+        print(
+            f"warning: init_from {config.init_from} was trained on images with mean {list(theirs[0])} and std "
+            f"{list(theirs[1])}, here they have {list(stats[0])} and {list(stats[1])}: "
+            "--data.mean and --data.std set them",
+            file=sys.stderr,
+        )
 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -84,7 +84,7 @@ def pretrain(
             config,
             accelerator,
             plan,
-            build_learner(config, teacher, width),
+            build_learner(config, teacher, width, stats),
             frozen,
             images=Images(source, crop_settings(config, teacher)),
             stats=stats,

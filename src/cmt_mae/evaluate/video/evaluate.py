@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmt_mae.backbones import Backbone, load_backbone
-from cmt_mae.core.backbone_facts import BackboneFacts
+from cmt_mae.core.backbone_facts import BackboneFacts, NoFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Count, CountOrNone, Device, check_fields
 from cmt_mae.data.davis import VideoSequence, open_davis
@@ -105,7 +105,7 @@ def evaluate_davis(config: DavisConfig) -> Result:
             raise InputError(
                 "--compare draws pictures; it needs --out, --save_masks and --pictures 1"
             )
-        other = load_backbone(config.compare, key=config.compare_key)
+        other = load_backbone(config.compare, key=config.compare_key, facts=NoFacts())
         check_sizes(drawn, protocol, other)
         rivals.append((config.compare, config.compare_key, other, drawn))
     outcomes = []

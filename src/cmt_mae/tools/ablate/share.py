@@ -66,5 +66,6 @@ def copy_start(sibling: Path, own: PretrainConfig, step: int) -> bool:
     # with config.yaml alone the folder counts as a run that never got anywhere: a kill here does no harm
     write_text(folder / "config.yaml", yaml.safe_dump(plain(own), sort_keys=False))
     write_text(folder / "metrics.jsonl", "".join(lines))
-    save_checkpoint(folder / "checkpoints", step, state)
+    # what differs does not matter before the switch; its "run" goes on saying where it came from
+    save_checkpoint(folder / "checkpoints", step, {**state, "settings": plain(own)})
     return True

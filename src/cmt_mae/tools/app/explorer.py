@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cmt_mae.core.backbone_facts import NoFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.masking import Mask, count_masked
 from cmt_mae.tools.inspect.attention import attention_sheet, in_units
@@ -197,7 +198,7 @@ class Explorer:
         teacher = "" if choice.teacher == OWN_TEACHER else choice.teacher
         if choice.network in self.runs:
             return self._run(choice.network, teacher=teacher).at(choice.step)
-        return open_backbone(choice.network, teacher=teacher)
+        return open_backbone(choice.network, teacher=teacher, facts=NoFacts())
 
     def _look(self, choice: Choice, image: str) -> Inspector:
         networks = self.networks(choice)

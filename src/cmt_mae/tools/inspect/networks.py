@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -274,9 +274,16 @@ def open_backbone(
     )
 
 
+@dataclass
+class NamedTeacher(TeacherConfig):
+    """A teacher that is given by its name alone."""
+
+    given: ClassVar[bool] = False
+
+
 def open_teacher(name: str, grid_align: Any, config: PretrainConfig, stats: Statistics) -> Teacher:
     """A teacher of this name for the student of the settings; see TeacherConfig.grid_align."""
-    settings = TeacherConfig(name=name, grid_align=grid_align or "input")
+    settings = NamedTeacher(name=name, grid_align=grid_align or "input")
     return assembly.make_teacher(settings, config.student.grid(), stats)[0]
 
 
