@@ -166,7 +166,7 @@ def test_stored_detections_give_pycocotools_the_same_numbers(given: dict[str, An
 
 def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
     """The preset on the package's own backbone, end to end, with pictures."""
-    write_coco(tmp_path / "coco", 12, 4)
+    write_coco(tmp_path / "coco", 8, 4)
     result = evaluate_coco(
         CocoConfig(
             backbone="embedded", data=str(tmp_path / "coco"), out=str(tmp_path / "run"), preset="quick",
