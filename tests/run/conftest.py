@@ -91,7 +91,7 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint, by a flat name."""
+    """Every tensor and number of the newest checkpoint, by a flat name; not whose it is (run, settings)."""
     path = sorted((run / "checkpoints").glob("step_*.pt"))[-1]
     flat: dict[str, torch.Tensor] = {}
 
@@ -107,7 +107,8 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             flat[prefix] = torch.tensor(value)
 
-    walk("", torch.load(path, weights_only=True))
+    state = torch.load(path, weights_only=True)
+    walk("", {name: part for name, part in state.items() if name not in ("run", "settings")})
     return flat
 
 

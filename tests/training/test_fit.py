@@ -37,7 +37,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def state(run: Path) -> dict[str, Any]:
-    return load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    """Of the newest checkpoint all but whose it is (run, settings)."""
+    kept = load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    return {name: part for name, part in kept.items() if name not in ("run", "settings")}
 
 
 def assert_same(one: Path, two: Path) -> None:
