@@ -18,6 +18,7 @@ from cmt_mae.engine.processes import make_accelerator, stopping_with_the_others
 @pytest.fixture
 def flags() -> Iterator[None]:
     kept = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    torch.use_deterministic_algorithms(False)  # what another test of this process may have left
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = False
