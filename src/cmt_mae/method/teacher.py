@@ -55,7 +55,7 @@ class TeacherConfig(BackboneFacts):
     first."""
     view: Literal["crop", "photo"] = "crop"
     """crop (the teacher sees every crop) | photo (it sees each whole photo once, squeezed to a square; its map
-    and features are kept and read at the box of each crop: an approximation, much faster)."""
+    and features are kept and read at the box of each crop: an approximation)."""
     view_size: CountOrNone = 0
     """view photo: side in pixels at which the teacher sees the photos; 0: the size it was trained at."""
     keep_as: Literal["auto", "fp32", "fp16", "int8"] = "auto"
