@@ -111,6 +111,8 @@ def test_of_a_run_and_by_explain(cmt_run: Path, objects: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        read_objects(str(tmp_path / "nowhere"), 3)
     with pytest.raises(InputError, match="has no objects to look for"):
         read_objects(str(tmp_path), 3)
     for part in ("images", "masks"):

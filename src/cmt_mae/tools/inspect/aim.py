@@ -62,6 +62,8 @@ def read_objects(path: str, count: int) -> list[Annotated]:
     Raises InputError where the folder is none of these, or a file in it cannot be read.
     """
     root = Path(path).expanduser()
+    if not root.is_dir():
+        raise InputError(f"{path}: no such folder of images with objects; check the path")
     if (root / "annotations").is_dir() and list((root / "annotations").glob("instances_*.json")):
         split = open_coco(root, "val")
         with_objects = np.flatnonzero(split.counts)
