@@ -201,4 +201,6 @@ def test_without_a_terminal_a_line_tells_how_far_it_is(
 ) -> None:
     monkeypatch.setattr("cmt_mae.engine.progress.LINE_SECONDS", 0.0)
     pretrain(make(runtime__progress=True))
-    assert "stage 2 epoch 2.0/2 loss" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stage 2 epoch 2.0/2 loss" in said
+    assert " of 10" in said, "how far, of how many steps"

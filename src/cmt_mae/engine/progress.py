@@ -55,7 +55,7 @@ LINE_SECONDS = 5.0
 
 
 class _Lines(Progress):
-    """Prints ``description: 120 of 400`` to the console every LINE_SECONDS, and no bar."""
+    """Prints ``description: 120 of 400, 3 min left`` to the console every LINE_SECONDS, and no bar."""
 
     last = 0.0
 
@@ -85,7 +85,10 @@ class _Lines(Progress):
         self.last = time.monotonic()
         task = self._tasks[task_id]
         total = "" if task.total is None else f" of {task.total:.0f}"
-        self.console.out(f"{printable(task.description)}: {task.completed:.0f}{total}")
+        remaining = task.time_remaining
+        left = "" if not remaining else f", {duration(remaining)} left"
+        what = printable(task.description) or "so far"
+        self.console.out(f"{what}: {task.completed:.0f}{total}{left}")
 
 
 def evaluation_progress(show: bool) -> Progress:
