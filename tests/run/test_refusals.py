@@ -1,4 +1,4 @@
-"""What the command line says when settings do not fit: what, where, the mend; and who says it under torchrun."""
+"""What the command line says when settings do not fit: what, where, how to fix it; and who says it under torchrun."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def said(*words: str, **defaults: Any) -> str:
         (["--count", "1", "--count", "\x1b[2J"], r"--count is '\x1b[2J': give a whole number"),
     ],
 )  # fmt: skip
-def test_one_line_says_what_where_and_the_mend(words: list[str], text: str) -> None:
+def test_one_line_says_what_where_and_how_to_fix_it(words: list[str], text: str) -> None:
     assert said(*words).removesuffix("; see prog --help") == text
 
 

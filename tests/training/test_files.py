@@ -11,7 +11,7 @@ from cmt_mae.core.files import write_text, writing
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"),
+    ("number", "fix"),
     [
         (errno.ENOSPC, "free space"),
         (errno.EROFS, "make it writable"),
@@ -19,8 +19,8 @@ from cmt_mae.core.files import write_text, writing
         (errno.EIO, "see to the disk"),
     ],
 )
-def test_each_trouble_has_its_mend(number: int, mend: str) -> None:
-    line = f"cannot write run: .*; {mend} or choose another --out"
+def test_each_trouble_says_how_to_fix_it(number: int, fix: str) -> None:
+    line = f"cannot write run: .*; {fix} or choose another --out"
     with pytest.raises(InputError, match=line), writing(Path("run")):
         raise OSError(number, os.strerror(number))
 

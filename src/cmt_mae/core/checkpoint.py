@@ -163,7 +163,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         # whole, but not permitted, too large for the memory, or no state at all
         said = getattr(error, "strerror", None) or type(error).__name__
         raise InputError(
-            f"checkpoint {path} cannot be read ({said}): mend that, or delete it to go back to the one before"
+            f"checkpoint {path} cannot be read ({said}): fix that, or delete it to go back to the one before"
         ) from error
     return state
 

@@ -25,14 +25,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        mend = mend_of(error)
+        fix = how_to_fix(error)
         raise InputError(
-            f"cannot write {path}: {error.strerror or error}; {mend} or choose another --out, then run the "
+            f"cannot write {path}: {error.strerror or error}; {fix} or choose another --out, then run the "
             "same command again"
         ) from error
 
 
-def mend_of(error: OSError) -> str:
+def how_to_fix(error: OSError) -> str:
     """What to do about a place that cannot be written."""
     if error.errno in READ_ONLY:
         return "make it writable"

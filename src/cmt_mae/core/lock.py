@@ -75,11 +75,11 @@ class Lock:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _refuse(self, owner: str, mend: str) -> None:
+    def _refuse(self, owner: str, how_to_fix: str) -> None:
         _open_locks.discard(self._file)
         self._file.close()
         self._file = None
-        raise InputError(f"{self.path.parent} is in use by {owner}: {mend}")
+        raise InputError(f"{self.path.parent} is in use by {owner}: {how_to_fix}")
 
     def check(self) -> None:
         """Raise InputError unless this process, having taken the lock, is still named in it."""
