@@ -76,7 +76,7 @@ def open_ade20k(
         try:
             size = os.path.getsize(path)
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; mend or remove it") from None
+            raise InputError(f"{path}: {error.strerror}; fix or remove it") from None
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
     return Ade20k(
         str(root), tuple(names), train, val, with_content(digest.hexdigest(), paths), zero_label
@@ -139,7 +139,7 @@ def read_classes(folder: Path, given: str | None) -> list[str]:
     try:
         lines = read_file(path, MOST_LIST_BYTES).decode("utf-8-sig").splitlines()
     except (BadImage, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); mend the class list") from None
+        raise InputError(f"{path}: cannot be read as text ({error}); fix the class list") from None
     return _counted(_parse_list([line for line in lines if line.strip()], path), str(path))
 
 
@@ -158,14 +158,14 @@ def _parse_list(lines: list[str], path: Path) -> list[str]:
     )
     if short is not None:
         raise InputError(
-            f"{path}: the line {short.strip()[:60]!a} has no name; mend the class list"
+            f"{path}: the line {short.strip()[:60]!a} has no name; fix the class list"
         )
     names = [row[place].strip().strip('"') for row in rows]
     if "Idx" not in columns:
         return names
     numbers = [row[columns.index("Idx")].strip() for row in rows]
     if sorted(numbers) != sorted(str(k + 1) for k in range(len(rows))):
-        raise InputError(f"{path}: Idx is not 1, 2, ..., {len(rows)}; mend the class list")
+        raise InputError(f"{path}: Idx is not 1, 2, ..., {len(rows)}; fix the class list")
     return [name for _, name in sorted(zip(map(int, numbers), names, strict=True))]
 
 

@@ -126,7 +126,7 @@ class CocoSplit:
             array = decode_image(read_file(os.fsencode(path)), channels)
         except BadImage as error:
             raise InputError(
-                f"{path}: {error}; an evaluation skips no image, mend or remove it"
+                f"{path}: {error}; an evaluation skips no image, fix or remove it"
             ) from None
         return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
 
@@ -370,7 +370,7 @@ def check_files(
         )
     for name, stated, (_, real) in zip(names, sizes, found, strict=True):
         if isinstance(real, str):
-            raise InputError(f"{folder / name} is no image ({real}): mend or remove it")
+            raise InputError(f"{folder / name} is no image ({real}): fix or remove it")
         if real != stated:
             raise InputError(
                 f"{folder / name} has {real[1]} x {real[0]} pixels, but {annotation_file.name} says "

@@ -110,7 +110,7 @@ def checked_segmentation(raw: Any, where: str, height: int, width: int) -> Any:
         )
     if sum(map(_outline, raw)) > LONGEST_OUTLINE:
         raise InputError(
-            f"{where}: the outline of its mask is over {LONGEST_OUTLINE:g} pixels long; mend it or give an RLE"
+            f"{where}: the outline of its mask is over {LONGEST_OUTLINE:g} pixels long; fix it or give an RLE"
         )
     polygons = [polygon for polygon in raw if len(polygon) >= 6]
     if not polygons:

@@ -342,7 +342,7 @@ class _Centre:
                 image = load_image(self.source, index, self.channels)
             except BadImage as error:
                 return InputError(
-                    f"{self.source.name(index)}: {error}; evaluation counts every image, so mend "
+                    f"{self.source.name(index)}: {error}; evaluation counts every image, so fix "
                     "or remove it"
                 )
             except InputError as error:

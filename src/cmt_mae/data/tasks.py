@@ -39,7 +39,7 @@ class _Micros:
         except InputError as error:
             return error
         except BadImage as error:
-            return InputError(f"{error}; an evaluation skips no image, so mend or remove it")
+            return InputError(f"{error}; an evaluation skips no image, so fix or remove it")
 
 
 def train_batches(

@@ -185,7 +185,7 @@ class _Fit:
 
     @contextmanager
     def noting_the_end(self) -> Iterator[None]:
-        """What the user must mend before the run can go on is kept in its warnings too."""
+        """What the user must fix before the run can go on is kept in its warnings too."""
         try:
             yield
         except InputError as error:

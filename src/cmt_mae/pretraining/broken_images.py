@@ -51,5 +51,5 @@ class BrokenImages:
             names = ", ".join(name for name, _ in list(bad.values())[:3])
             raise InputError(
                 f"{len(bad)} of {seen} images cannot be read (first: {names}), more than data.max_bad "
-                f"{most}: mend or delete them, all are named in {path}"
+                f"{most}: fix or delete them, all are named in {path}"
             )
