@@ -340,6 +340,6 @@ def test_a_broken_image_is_named(
     for name, seed in (("train", 0), ("val", 1)):
         make_pictures(tmp_path / "d" / name, 4, seed=seed)
     (tmp_path / "d" / split / "green" / "2.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(InputError, match=r"green/2\.png.*(mend|remove)") as caught:
+    with pytest.raises(InputError, match=r"green/2\.png.*(fix|remove)") as caught:
         run(**{**given, "data": str(tmp_path / "d"), "epochs": 1, "batch_size": 12})
     assert "\n" not in str(caught.value)

@@ -142,7 +142,7 @@ def open_data(config: FinetuneConfig) -> tuple[Source, Source]:
     if names is not None and max(labels) >= len(names):
         raise InputError(
             f"{config.data}: {train.name(labels.index(max(labels)))} has label {max(labels)}, but there are "
-            f"{len(names)} classes (0 to {len(names) - 1}); mend the labels or the names"
+            f"{len(names)} classes (0 to {len(names) - 1}); fix the labels or the names"
         )
     if config.few_shot is not None:
         train = train.subset(few_shot_indexes(labels, config.few_shot, config.seed))
@@ -216,7 +216,7 @@ def load_first(source: Source, channels: int) -> None:
     try:
         load_image(source, 0, channels)
     except BadImage as error:
-        raise InputError(f"{source.name(0)}: {error}; mend or remove it") from None
+        raise InputError(f"{source.name(0)}: {error}; fix or remove it") from None
 
 
 def make_task(

@@ -276,7 +276,7 @@ def augmented_steps(
         for batch in itertools.islice(batches, training.batch_size // (micro * where.world)):
             if batch["bad"]:
                 _, name, reason = batch["bad"][0]
-                raise InputError(f"{name}: {reason}; an evaluation skips no image, mend or remove")
+                raise InputError(f"{name}: {reason}; an evaluation skips no image, fix or remove")
             images, flip = batch["images"].to(where.device), batch["flip"].to(where.device)
             images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
             row = forward_parts(backbone, images, parts, config.precision)

@@ -52,7 +52,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """Run, or continue, pre-training; returns the last metrics.
 
-    Writes the run directory ``config.out`` (design section 5). Raises InputError for what the user can mend
+    Writes the run directory ``config.out`` (design section 5). Raises InputError for what the user can fix
     and Stopped when a signal asked for the end; both leave a checkpoint to continue from.
 
     mask_rule: takes the place of ``mask.rule``, and is given the attention that guides that one, if any; see

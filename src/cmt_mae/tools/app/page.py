@@ -33,7 +33,7 @@ def theme(gradio: Any) -> Any:
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What the user can mend is told in a small window; the pictures stay as they are."""
+    """What the user can fix is told in a small window; the pictures stay as they are."""
 
     @functools.wraps(function)
     def run(*values: Any) -> Any:

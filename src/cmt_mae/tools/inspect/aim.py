@@ -99,7 +99,7 @@ def _from_folder(file: Path, masks: Path) -> Annotated:
         pixels = decode_image(read_file(file), 3)
         mask = decode_image(read_file(masks / f"{file.stem}.png"), 1)[:, :, 0]
     except BadImage as error:
-        raise InputError(f"{file} or its mask: {error}; mend or remove it") from error
+        raise InputError(f"{file} or its mask: {error}; fix or remove it") from error
     if mask.shape != pixels.shape[:2]:
         raise InputError(f"{file} and its mask in {masks} differ in size: make them equal")
     return Photo(file.name, pixels), mask > 0

@@ -34,7 +34,7 @@ MAKERS: dict[str, Callable[[Desk], None]] = {
 def explain(config: ExplainConfig) -> dict[str, Any]:
     """Make the pictures; returns {"written": paths, "left_out": {kind: reason}}.
 
-    Raises InputError for what the user can mend; pictures made before stay.
+    Raises InputError for what the user can fix; pictures made before stay.
     """
     config.check()
     desk = Desk(config)

@@ -184,7 +184,7 @@ def labels_of(file: str, data: Ade20k) -> np.ndarray:
     try:
         return read_mask(file, len(data.classes), data.zero_label)
     except BadImage as error:
-        raise InputError(f"{error}; mend it or run the evaluation again") from error
+        raise InputError(f"{error}; fix it or run the evaluation again") from error
 
 
 def painted(labels: np.ndarray, colours: np.ndarray) -> Picture:
