@@ -1,4 +1,4 @@
-"""What the command line says when settings do not fit: what, where, how to fix it; and who says it under torchrun."""
+"""What the command line says when settings do not fit: what, where, how to fix it; who says it under torchrun."""
 
 import json
 import os

@@ -157,9 +157,7 @@ def _parse_list(lines: list[str], path: Path) -> list[str]:
         (line for line, row in zip(lines[1:], rows, strict=True) if len(row) <= place), None
     )
     if short is not None:
-        raise InputError(
-            f"{path}: the line {short.strip()[:60]!a} has no name; fix the class list"
-        )
+        raise InputError(f"{path}: the line {short.strip()[:60]!a} has no name; fix the class list")
     names = [row[place].strip().strip('"') for row in rows]
     if "Idx" not in columns:
         return names
