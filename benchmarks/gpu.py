@@ -144,7 +144,7 @@ class Bench:
         import torch
 
         from benchmarks.steps import our_trainer
-        from cmt_mae.method import cmtmae
+        from cmt_mae.method import frozen
         from cmt_mae.tools.bench.measure import replaced
 
         used: list[Any] = []
@@ -161,7 +161,7 @@ class Bench:
         trainer, task, batches, step = our_trainer(run, "two")
         if run.runtime.compile and trainer.no_compiler:
             raise RuntimeError(f"nothing can be compiled here: {trainer.no_compiler}")
-        with replaced(cmtmae, "sample_mask", keep):
+        with replaced(frozen, "sample_mask", keep):
             with trainer.accelerator.autocast():
                 loss, _ = task.loss(trainer.model, next(batches), step)
             trainer.accelerator.backward(loss)

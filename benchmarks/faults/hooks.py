@@ -21,7 +21,7 @@ from cmt_mae.core import checkpoint
 from cmt_mae.data import loader
 from cmt_mae.engine.fit import _Fit
 from cmt_mae.engine.trainer import Trainer
-from cmt_mae.method import cmtmae
+from cmt_mae.method import cmtmae, frozen
 from cmt_mae.method.decoder import Decoder
 from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools import pretrain
@@ -204,7 +204,7 @@ def spoil(place: str, now: Now, value: float) -> None:
         wrapped(Pretraining, "to_device", lambda made, *_: (one(made[0]), made[1]))
     elif place in ("teacher", "momentum"):
         wrapped(
-            cmtmae.CachedForwards, "features", lambda made, _, name, *__: one(made) if name == place else made
+            frozen.CachedForwards, "features", lambda made, _, name, *__: one(made) if name == place else made
         )
     elif place == "student":
         wrapped(cmtmae, "encode_visible", one)
@@ -256,8 +256,8 @@ def dull_teacher(how: str) -> Callable[[int], None]:
 
     def place(_: int) -> None:
         if how in ("constant", "one line"):
-            wrapped(cmtmae.CachedForwards, "features", features)
+            wrapped(frozen.CachedForwards, "features", features)
         else:
-            wrapped(cmtmae.CachedForwards, "attention", attention)
+            wrapped(frozen.CachedForwards, "attention", attention)
 
     return place

@@ -131,7 +131,7 @@ def test_watching_a_step_changes_neither_its_result_nor_its_modules() -> None:
         step = task.switch_step
         trainer.enter(step)
         batches = synthetic_batches(CropSettings((32, 32)), run.mask.rule, 16, 4)
-        owners = (trainer, task, task.frozen_networks, measure.cmtmae)
+        owners = (trainer, task, task.frozen_networks, measure.cmtmae, measure.frozen)
         untouched = [dict(vars(owner)) for owner in owners]
         if watch:
             # one step before it counts, and one that does

@@ -12,14 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmt_mae.method import targets as targets_module
-from cmt_mae.method.cmtmae import (
-    Alphas,
-    FrozenNetworks,
-    MaskConfig,
-    StudentWithDecoder,
-    TargetConfig,
-)
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.masking import noise_length
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import StudentConfig, build_student

@@ -11,14 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from cmt_mae.method.attention import attention_map, normalise_map
-from cmt_mae.method.cmtmae import (
-    Alphas,
-    FrozenNetworks,
-    MaskConfig,
-    StudentWithDecoder,
-    TargetConfig,
-)
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.masking import noise_length
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import StudentConfig, build_student, forward_to_last

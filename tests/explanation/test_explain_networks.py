@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cmt_mae.core.checkpoint import checkpoint_path, load_checkpoint
 from cmt_mae.core.errors import InputError
-from cmt_mae.method.cmtmae import FrozenNetworks, as_shares
+from cmt_mae.method.frozen import FrozenNetworks, as_shares
 from cmt_mae.method.masking import RULES
 from cmt_mae.pretraining.assembly import make_teacher
 from cmt_mae.tools.inspect.images import Album, centre_box, cut

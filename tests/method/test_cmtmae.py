@@ -12,16 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.method.cmtmae import (
-    Alphas,
-    CachedForwards,
-    FrozenNetworks,
-    MaskConfig,
-    StudentWithDecoder,
-    TargetConfig,
-    shares,
-)
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.frozen import CachedForwards, FrozenNetworks, shares
 from cmt_mae.method.hog import hog_dim, hog_targets
 from cmt_mae.method.masking import Mask, from_priority, noise_length, of_other_images
 from cmt_mae.method.targets import RunningMeans, explained_share, patchify

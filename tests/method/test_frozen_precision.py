@@ -9,7 +9,7 @@ import torch
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.engine.trainer import Trainer
-from cmt_mae.method import cmtmae
+from cmt_mae.method import frozen
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.bench.build import make_trainer, synthetic_batches
@@ -49,12 +49,12 @@ def test_targets_are_near_those_of_fp32_and_the_stream_is_bf16(precision: str) -
         network.blocks[1].norm2.register_forward_hook(
             lambda _, args, out: seen.extend([args[0].dtype, out.dtype])
         )  # type: ignore[index,union-attr]
-    real = cmtmae.sample_mask
+    real = frozen.sample_mask
     try:  # the same hidden patches, so that the targets can be compared
-        cmtmae.sample_mask = lambda *_, **__: mask
+        frozen.sample_mask = lambda *_, **__: mask
         _, found = guided(low)
     finally:
-        cmtmae.sample_mask = real
+        frozen.sample_mask = real
     assert seen == [torch.bfloat16] * 4
     for name, target in wanted.items():
         assert found[name].dtype == torch.float32  # the loss stays in fp32

@@ -11,14 +11,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from cmt_mae.method.cmtmae import (
-    Alphas,
-    FrozenNetworks,
-    MaskConfig,
-    StudentWithDecoder,
-    TargetConfig,
-)
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder, TargetConfig
 from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.masking import count_masked, sample_mask
 from cmt_mae.method.targets import normalise_target, patchify
 from cmt_mae.method.vit import StudentConfig, build_student, encode_visible, sincos_table

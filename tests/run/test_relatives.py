@@ -9,7 +9,7 @@ from PIL import Image
 
 from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes
-from cmt_mae.method.cmtmae import FrozenNetworks
+from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.teacher import Teacher
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.pretrain import pretrain

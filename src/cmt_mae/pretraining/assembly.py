@@ -18,7 +18,8 @@ from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings, channel_stats
 from cmt_mae.data.source import Source
-from cmt_mae.method.cmtmae import FrozenNetworks, StudentWithDecoder, takes_class_token
+from cmt_mae.method.cmtmae import StudentWithDecoder, takes_class_token
+from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import Vit, block_number, build_student, grid_of

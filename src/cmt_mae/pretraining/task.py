@@ -20,7 +20,8 @@ from cmt_mae.engine.messages import say, warn
 from cmt_mae.engine.optim import adamw
 from cmt_mae.engine.schedules import learning_rate
 from cmt_mae.engine.task import Evaluation, Task, falls_due
-from cmt_mae.method.cmtmae import Alphas, FrozenNetworks, StudentWithDecoder
+from cmt_mae.method.cmtmae import Alphas, StudentWithDecoder
+from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.masking import noise_length
 from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import TeacherOutput

@@ -12,13 +12,12 @@ from torch import nn
 from cmt_mae.method.cmtmae import (
     FROM_IMAGE,
     Alphas,
-    FrozenNetworks,
     MaskConfig,
     StudentWithDecoder,
     TargetConfig,
-    shares,
     takes_class_token,
 )
+from cmt_mae.method.frozen import FrozenNetworks, shares
 from cmt_mae.method.last_block import asks_alone
 from cmt_mae.method.masking import GUIDED
 from cmt_mae.method.vit import Vit, grid_of, has_class_token, num_prefix

@@ -14,7 +14,7 @@ from cmt_mae.data.loader import Batch
 from cmt_mae.engine import trainer as engine_trainer
 from cmt_mae.engine.processes import peak_memory
 from cmt_mae.engine.trainer import Trainer
-from cmt_mae.method import cmtmae
+from cmt_mae.method import cmtmae, frozen
 from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.bench.peak import synchronise
 
@@ -103,12 +103,12 @@ def watched(trainer: Trainer, spans: Spans) -> Iterator[None]:
     assert isinstance(task, Pretraining)
     wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
         (task, "to_device", timed("prepare")),
-        (cmtmae.CachedForwards, "state", spans.by_network),
-        (cmtmae.CachedForwards, "features", spans.by_network),
-        (cmtmae.CachedForwards, "attention", timed("mask")),
-        (cmtmae.FrozenNetworks, "_scores", timed("mask")),
-        (cmtmae, "sample_mask", timed("mask")),
-        (cmtmae.FrozenNetworks, "_targets", timed("targets")),
+        (frozen.CachedForwards, "state", spans.by_network),
+        (frozen.CachedForwards, "features", spans.by_network),
+        (frozen.CachedForwards, "attention", timed("mask")),
+        (frozen.FrozenNetworks, "_scores", timed("mask")),
+        (frozen, "sample_mask", timed("mask")),
+        (frozen.FrozenNetworks, "_targets", timed("targets")),
         (trainer, "model", timed("decoder")),  # less the encoder inside it
         (cmtmae, "encode_visible", timed("encoder")),
         (trainer.accelerator, "backward", timed("backward")),

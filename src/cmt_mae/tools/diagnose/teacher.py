@@ -23,7 +23,7 @@ from cmt_mae.data.sample import pictures
 from cmt_mae.data.source import Source
 from cmt_mae.method import targets as T
 from cmt_mae.method.attention import class_rows
-from cmt_mae.method.cmtmae import as_shares
+from cmt_mae.method.frozen import as_shares
 from cmt_mae.method.teacher import Teacher
 from cmt_mae.method.vit import has_class_token, num_prefix
 from cmt_mae.pretraining import assembly

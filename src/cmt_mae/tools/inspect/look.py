@@ -13,7 +13,7 @@ from cmt_mae.method.attention import (
     normalise_map,
     reduce_heads,
 )
-from cmt_mae.method.cmtmae import as_shares
+from cmt_mae.method.frozen import as_shares
 from cmt_mae.method.last_block import finish
 from cmt_mae.method.masking import GUIDED, RULES, Mask, noise_length, sample_mask
 from cmt_mae.method.photo_view import at_crops, box_weights, sample

@@ -17,7 +17,8 @@ from cmt_mae.core.checkpoint import checkpoint_path, list_checkpoints, load_chec
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import parse
 from cmt_mae.core.text import one_line
-from cmt_mae.method.cmtmae import Alphas, FrozenNetworks, MaskConfig, StudentWithDecoder
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder
+from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.masking import count_masked
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import Vit, build_student

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmt_mae.method.cmtmae import as_shares
+from cmt_mae.method.frozen import as_shares
 from cmt_mae.tools.inspect.aim import auc, object_patches, read_objects
 from cmt_mae.tools.inspect.attention import attention_sheet, growth_sheet, heads_sheet, masks_sheet
 from cmt_mae.tools.inspect.canvas import LARGEST, Sheet
