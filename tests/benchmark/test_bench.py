@@ -142,7 +142,7 @@ def test_watching_a_step_changes_neither_its_result_nor_its_modules() -> None:
         after = [dict(vars(owner)) for owner in owners]
         assert [set(d) for d in after] == [set(d) for d in untouched]
         assert after[0]["model"] is untouched[0]["model"]
-        assert after[3]["sample_mask"] is untouched[3]["sample_mask"]
+        assert after[4]["sample_mask"] is untouched[4]["sample_mask"]
         weights.append(task.learner.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
