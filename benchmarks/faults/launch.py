@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.faults import hooks
 from benchmarks.timing import free_port, torchrun_places
 from cmt_mae.core.cli import main
@@ -78,6 +80,7 @@ class Launch:
 
     def _run(self, rank: int, port: int) -> int:
         os.environ.update(torchrun_places(rank, self.processes, port))
+        torch.set_num_threads(1)  # as one_thread(): another number of threads rounds differently
         fault = self.kill_at if self.kill_at is not None and self.kill_at.rank == rank else None
         if rank == 0 or fault is not None:
             hooks.watch(self.counters, fault, out_of(self.words))
