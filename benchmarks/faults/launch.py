@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from benchmarks.faults import hooks
 from benchmarks.timing import free_port, torchrun_places
@@ -81,6 +82,8 @@ class Launch:
     def _run(self, rank: int, port: int) -> int:
         os.environ.update(torchrun_places(rank, self.processes, port))
         torch.set_num_threads(1)  # as one_thread(): another number of threads rounds differently
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()  # a row may have run something in this process before: alone
         fault = self.kill_at if self.kill_at is not None and self.kill_at.rank == rank else None
         if rank == 0 or fault is not None:
             hooks.watch(self.counters, fault, out_of(self.words))
