@@ -26,13 +26,13 @@ endif
 demo: $(READY)
 	$(BIN)/cmt-mae demo --out $(DEMO) $(if $(DATA),--data $(DATA))
 
-# the fault harness and its own tests (tests/faults) take much longer: `make test-faults`
+# the fault harness and its own tests (tests/benchmarks/test_faults.py) take much longer: `make test-faults`
 test: lint
-	$(BIN)/python -m pytest -n 2 --ignore tests/faults
+	$(BIN)/python -m pytest -n 2 --ignore tests/benchmarks/test_faults.py
 
 # every fault of the table, for real; writes docs/results/faults.json and faults.md
 test-faults: $(READY)
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/benchmarks/test_faults.py
 	$(BIN)/python -m benchmarks.faults
 
 lint: $(READY)

@@ -247,7 +247,7 @@ def page(table: list[dict[str, Any]], estimates: Path | None) -> str:
         f"nothing else is said, one seed). The doctor was quiet on {quiet} of {len(healthy)} healthy ones, named "
         f"the cause of {right} of {len(sick)} sick ones, and named it first in {first}. The limits were set while "
         "looking at these runs, so this is no test on unseen ones; their metrics are kept in "
-        f"`tests/run/recorded_runs.json` and hold the rules to it. {missing}", "",
+        f"`tests/tools/recorded_runs.json` and hold the rules to it. {missing}", "",
         "| run | made sick by | the doctor says |", "|---|---|---|",
     ]  # fmt: skip
     settings = HEALTHY | {name: given[:2] for name, given in SICK.items()}

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread each, the folder of real data beside the repository, and a browser.
+"""Shared by all tests: one thread each, the folder of real data beside the repository, tiny runs, a browser.
 
 Hypothesis tries the same examples every time, so that a change fails for its own faults. New ones are looked for
 with CMT_MAE_NEW_EXAMPLES=1 in the environment; what they find is pinned with @example.
@@ -6,7 +6,7 @@ with CMT_MAE_NEW_EXAMPLES=1 in the environment; what they find is pinned with @e
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +45,58 @@ def chromium() -> Iterator[Any]:
         browser = driver.chromium.launch(executable_path=program, args=sandbox)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled folders of scenes of 40 px: train (40 in 10 classes) and val (20)."""
+    from cmt_mae.data.sample import write_imagefolder
+
+    folder = tmp_path_factory.mktemp("scenes")
+    write_imagefolder(folder, 40, 20, 40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes, packed."""
+    from cmt_mae.data.pack import PackConfig, pack
+
+    out = tmp_path_factory.mktemp("images") / "packed"
+    pack(PackConfig(data=str(scenes), out=str(out), size=40, workers=0))
+    return out
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A frozen ViT with random weights: 48 px, patch 12, so its grid is the student's 4 x 4."""
+    from tiny import write_teacher
+
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+@pytest.fixture
+def make(images: Path, teacher_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Settings of a tiny run, by the name of its folder (tiny.tiny_run)."""
+    from tiny import tiny_run
+
+    def build(out: str = "run", **changes: object) -> Any:
+        return tiny_run(tmp_path / out, images, teacher_file, **changes)
+
+    return build
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a run directory by hand (written_run.write_run)."""
+    from written_run import write_run
+
+    return lambda *words, **more: write_run(tmp_path, *words, **more)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A run whose every name and text tries to be HTML or script."""
+    from written_run import write_hostile_run
+
+    return write_hostile_run(tmp_path)

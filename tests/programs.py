@@ -1,7 +1,7 @@
 """Programs of tests in processes of their own, forked from one that has already imported what they need.
 
 An import of torch and of the package takes longer than what most of them do. The processes have the variables
-that torchrun sets; that torchrun itself works is shown by tests/training.
+that torchrun sets; that torchrun itself works is shown by tests/engine.
 """
 
 import multiprocessing

@@ -126,7 +126,7 @@ class Cuts:
 
 
 PLAIN = Cuts()
-# What method/ does today; tests/benchmark/test_flops.py holds it against torch's counter on the real modules.
+# What method/ does today; tests/tools/test_flops.py holds it against torch's counter on the real modules.
 OURS = Cuts(True, True, True, "asked")
 
 

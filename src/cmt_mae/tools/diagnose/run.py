@@ -2,7 +2,7 @@
 
 Causes come first: what the settings, images or teacher cannot give. Signs (collapse, a loss that stays, a k-NN
 that stays) are told only where no cause explains them. Limits are set so that healthy recorded runs stay quiet
-(tests/run/test_doctor.py) and sick ones do not (benchmarks/sick_runs.py, docs/results/doctor.md).
+(tests/tools/test_doctor.py) and sick ones do not (benchmarks/sick_runs.py, docs/results/doctor.md).
 """
 
 import math

@@ -1,0 +1,89 @@
+"""Time to quality: the rivals' loops train, keep encoders and resume; curves and table say what was found."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.gpu import colours
+from benchmarks.steps import settings
+
+from benchmarks import quality
+from cmt_mae.backbones import load_backbone
+
+
+@pytest.mark.parametrize("name", ["distil", "transformers"])
+def test_a_plain_loop_learns_keeps_encoders_and_goes_on_after_a_kill(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "POINTS", 2)
+    data = colours(tmp_path / "data", 8)
+    ends: list[Any] = []
+    for stop in (False, True):
+        run = settings("one" if name == "distil" else "mae", "micro")
+        run.data.path, run.out = str(data), str(tmp_path / f"stop_{stop}")
+        if stop:  # as killed after its first point
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(quality, "keep_encoder", once(quality.keep_encoder))
+                with pytest.raises(KeyboardInterrupt):
+                    quality.train_other(name, run, 0)
+        points = quality.train_other(name, run, 0)
+        assert [p["steps"] for p in points] == [4, 6]
+        ends.append(torch.load(Path(run.out) / "last.pt", weights_only=True))
+        first, last = (load_backbone(p["backbone"]) for p in points)
+        assert last.img_size == (32, 32)
+        name_of = next(n for n, p in last.model.named_parameters() if n.endswith("mlp.fc1.weight"))
+        weights = [dict(b.model.named_parameters())[name_of] for b in (first, last)]
+        assert not torch.equal(*weights)
+    assert ends[0]["step"] == ends[1]["step"] == 6
+
+
+def once(real: Any) -> Any:
+    calls: list[int] = []
+
+    def keep(*words: Any) -> Any:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*words)
+
+    return keep
+
+
+def test_curves_say_when_a_level_is_reached_and_the_page_says_it_in_words() -> None:
+    def run(values: list[float]) -> dict[str, Any]:
+        return {
+            "points": [
+                {"seconds": 10.0 * (n + 1), "knn d": v, "linear d": v + 1} for n, v in enumerate(values)
+            ]
+        }
+
+    entries = {"run/mae/0": run([10, 20, 30]), "run/mae/1": run([12, 22, 32]), "run/fast/0": run([40, 50, 60])}
+    rows = quality.curve(entries, "mae", "knn d")
+    assert [(s, v) for s, v, _ in rows] == [(10, 11), (20, 21), (30, 31)]
+    assert rows[0][2] == pytest.approx(math.sqrt(2))
+    assert quality.reached(rows, 16) == pytest.approx(15)
+    assert quality.reached(rows, 5.5) == pytest.approx(5)
+    assert math.isinf(quality.reached(rows, 40))
+    content = {
+        "entries": entries, "contestants": ["mae", "fast", "lightly"], "data": "d",
+        "measures": ["knn d", "linear d"], "absent": {"lightly": "not installed"}, "quick": False, "seeds": 2,
+        "minutes": 1, "scale": "micro64", "batch": 8,
+        "hardware": {"processor": "p", "cores": 2}, "command": "c",
+    }  # fmt: skip
+    text = quality.page(content)
+    assert "| mae | 31.0 +- 1.4 | 32.0 +- 1.4 | 30 s of 30 |" in text
+    assert "| fast | 60.0 +- nan | 61.0 +- nan | 8 s of 30 |" in text
+    assert "not installed" in text
+
+
+def test_rates_are_tuned_on_seed_0_and_contestants_share_student_and_batch(tmp_path: Path) -> None:
+    given = argparse.Namespace(
+        data="d", teacher="embedded", scale="micro64", batch=16, work=tmp_path, tune=False, minutes=1.0
+    )
+    mine, theirs = (quality.settings(given, name, 1) for name in ("cmt", "transformers"))
+    assert mine.student == theirs.student
+    assert mine.batch_size == theirs.batch_size == 16
+    assert quality.settings(given, "mae", 0, 2.0).optim.blr == 2 * theirs.optim.blr
