@@ -1,4 +1,4 @@
-"""Tiny runs: 40 packed scenes of 40 px, a student of width 16, a teacher with random weights."""
+"""Tiny networks, pictures and runs: students of width 16 and random weights, 44 x 40 pixels, 10 steps."""
 
 import json
 import os
@@ -6,9 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.parsing import as_word, flatten
@@ -16,24 +19,54 @@ from cmt_mae.core.runs import plain
 from cmt_mae.pretraining.settings import PretrainConfig
 
 Make = Callable[..., PretrainConfig]
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def write_teacher(path: Path, heads: int = 3, spread: float = 0.3) -> Path:
-    """A frozen ViT with random weights: 48 px, patch 12, so its grid is that of a 4 x 4 student.
+def tiny_vit(
+    path: Path,
+    architecture: str = "vit_tiny_patch16_224",
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
+    mean: tuple[float, ...] = (0.5, 0.4, 0.3),
+    std: tuple[float, ...] = (0.2, 0.25, 0.3),
+    licence: str | None = "Apache-2.0",
+    **kwargs: Any,
+) -> str:
+    """A ViT of timm with random weights as a file of ours: 32 px, patch 8, width 48, 3 blocks and heads.
 
-    spread: of what is added to every weight; without it the attention is flat.
+    noise: spread of what is added to every weight; timm starts biases at 0 and the class token at 1e-6.
     """
-    torch.manual_seed(5)
-    kwargs = {"img_size": 48, "patch_size": 12, "embed_dim": 24, "depth": 2, "num_heads": heads}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    torch.manual_seed(seed)
+    sizes = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    kwargs = sizes | kwargs
+    model = timm.create_model(architecture, num_classes=0, **kwargs)
     with torch.no_grad():
-        for parameter in model.parameters() if spread else ():
-            parameter.add_(spread * torch.randn(parameter.shape))
+        for parameter in model.parameters() if noise else ():
+            parameter.add_(noise * torch.randn_like(parameter))
     save_backbone(
-        path, model, architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225), img_size=48, licence="none", source="random weights of a test",
+        path, model, architecture=architecture, kwargs=kwargs, mean=mean, std=std,
+        img_size=kwargs["img_size"], licence=licence, source="a test",
     )  # fmt: skip
+    return str(path)
+
+
+def write_teacher(path: Path, heads: int = 3, noise: float = 0.3) -> Path:
+    """A frozen ViT of 48 px and patch 12: a grid of 4 x 4; without noise its map is flat."""
+    kwargs = {"img_size": 48, "patch_size": 12, "embed_dim": 24, "depth": 2, "num_heads": heads}
+    tiny_vit(path, seed=5, noise=noise, mean=IMAGENET[0], std=IMAGENET[1], licence="none", **kwargs)
     return path
+
+
+def write_pictures(root: Path, count: int, seed: int, **more: tuple[int, int, int]) -> None:
+    """``count`` noisy pictures of each colour, and of ``more`` colours, 44 x 40 pixels."""
+    rng = np.random.default_rng(seed)
+    for name, colour in (COLOURS | more).items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.normal(colour, 25, (40, 44, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
 
 
 def tiny_run(out: Path, images: Path, teacher: object, **changes: object) -> PretrainConfig:

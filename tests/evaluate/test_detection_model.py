@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN
@@ -15,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
-from cmt_mae.backbones import Backbone, load_backbone, save_backbone
+from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.engine.optim import layer_decay_groups
 from cmt_mae.evaluate.detection.detector import (
@@ -35,21 +34,14 @@ from cmt_mae.evaluate.detection.protocols import (
     published,
     resolve,
 )
+from tiny import tiny_vit
 
-TINY = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 QUICK = replace(published("quick"), channels=32, hidden=64)
 
 
-def tiny(folder: Path, architecture: str = "vit_tiny_patch16_224", **more: object) -> Backbone:
-    torch.manual_seed(1)
-    kwargs = {**TINY, **more}
-    model = timm.create_model(architecture, num_classes=0, **kwargs)
-    path = folder / "tiny.safetensors"
-    save_backbone(
-        path, model, architecture=architecture, kwargs=kwargs, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3,
-        img_size=kwargs["img_size"], licence="none", source="a test",
-    )  # fmt: skip
-    return load_backbone(str(path))
+def tiny(folder: Path, architecture: str = "vit_tiny_patch16_224", **more: Any) -> Backbone:
+    more = {"depth": 4, **more}
+    return load_backbone(tiny_vit(folder / "tiny.safetensors", architecture, seed=1, **more))
 
 
 @pytest.fixture(scope="module")
@@ -126,26 +118,6 @@ def test_every_number_can_be_set_and_is_in_the_protocol() -> None:
     assert (told["name"], told["lr"], told["headline"]) == ("1x-changed", 3e-4, "box/AP")
     plain = describe(CocoConfig(eval_split="train"), published("1x"), [], "bf16")
     assert (plain["name"], plain["precision"]) == ("1x-on-train", "bf16")
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"preset": "2x"}, "preset is '2x': give one of 1x"),
-        ({"neck": "bifpn"}, "neck is 'bifpn': give one of taps, simple"),
-        ({"box_loss": "ciou"}, "box_loss is 'ciou': give one of"),
-        ({"lr": 0.0}, "lr is 0: give a number above 0"),
-        ({"epochs": -1.0}, "epochs is -1: give a number above 0"),
-        ({"drop_path": 1.0}, "drop_path is 1: give a number from 0 and below 1"),
-        ({"layer_decay": 0.0}, "layer_decay is 0: give a number above 0 up to 1"),
-        ({"anchors": (8, 16)}, "anchors is .*: give a list of 5"),
-        ({"short_sides": ()}, "short_sides"),
-        ({"lsj_scale": (2.0, 0.1)}, "lsj_scale is .*: give the smaller one first"),
-    ],
-)
-def test_impossible_settings(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(InputError, match=text):
-        resolve(CocoConfig(**given), 12)
 
 
 # --- parts -----------------------------------------------------------------------------------------
@@ -319,9 +291,9 @@ def learnt(detector: Detector, one: DetectionBatch) -> bool:
     return True
 
 
-@pytest.mark.parametrize("neck", ["taps", "simple"])
-def test_one_batch_is_overfitted(backbone: Backbone, neck: str) -> None:
-    protocol = replace(QUICK, neck=neck, window=3, box_loss="giou", box_loss_weight=10.0)
+def test_one_batch_is_overfitted(backbone: Backbone) -> None:
+    """With ViTDet's neck; that of taps learns in test_detection_run."""
+    protocol = replace(QUICK, neck="simple", window=3, box_loss="giou", box_loss_weight=10.0)
     torch.manual_seed(0)
     detector = build_detector(backbone, 2, protocol)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)

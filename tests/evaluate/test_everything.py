@@ -8,10 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 
-from cmt_mae.backbones import save_backbone
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.settings import docs_of
 from cmt_mae.data.sample import write_ade20k, write_coco, write_davis
@@ -20,6 +17,7 @@ from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all
 from cmt_mae.evaluate.layouts import find_data, folder_fingerprint, layout_of
 from cmt_mae.evaluate.result import Result
 from cmt_mae.tools.report.compare import METRICS, CompareConfig, compare
+from tiny import tiny_vit
 
 
 @pytest.fixture
@@ -96,11 +94,11 @@ def test_again_measures_only_what_is_missing(config, calls, tmp_path, capsys):
 
 
 def test_other_weights_and_other_data_are_measured(
-    config, calls, make_vit, root, tmp_path, pictures
+    config, calls, root, tmp_path, pictures
 ):
     one = evaluate_all(config(tasks=("knn",)))
     two = evaluate_all(
-        config(tasks=("knn",), backbone=make_vit(tmp_path / "b.safetensors", seed=5))
+        config(tasks=("knn",), backbone=tiny_vit(tmp_path / "b.safetensors", seed=5))
     )
     assert one[0].backbone["digest"] != two[0].backbone["digest"]
     (root / "colours").unlink()
@@ -255,25 +253,6 @@ def test_nothing_to_evaluate_on_says_what_was_looked_for(config, root):
     assert "\n" not in str(told.value)
 
 
-def deeper_vit(path: Path) -> str:
-    """A random ViT with the four blocks that detection and segmentation take maps from."""
-    torch.manual_seed(0)
-    kwargs = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
-    save_backbone(
-        path,
-        model,
-        architecture="vit_tiny_patch16_224",
-        kwargs=kwargs,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        img_size=32,
-        licence=None,
-        source="a test",
-    )
-    return str(path)
-
-
 SMALL = {
     "davis": {"size": 64, "pictures": 0},
     "finetune": {"epochs": 1, "pictures": 0},
@@ -283,15 +262,14 @@ SMALL = {
 """Settings that make the quick presets quicker still."""
 
 
-def test_all_six_tasks_on_generated_scenes(tmp_path, root, config, monkeypatch, capsys):
+def test_all_six_tasks_on_generated_scenes(tmp_path, root, config, deep_vit, monkeypatch, capsys):
     write_coco(root / "scenes-coco", 4, 2)
     write_ade20k(root / "scenes-ade", 2, 2)
     write_davis(root / "scenes-davis", 1, 3)
     for name, more in SMALL.items():
         task = everything.TASKS[name]
         monkeypatch.setitem(everything.TASKS, name, replace(task, quick={**task.quick, **more}))
-    vit = deeper_vit(tmp_path / "deep.safetensors")
-    whole = config(backbone=vit, tasks=None)
+    whole = config(backbone=deep_vit, tasks=None)
     results = evaluate_all(whole)
     assert [r.task for r in results] == ["knn", "linear", "davis", "finetune", "coco", "ade20k"]
     assert set(everything.TASKS) == set(METRICS)
@@ -320,7 +298,7 @@ def test_all_six_tasks_on_generated_scenes(tmp_path, root, config, monkeypatch, 
     assert [r.identity() for r in evaluate_all(whole)] == [r.identity() for r in results]
     assert capsys.readouterr().err.count("(measured before)") == 6
     (out / everything.LEDGER).unlink()
-    again = evaluate_all(config(backbone=vit, tasks=("finetune",)))
+    again = evaluate_all(config(backbone=deep_vit, tasks=("finetune",)))
     said = capsys.readouterr().err
     assert "at step 1 of 1" in said
     assert again[0].metrics == results[3].metrics

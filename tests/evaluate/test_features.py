@@ -25,6 +25,7 @@ from cmt_mae.evaluate.features import (
     start_processes,
 )
 from programs import start
+from tiny import tiny_vit, write_pictures
 
 CPU = torch.device("cpu")
 
@@ -137,7 +138,7 @@ def test_batches_workers_and_mode_change_nothing(vit, pictures):
     assert (wide.pools["cls"] - first.pools["cls"]).abs().max() > 0.01
 
 
-def test_cache(vit, pictures, make_vit, tmp_path, monkeypatch):
+def test_cache(vit, pictures, tmp_path, monkeypatch):
     passes: list[int] = []
     real = features_module.eval_batches
 
@@ -166,7 +167,7 @@ def test_cache(vit, pictures, make_vit, tmp_path, monkeypatch):
     new, count = run(backbone, pools=("mean", "blocks2"))
     assert count == 1
     assert set(new.pools) == {"mean", "blocks2"}
-    other = load_backbone(make_vit(tmp_path / "other.safetensors", seed=1))
+    other = load_backbone(tiny_vit(tmp_path / "other.safetensors", seed=1))
     changed, count = run(other)
     assert count == 1
     assert not torch.allclose(changed.pools["cls"], first.pools["cls"])
@@ -207,7 +208,7 @@ def test_impossible_pools(vit):
         pool_parts("cls+mean", replace(backbone, has_cls=False))
 
 
-def test_classes_and_labels(pictures, make_pictures, tmp_path):
+def test_classes_and_labels(pictures, tmp_path):
     train, val = open_labelled(pictures)
     described = describe_data(pictures, train, val)
     assert {k: described[k] for k in ("train", "val", "classes")} == {
@@ -216,8 +217,8 @@ def test_classes_and_labels(pictures, make_pictures, tmp_path):
         "classes": 3,
     }
     assert len(described["fingerprint"]) == 64
-    make_pictures(tmp_path / "more" / "train", 2, 0)
-    make_pictures(tmp_path / "more" / "val", 2, 0, violet=(120, 20, 160))
+    write_pictures(tmp_path / "more" / "train", 2, 0)
+    write_pictures(tmp_path / "more" / "val", 2, 0, violet=(120, 20, 160))
     with pytest.raises(InputError, match="violet"):
         open_labelled(str(tmp_path / "more"))
     for split in ("train", "val"):

@@ -1,25 +1,23 @@
 """Whole segmentations: protocols, learning, exact resume, two processes, bad input."""
 
 import json
-import re
 import shutil
-import signal
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from segmentation_program import run
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from trainings import last_checkpoint, program, rows, saved
+from trainings import run as run_task
 
-from cmt_mae.backbones import load_backbone, save_backbone
-from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from cmt_mae.core.errors import InputError, Stopped
+from cmt_mae.backbones import load_backbone
+from cmt_mae.core.checkpoint import save_checkpoint
+from cmt_mae.core.errors import InputError
 from cmt_mae.core.runs import RunDir
 from cmt_mae.data.ade20k import read_image, read_mask
 from cmt_mae.data.sample import write_ade20k
@@ -30,87 +28,22 @@ from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_task, open_ade20k
 from cmt_mae.evaluate.segmentation_protocols import SegmentationProtocol, published, resolve
 from cmt_mae.evaluate.upernet import Segmenter
-from programs import start
-
-PROGRAM = Path(__file__).with_name("segmentation_program.py")
-TIMED = ("images_per_second", "data_wait_share", "peak_memory_gb")
-VIT = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+from tiny import tiny_vit
 
 
-def write_vit(path: Path, **changes: Any) -> str:
-    """A random ViT as a file of ours."""
-    torch.manual_seed(0)
-    kwargs = VIT | changes
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
-    save_backbone(
-        path, model, architecture="vit_tiny_patch16_224", kwargs=kwargs, mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.25, 0.3), img_size=kwargs["img_size"], licence="Apache-2.0", source="a test",
-    )  # fmt: skip
-    return str(path)
+def run(**given: Any) -> Result:
+    return run_task("ade20k", **given)
 
 
-def write_data(root: Path, n: int = 9) -> str:
-    """Boxes of three colours on each other; sizes differ, some images are grey, some masks have a palette."""
-    rng = np.random.default_rng(0)
-    colours = rng.integers(40, 250, (3, 3))
-    for split, count in (("training", n), ("validation", 5)):
-        for part in ("images", "annotations"):
-            (root / part / split).mkdir(parents=True)
-        for i in range(count):
-            height, width = 30 + 4 * (i % 3), 44 - 7 * (i % 2)
-            mask = np.ones((height, width), dtype=np.uint8)
-            mask[i % 5 + 4 : i % 5 + 24, 5:25], mask[:, 30:] = 2, 3
-            mask[:3], mask[-2:] = 0, 255
-            pixels = colours[np.clip(mask.astype(int), 1, 3) - 1] + rng.normal(
-                0, 9, (*mask.shape, 3)
-            )
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            if i == 3:
-                image = image.convert("L")
-            image.save(root / "images" / split / f"{i:02}.png")
-            labels = Image.fromarray(mask, "P" if i == 2 else None)
-            if i == 2:
-                labels.putpalette([9, 9, 9, 200, 0, 0])
-            labels.save(root / "annotations" / split / f"{i:02}.png")
-    (root / "objectInfo.txt").write_text("Name\nground\nbox\nwall\nnever there\n")
-    return str(root)
+@pytest.fixture
+def small(trainings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """9 training images, batches of 4: two steps an epoch, 6 in all."""
+    return trainings["ade20k"]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """9 training images, batches of 4: two steps an epoch."""
-    root = tmp_path_factory.mktemp("segmentation")
-    return {
-        "backbone": write_vit(root / "vit.safetensors"), "data": write_data(root / "data"),
-        "zero_label": "ignored", "preset": "quick", "batch_size": 4, "iterations": 6, "crop_size": 32,
-        "channels": 8,
-        "log_every": 1, "eval_every": 1.0, "pictures": 2,
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(out=str(out), **small)
-    return out
-
-
-def saved(folder: Path) -> Result:
-    (file,) = (folder / "results").glob("*.json")
-    return Result.load(file)
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in read]
-
-
-def state(folder: Path) -> dict[str, Any]:
-    return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
-
-
-def program(*runs: dict[str, Any], processes: int = 1) -> "subprocess.CompletedProcess[str]":
-    return start(PROGRAM, *map(json.dumps, runs), processes=processes)
+@pytest.fixture
+def whole(undisturbed: Callable[[str], Path]) -> Path:
+    return undisturbed("ade20k")
 
 
 # --- protocols ----------------------------------------------------------------------------------
@@ -183,7 +116,7 @@ def test_the_fine_tuned_start_is_told_by_the_protocol(
     assert "fine-tuned on ImageNet-1K" in two["weights"]
     assert results["paper"].identity() != results["paper_ft"].identity()
     assert three["relative_bias"] is True
-    kept = state(tmp_path / "mae")["model"]
+    kept = last_checkpoint(tmp_path / "mae")["model"]
     assert kept["backbone.biases.3.table"].shape == (7 * 7 + 3, 2)  # 32 / 8 = 4 patches a side
     assert "cls_token and pos_embed do" in one["optimizer"]
 
@@ -192,12 +125,12 @@ def test_the_fine_tuned_start_is_told_by_the_protocol(
 
 
 def test_numbers_are_those_of_torchmetrics_on_a_plain_loop(
-    undisturbed: Path, small: dict[str, Any], tmp_path: Path
+    whole: Path, small: dict[str, Any], tmp_path: Path
 ) -> None:
     """The trained weights, every image and window by hand, mmseg's order of resizing."""
     task, backbone = make(small, str(tmp_path / "r"))
     model: Segmenter = task.model
-    model.load_state_dict(state(undisturbed)["model"])
+    model.load_state_dict(last_checkpoint(whole)["model"])
     model.eval()
     data = open_ade20k(small["data"])
     iou = MulticlassJaccardIndex(4, average="none", ignore_index=-1)
@@ -219,7 +152,7 @@ def test_numbers_are_those_of_torchmetrics_on_a_plain_loop(
         prediction = full.softmax(1).argmax(1)
         for metric in (iou, accuracy, right):
             metric.update(prediction, mask[None].long())
-    found = saved(undisturbed)
+    found = saved(whole)
     masks = np.concatenate([read_mask(m, 4).ravel() for m in data.val.masks])
     pixels = np.bincount(masks[masks >= 0], minlength=4)
     # windows one by one round otherwise than in a batch, so a pixel where two classes tie may fall either way
@@ -240,8 +173,8 @@ def test_numbers_are_those_of_torchmetrics_on_a_plain_loop(
     assert [c["pixels"] for c in classes] == pixels.tolist()
 
 
-def test_what_a_result_says(undisturbed: Path, small: dict[str, Any]) -> None:
-    found = saved(undisturbed)
+def test_what_a_result_says(whole: Path, small: dict[str, Any]) -> None:
+    found = saved(whole)
     assert (found.task, found.protocol["name"], found.protocol["headline"]) == (
         "ade20k",
         "quick",
@@ -251,8 +184,8 @@ def test_what_a_result_says(undisturbed: Path, small: dict[str, Any]) -> None:
     assert (found.data["train"], found.data["val"], found.data["classes"]) == (9, 5, 4)
     assert found.protocol["window"] == [32, 32]
     assert any("iterations 6 instead of" in line for line in found.protocol["differs"])
-    assert [r["step"] for r in rows(undisturbed) if "val_mIoU" in r] == [2, 4, 6]
-    with Image.open(undisturbed / "pictures" / "step_00000006.png") as picture:
+    assert [r["step"] for r in rows(whole) if "val_mIoU" in r] == [2, 4, 6]
+    with Image.open(whole / "pictures" / "step_00000006.png") as picture:
         assert picture.width > 1000
 
 
@@ -271,48 +204,41 @@ def test_quick_learns_generated_scenes(tmp_path: Path) -> None:
     assert len(classes) == 13
 
 
-def test_patches_that_do_not_divide_the_crop_are_padded(
-    small: dict[str, Any], tmp_path: Path
-) -> None:
-    seven = write_vit(tmp_path / "seven.safetensors", patch_size=7, img_size=(28, 28))
-    result = run(out=str(tmp_path / "r"), **small | {"backbone": seven, "iterations": 2})
+def deep(path: Path, **changes: Any) -> str:
+    return tiny_vit(path, **{"embed_dim": 24, "depth": 4, "num_heads": 2, **changes})
+
+
+def test_unusual_backbones(small: dict[str, Any], tmp_path: Path) -> None:
+    """Patches that do not divide the crop are padded; what has no pyramid is refused."""
+    seven = deep(tmp_path / "seven.safetensors", patch_size=7, img_size=(28, 28))
+    result = run(out=str(tmp_path / "7"), **small | {"backbone": seven, "iterations": 2})
     assert result.protocol["window"] == [35, 35]
     assert "crops and windows padded from 32 to 35: whole patches" in result.protocol["differs"]
+    bare = deep(tmp_path / "bare.safetensors", class_token=False, global_pool="avg")
+    given = small | {"backbone": bare, "preset": "mae", "iterations": 2}
+    assert 0 <= run(out=str(tmp_path / "bare"), **given).metrics["mIoU"] <= 100
+    for changes, wanted in (
+        ({"depth": 3}, "3 blocks has no four maps"),
+        ({"patch_size": (8, 4)}, "patches of 8x4; UPerNet's pyramid needs square ones"),
+    ):
+        wrong = deep(tmp_path / "wrong.safetensors", **changes)
+        with pytest.raises(InputError, match=wanted):
+            run(out=str(tmp_path / "r"), **small | {"backbone": wrong})
 
 
-# --- stopping, processes ------------------------------------------------------------------------
 
-
-def assert_same_end(one: Path, two: Path) -> None:
-    first, second = state(one), state(two)
-    assert first["model"].keys() == second["model"].keys()
-    assert all(torch.equal(v, second["model"][k]) for k, v in first["model"].items())
-    assert rows(one) == rows(two)
-    a, b = saved(one), saved(two)
-    assert (a.metrics, a.details, a.protocol) == (b.metrics, b.details, b.protocol)
-
-
-def test_a_signal_stops_it_and_the_next_start_ends_the_same(
-    undisturbed: Path, small: dict[str, Any], tmp_path: Path
-) -> None:
-    with pytest.raises(Stopped, match="stopped at step 3 of 6"):
-        run(out=str(tmp_path / "r"), kill_at=(signal.SIGTERM, 3), **small)
-    run(out=str(tmp_path / "r"), **small)
-    assert_same_end(tmp_path / "r", undisturbed)
-
-
-def test_two_processes(undisturbed: Path, small: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes(whole: Path, small: dict[str, Any], tmp_path: Path) -> None:
     """Weights that one process trained and measured are measured again: 5 images, so their shares differ.
     And two processes train."""
-    shutil.copytree(undisturbed, tmp_path / "again")
+    shutil.copytree(whole, tmp_path / "again")
     for file in (tmp_path / "again" / "results").iterdir():
         file.unlink()
-    content = state(undisturbed) | {"evaluated_at": 4, "last": None}
+    content = last_checkpoint(whole) | {"evaluated_at": 4, "last": None}
     save_checkpoint(tmp_path / "again" / "checkpoints", 6, content)
     trained = small | {"preset": "mae", "iterations": 2, "out": str(tmp_path / "trained")}
-    done = program(small | {"out": str(tmp_path / "again")}, trained, processes=2)
+    done = program("ade20k", small | {"out": str(tmp_path / "again")}, trained, processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = saved(undisturbed), saved(tmp_path / "again")
+    one, two = saved(whole), saved(tmp_path / "again")
     assert two.hardware["processes"] == 2
     assert two.metrics == one.metrics
     assert two.details == one.details
@@ -320,110 +246,6 @@ def test_two_processes(undisturbed: Path, small: dict[str, Any], tmp_path: Path)
     assert found.protocol["batch_norm_images"] == 2  # gloo: every process by itself
     assert 0 <= found.metrics["mIoU"] <= 100
 
-
-# --- bad input ----------------------------------------------------------------------------------
-
-
-def spoiled(data: str, to: Path, what: str) -> str:
-    shutil.copytree(data, to)
-    masks = to / "annotations" / "training"
-    if what == "missing mask":
-        (masks / "04.png").unlink()
-    elif what == "label":
-        mask = np.array(Image.open(masks / "04.png"))
-        mask[10, 10] = 77
-        Image.fromarray(mask).save(masks / "04.png")
-    elif what == "size":
-        Image.fromarray(np.ones((7, 7), dtype=np.uint8)).save(masks / "04.png")
-    elif what == "unlabelled":
-        for path in (to / "annotations" / "validation").iterdir():
-            mask = np.array(Image.open(path))
-            Image.fromarray(np.where(mask > 100, mask, 0).astype(np.uint8)).save(path)
-    elif what == "no list":
-        (to / "objectInfo.txt").unlink()
-    return str(to)
-
-
-@pytest.mark.parametrize(
-    ("what", "wanted"),
-    [
-        ("missing mask", r"04\.png: its mask .* is missing"),
-        ("label", "label 77 is out of range, the list has 4 classes"),
-        ("size", "the mask has 7 x 7 pixels"),
-        ("unlabelled", "no labelled pixel in the validation masks"),
-        ("no list", "no class list"),
-    ],
-)
-def test_bad_data_is_told_before_the_training(
-    small: dict[str, Any], tmp_path: Path, what: str, wanted: str
-) -> None:
-    data = spoiled(small["data"], tmp_path / "data", what)
-    with pytest.raises(InputError, match=wanted) as caught:
-        run(out=str(tmp_path / "r"), **small | {"data": data})
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [
-        ({"preset": "best"}, "preset is 'best': give one of paper, paper_ft, mae, quick"),
-        ({"backbone": ""}, "no backbone"),
-        ({"data": "/nowhere"}, "no such folder"),
-        ({"batch_size": 10}, "a batch of 10 and 9 training images"),
-        ({"batch_size": 1}, "batch norm needs 2 or more images"),
-        ({"micro_batch": 1}, "batch norm needs 2 or more images"),
-        ({"micro_batch": 3}, "cannot be split"),
-        ({"iterations": 0}, "iterations is 0: give a whole number of 1 or more"),
-        ({"warmup": 6}, "leaves none of 6 to train"),
-        ({"stride": 33}, "leave gaps"),
-        ({"layer_decay": 1.5}, "layer_decay is 1.5: give a number above 0 up to 1"),
-        ({"drop_path": 1.0}, "drop_path is 1: give a number from 0 and below 1"),
-        ({"longer_side": 20}, "may not be below"),
-        ({"lr": 0.0}, "lr is 0: give a number above 0"),
-        ({"classes": "2"}, "label 3 is out of range"),
-    ],
-)
-def test_impossible_settings_are_told_in_one_line(
-    small: dict[str, Any], tmp_path: Path, changes: dict[str, Any], wanted: str
-) -> None:
-    with pytest.raises(InputError, match=re.escape(wanted)) as caught:
-        run(out=str(tmp_path / "r"), **small | changes)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "r").exists()
-
-
-def test_backbones_that_do_not_fit(small: dict[str, Any], tmp_path: Path) -> None:
-    flat = write_vit(tmp_path / "flat.safetensors", depth=3)
-    with pytest.raises(InputError, match="3 blocks has no four maps"):
-        run(out=str(tmp_path / "r"), **small | {"backbone": flat})
-    oblong = write_vit(tmp_path / "oblong.safetensors", patch_size=(8, 4))
-    with pytest.raises(InputError, match="patches of 8x4; UPerNet's pyramid needs square ones"):
-        run(out=str(tmp_path / "r"), **small | {"backbone": oblong})
-
-
-def test_a_backbone_without_class_token(small: dict[str, Any], tmp_path: Path) -> None:
-    bare = write_vit(tmp_path / "bare.safetensors", class_token=False, global_pool="avg")
-    result = run(
-        out=str(tmp_path / "r"), **small | {"backbone": bare, "preset": "mae", "iterations": 2}
-    )
-    assert 0 <= result.metrics["mIoU"] <= 100
-
-
-def test_a_continued_run_with_other_settings_is_refused(
-    undisturbed: Path, small: dict[str, Any], tmp_path: Path
-) -> None:
-    shutil.copytree(undisturbed, tmp_path / "r")
-    with pytest.raises(InputError, match=r"lr: .* -> 0\.5"):
-        run(out=str(tmp_path / "r"), **small | {"lr": 0.5})
-    run(out=str(tmp_path / "r"), **small | {"save_memory": True})  # moves no number
-
-
-def test_recomputed_blocks_change_nothing(
-    undisturbed: Path, small: dict[str, Any], tmp_path: Path
-) -> None:
-    run(out=str(tmp_path / "r"), **small | {"save_memory": True})
-    assert_same_end(tmp_path / "r", undisturbed)
 
 
 def test_the_command_line(

@@ -16,7 +16,6 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.engine.optim import layer_decay_groups, layer_scales
 from cmt_mae.evaluate.upernet import (
     FCNHead,
-    PyramidPooling,
     Segmenter,
     UPerHead,
     pixel_loss,
@@ -41,24 +40,6 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def conv_bn_relu(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    weight = state[f"{name}.0.weight"]
-    x = F.conv2d(x, weight, padding=(weight.shape[-1] - 1) // 2)
-    mean, var = state[f"{name}.1.running_mean"], state[f"{name}.1.running_var"]
-    factor = state[f"{name}.1.weight"] / (var + 1e-5).sqrt()
-    shift = state[f"{name}.1.bias"] - mean * factor
-    return (x * factor[:, None, None] + shift[:, None, None]).clamp_min(0)
-
-
-def cells(x: Tensor, side: int) -> Tensor:
-    """Adaptive average pooling written out: cell i covers floor(i n / s) .. ceil((i + 1) n / s)."""
-    height, width = x.shape[-2:]
-    rows = [(i * height // side, -(-(i + 1) * height // side)) for i in range(side)]
-    columns = [(j * width // side, -(-(j + 1) * width // side)) for j in range(side)]
-    out = [[x[..., a:b, c:d].mean((-1, -2)) for c, d in columns] for a, b in rows]
-    return torch.stack([torch.stack(row, -1) for row in out], -2)
-
-
 def bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizing written out, align_corners False: output pixel i looks at (i + .5) n / m - .5, clamped at 0."""
     for axis, wanted in ((-2, size[0]), (-1, size[1])):
@@ -75,36 +56,6 @@ def bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
 def maps(width: int, size: tuple[int, int] = (24, 40)) -> list[Tensor]:
     torch.manual_seed(1)
     return [torch.randn(2, width, size[0] >> i, size[1] >> i) for i in range(4)]
-
-
-@pytest.mark.parametrize("size", [(16, 16), (3, 5), (1, 1)])
-@torch.no_grad()
-def test_pyramid_pooling(size: tuple[int, int]) -> None:
-    module = shaken(PyramidPooling(6, 4))
-    state, x = module.state_dict(), torch.randn(2, 6, *size)
-    pooled = [
-        bilinear(conv_bn_relu(state, f"branches.{i}", cells(x, side)), size)
-        for i, side in enumerate((1, 2, 3, 6))
-    ]
-    wanted = conv_bn_relu(state, "bottleneck", torch.cat([x, *pooled], 1))
-    torch.testing.assert_close(module(x), wanted, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_the_whole_head_written_out() -> None:
-    module = shaken(UPerHead(6, 5, channels=4))
-    state, features = module.state_dict(), maps(6)
-    assert isinstance(module, UPerHead)
-    levels = [conv_bn_relu(state, f"laterals.{i}", features[i]) for i in range(3)]
-    levels.append(module.pooling(features[3]))
-    third = levels[2] + bilinear(levels[3], (6, 10))
-    second = levels[1] + bilinear(third, (12, 20))
-    first = levels[0] + bilinear(second, (24, 40))
-    smooth = [conv_bn_relu(state, f"smooth.{i}", m) for i, m in enumerate((first, second, third))]
-    full = [bilinear(m, (24, 40)) for m in (*smooth, levels[3])]
-    fused = conv_bn_relu(state, "bottleneck", torch.cat(full, 1))
-    wanted = F.conv2d(fused, state["classify.conv.weight"], state["classify.conv.bias"])
-    torch.testing.assert_close(module(features), wanted, atol=1e-5, rtol=1e-5)
 
 
 def load_from_huggingface(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
@@ -142,15 +93,6 @@ def test_heads_are_those_of_transformers(training: bool) -> None:
     if training:
         theirs_after = theirs.state_dict()["fpn_bottleneck.batch_norm.running_var"]
         torch.testing.assert_close(ours.state_dict()["bottleneck.1.running_var"], theirs_after)
-
-
-@torch.no_grad()
-def test_the_auxiliary_head_written_out() -> None:
-    module = shaken(FCNHead(6, 5, 4, 0.1))
-    state, x = module.state_dict(), torch.randn(2, 6, 7, 9)
-    hidden = conv_bn_relu(state, "0", x)
-    wanted = F.conv2d(hidden, state["1.conv.weight"], state["1.conv.bias"])
-    torch.testing.assert_close(module(x), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("d", "c", "k"), [(768, 768, 150), (48, 16, 11)])

@@ -2,14 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmt_mae.backbones import Backbone, load_backbone, save_backbone
+from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.detection.vitdet import (
     SimplePyramid,
@@ -21,24 +21,14 @@ from cmt_mae.evaluate.detection.vitdet import (
     run_block,
     split_windows,
 )
+from tiny import tiny_vit
 
-SMALL = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 EVERY = (0, 1, 2, 3)
 
 
-def small(tmp_path: Path, architecture: str = "vit_tiny_patch16_224", **more: object) -> Backbone:
-    torch.manual_seed(1)
-    kwargs = {**SMALL, **more}
-    model = timm.create_model(architecture, num_classes=0, **kwargs)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+def small(tmp_path: Path, architecture: str = "vit_tiny_patch16_224", **more: Any) -> Backbone:
     path = tmp_path / "vit.safetensors"
-    save_backbone(
-        path, model, architecture=architecture, kwargs=kwargs, mean=(0.5,) * 3, std=(0.5,) * 3,
-        img_size=32, licence="none", source="a test",
-    )  # fmt: skip
-    return load_backbone(str(path))
+    return load_backbone(tiny_vit(path, architecture, seed=1, noise=0.1, depth=4, **more))
 
 
 def windowed(backbone: Backbone, window: int, blocks: tuple[int, ...]) -> WindowedViT:

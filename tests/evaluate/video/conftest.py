@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
 from PIL import Image
 
-from cmt_mae.backbones import save_backbone
 from cmt_mae.data.davis import palette_bytes
+from tiny import IMAGENET, tiny_vit
 
 KINDS = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -28,25 +26,8 @@ KINDS = {
 def write_kind(path: Path, kind: str = "plain", seed: int = 0) -> str:
     """A ViT of width 48 with random weights, patch 8 (or 14), as a file of ours."""
     architecture, more = KINDS[kind]
-    kwargs = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    kwargs |= more
-    torch.manual_seed(seed)
-    model = timm.create_model(architecture, num_classes=0, **kwargs)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    save_backbone(
-        path,
-        model,
-        architecture=architecture,
-        kwargs=kwargs,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        img_size=kwargs["img_size"],
-        licence=None,
-        source="a test",
-    )
-    return str(path)
+    imagenet = {"mean": IMAGENET[0], "std": IMAGENET[1]}
+    return tiny_vit(path, architecture, seed=seed, noise=0.1, depth=2, **imagenet, **more)
 
 
 def save_indexed(path: Path, mask: np.ndarray) -> None:

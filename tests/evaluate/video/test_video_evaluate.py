@@ -111,16 +111,6 @@ def test_other_protocols(plain_vit, davis, protocol):
     assert result.protocol["name"] == f"{protocol}+changed"
 
 
-@pytest.mark.parametrize("kind", ["no_class_token", "registers", "patch14"])
-def test_every_kind_of_backbone(make_kind, davis, tmp_path, kind):
-    """Patches of 14 divide neither 64 nor 96: 56 x 84 is taken."""
-    file = make_kind(tmp_path / "k.safetensors", kind)
-    result = evaluate_davis(config(file, davis, sequences=("two",)))
-    assert result.metrics["J_mean"] > 30
-    wanted = [56, 84] if kind == "patch14" else [64, 96]
-    assert result.details["sequences"][0]["input"] == wanted
-
-
 def test_an_object_that_vanishes_at_grid_size(plain_vit, davis):
     """A speck between the grid's samples: it is reported, counted and scores nothing; as DINO's script
     it has no channel, with the same result for the others."""

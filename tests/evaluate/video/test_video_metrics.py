@@ -1,6 +1,5 @@
 """J and F against vos-benchmark (a port of the official code), spec 12.6 and hand counts."""
 
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -194,12 +193,3 @@ def test_statistics_of_any_length(count):
     assert mean == pytest.approx(values.mean())
     assert recall == (values > 0.5).mean()
     assert (decay > 0) == (count > 1)
-
-
-def test_threads_give_the_same_numbers():
-    rng = np.random.default_rng(5)
-    pairs = [(blobs(rng, (90, 120), 3), blobs(rng, (90, 120), 3)) for _ in range(8)]
-    alone = [score_frame(*pair, (1, 2, 3)) for pair in pairs]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda pair: score_frame(*pair, (1, 2, 3)), pairs))
-    np.testing.assert_array_equal(alone, together)
