@@ -86,6 +86,18 @@ def make(images: Path, teacher_file: Path, tmp_path: Path) -> Callable[..., Any]
     return build
 
 
+@pytest.fixture(scope="session")
+def cmt_run(scenes: Path, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of both stages (5 + 5 steps) and both targets, all checkpoints kept; it is only read."""
+    from cmt_mae.tools.pretrain import pretrain
+    from tiny import tiny_run
+
+    out = tmp_path_factory.mktemp("runs") / "cmt"
+    keep = {"runtime__keep_every": 0.4, "runtime__checkpoint_every": 0.4}
+    pretrain(tiny_run(out, scenes / "train", teacher_file, **keep))
+    return out
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write a run directory by hand (written_run.write_run)."""

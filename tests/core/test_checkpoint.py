@@ -229,6 +229,7 @@ def test_the_best_stays_when_its_step_is_deleted(tmp_path: Path) -> None:
     first, second, _ = saved(tmp_path, 1, 2, 3)
     mark_best(first)
     mark_best(second)
+    mark_best(second)  # twice, as by a run that is continued
     rotate(tmp_path, 1, lambda _: False)
     assert not second.exists()
     same(load_checkpoint(tmp_path / "best.pt"), 2)
@@ -256,15 +257,6 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_trace(again: bool, tmp_path
     ]
 
 
-def test_the_best_can_be_marked_twice(tmp_path: Path) -> None:
-    first, second = saved(tmp_path, 1, 2)
-    mark_best(first)
-    mark_best(second)
-    mark_best(second)
-    same(load_checkpoint(tmp_path / "best.pt"), 2)
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_the_best_without_hard_links_is_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,12 +278,6 @@ def test_sweeping_takes_what_dead_processes_left(tmp_path: Path) -> None:
     sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
     sweep(tmp_path / "not there")
-
-
-def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot write"):
-        saved(tmp_path / "file" / "checkpoints", 1)
 
 
 def test_readers_see_the_old_file_or_the_new_one(

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,17 +96,6 @@ def test_resized_crop_is_pillows(size: tuple[int, int]) -> None:
             Image.fromarray(image), *box, list(size), interpolation=v2.InterpolationMode.BICUBIC
         )
         assert same(resized_crop(image, box, size), np.asarray(expected))
-
-
-def test_real_photos(shared: Path) -> None:
-    for path in sorted((shared / "data/photos").glob("*.JPEG"))[:4]:
-        with Image.open(path) as file:
-            photo = file.convert("RGB")
-        box = (photo.height // 5, photo.width // 7, photo.height // 2, photo.width // 2)
-        ours = resized_crop(np.asarray(photo), box, (64, 64))
-        bicubic = v2.InterpolationMode.BICUBIC
-        theirs = tvf.resized_crop(photo, *box, [64, 64], interpolation=bicubic)
-        assert same(ours, np.asarray(theirs))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])

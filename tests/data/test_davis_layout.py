@@ -10,7 +10,6 @@ from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.davis import open_davis, palette_bytes, read_frame, read_mask, write_mask
-from cmt_mae.data.sample import write_davis
 
 SIZE = (12, 20)
 
@@ -201,13 +200,6 @@ def test_a_mask_cut_short(root):
     mask(root).write_bytes(mask(root).read_bytes()[:-60])
     with pytest.raises(InputError, match=r"00000.png: the mask cannot be read"):
         open_davis(str(root))
-
-
-def test_generated_scenes_are_davis(tmp_path):
-    write_davis(tmp_path / "scenes", 1, 3)
-    (sequence,) = open_davis(str(tmp_path / "scenes"))
-    assert sequence.size == (64, 114)
-    assert sequence.objects in ((1, 2), (1, 2, 3))
 
 
 def test_pipes_are_not_waited_for(root):

@@ -103,20 +103,6 @@ def test_every_box_is_pillows(
         jpeg.simplejpeg = present
 
 
-@pytest.mark.usefixtures("decoder")
-def test_the_lower_part_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = encode(picture(160, 40), subsampling=2)
-    seen: list[int] = []
-    plain = jpeg._decode
-    monkeypatch.setattr(
-        jpeg, "_decode", lambda *args, **more: seen.append(args[1]) or plain(*args, **more)
-    )
-    for bottom in (1, 16, 17, 143, 144, 160):
-        jpeg.decode(raw, header_of(raw), (0, 0, bottom, 40))
-    # The row of 16 that holds the last pixel, and one more for its colours.
-    assert seen == [32, 32, 48, 160, 160, 160]
-
-
 def test_files_for_the_plain_path() -> None:
     image = picture(40, 30)
     raw = encode(image)
@@ -202,20 +188,6 @@ def test_choosing_a_scale() -> None:
         assert jpeg.choose_shrink((0, 0, side, 256), sizes) == k
         assert jpeg.choose_shrink((0, 0, 256, side), sizes) == k
     assert jpeg.choose_shrink((0, 0, 256, 256), [(16, 16), (33, 20)]) == 2
-
-
-def test_boxes_in_the_stored_picture() -> None:
-    """By hand: the upper left pixel pair of an upright picture of 30 x 20 (stored 20 x 30 from 5 on)."""
-    box = (0, 0, 1, 2)
-    expected = {
-        1: (0, 0, 1, 2), 2: (0, 18, 1, 2), 3: (29, 18, 1, 2), 4: (29, 0, 1, 2),
-        5: (0, 0, 2, 1), 6: (18, 0, 2, 1), 7: (18, 29, 2, 1), 8: (0, 29, 2, 1),
-    }  # fmt: skip
-    for orientation, stored in expected.items():
-        size = (30, 20) if orientation < 5 else (20, 30)
-        header = jpeg.Header(size, orientation, 0, 8)
-        assert header.size == (30, 20)
-        assert jpeg.stored_box(header, box) == stored
 
 
 @given(

@@ -135,15 +135,6 @@ def test_starting_anywhere_continues_the_same_run(start: int, n: int, split: boo
     assert all(map(equal, rest, whole[start * per_step :]))
 
 
-def test_an_epoch_has_every_image_once() -> None:
-    source = Arrays(27)
-    seen = torch.stack([b["index"] for b in batches(source, 6)]).reshape(2, 24)
-    for epoch in range(2):
-        assert seen[epoch].tolist() == order(27, 3, epoch)[:24].tolist()
-        assert len(set(seen[epoch].tolist())) == 24
-    assert not torch.equal(seen[0], seen[1])
-
-
 def test_workers_change_nothing() -> None:
     source = Arrays(40, broken=(2, 3, 11))
     crops = replace(CROPS, second_size=(12, 6))
@@ -358,21 +349,6 @@ def test_channel_stats() -> None:
         channel_stats(Arrays(2, broken=(0, 1)), 3)
 
 
-def test_real_folder(shared: Path) -> None:
-    from cmt_mae.data.sources import open_source
-
-    source = open_source(str(shared / "data/photos"))
-    batch = batches(source, 1, crops=CropSettings((32, 32)))[0]
-    assert batch["bad"] == []
-    assert batch["images"].float().std() > 20
-
-
-def test_evaluation_ends_with_a_line_when_a_worker_dies(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"loader worker .*died.* use no workers") as info:
-        list(eval_batches(Accident(tmp_path, 1000, False), size=(8, 8), batch_size=4, workers=1))
-    assert "\n" not in str(info.value)
-
-
 def test_stopped_workers_with_answers_on_the_way_are_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -414,14 +390,6 @@ def test_a_program_that_ends_by_an_error_does_not_wait_for_its_workers() -> None
     )
     assert ended.returncode == 1
     assert ended.stderr.endswith("ValueError: a bug\n")
-
-
-def test_evaluation_goes_on_after_a_workers_death(tmp_path: Path) -> None:
-    expected = list(eval_batches(Arrays(64), size=(8, 8), batch_size=4))
-    found = eval_batches(Accident(tmp_path, 1, False), size=(8, 8), batch_size=4, workers=1)
-    for a, b in zip(expected, found, strict=True):
-        assert all(map(torch.equal, a, b))
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 class Unsendable:

@@ -1,7 +1,6 @@
 """Folders of images, splits and patterns."""
 
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -132,13 +131,6 @@ def test_fingerprint(classes: Path) -> None:
     assert len({first, changed, renamed}) == 3
 
 
-def test_sources_can_be_pickled(classes: Path) -> None:
-    source = open_split(str(classes), "train")
-    again = pickle.loads(pickle.dumps(source))
-    assert again.fingerprint() == source.fingerprint()
-    assert again.read(3) == source.read(3)
-
-
 def test_splits(classes: Path, tmp_path: Path) -> None:
     assert has_splits(str(classes))
     (classes / "val").rename(classes / "validation")
@@ -185,13 +177,6 @@ def test_braces() -> None:
     assert expand_braces("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
     assert expand_braces("{3..1}") == ["3", "2", "1"]
     assert expand_braces("plain") == ["plain"]
-
-
-def test_imagenette(shared: Path) -> None:
-    source = open_split(str(shared / "data/imagenette"), "val")
-    theirs = ImageFolder(str(shared / "data/imagenette/val"))
-    assert source.classes == theirs.classes
-    assert [source.label(i) for i in range(len(source))] == theirs.targets
 
 
 def test_names_and_classes_are_one_printable_line(tmp_path: Path) -> None:

@@ -88,32 +88,21 @@ def test_a_process_that_nobody_meets_ends_in_one_line() -> None:
     assert "did not find each other within 1 s (process 0 of 2)" in line
 
 
-def run_under_torchrun(program: str, *words: str) -> "subprocess.CompletedProcess[str]":
-    """A program beside this file."""
+def run_under_torchrun(program: str, *words: str) -> str:
+    """What a program beside this file wrote."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
     path = str(Path(__file__).with_name(program))
-    return subprocess.run([*launch, path], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*launch, path], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_processes_meet_again_after_a_restart_by_torchrun() -> None:
     """torch 2.14 leaves the addresses of the dead in the store that both starts use."""
-    program = Path(__file__).with_name("restart_program.py")
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--max-restarts=1",
-    ]
-    done = subprocess.run(
-        [sys.executable, *launch, str(program)], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("sum 2.0") == 2
+    written = run_under_torchrun("restart_program.py", "--nproc-per-node=2", "--max-restarts=1")
+    assert written.count("sum 2.0") == 2
 
 
 def test_three_processes_add_up_in_the_same_order_after_a_resume() -> None:
     """DDP would sort its buckets anew after the first step, and round otherwise from then on."""
-    done = run_under_torchrun("order_program.py", "--nproc-per-node=3")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal True") == 3
+    assert run_under_torchrun("order_program.py", "--nproc-per-node=3").count("equal True") == 3

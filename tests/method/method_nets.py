@@ -15,6 +15,13 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder, TargetConfig
+from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.frozen import FrozenNetworks
+from cmt_mae.method.masking import Mask, noise_length
+from cmt_mae.method.teacher import Teacher, TeacherConfig
+from cmt_mae.method.vit import StudentConfig, build_student
+
 GRID = (3, 4)
 SIZE = (24, 32)
 WIDTH = 32
@@ -93,3 +100,62 @@ def full_map(model: Any, images: Tensor, block: int = -1) -> Tensor:
     attention.fused_attn = True
     (found,) = seen
     return found
+
+
+N_MASK = 9
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STUDENT: dict[str, Any] = {
+    "img_size": list(SIZE), "patch_size": 8, "width": 24, "depth": 3, "heads": 3,
+}  # fmt: skip
+
+
+def student(**more: Any) -> Any:
+    torch.manual_seed(0)
+    return randomise(build_student(StudentConfig(**STUDENT, **more)), scale=0.1)
+
+
+def learner(
+    target: TargetConfig | None = None, kind: str = "mae", heads: dict[str, int] | None = None
+) -> StudentWithDecoder:
+    made = student()
+    torch.manual_seed(1)
+    return StudentWithDecoder(
+        made,
+        DecoderConfig(kind=kind, width=16, depth=2, heads=2),
+        target or TargetConfig(),
+        heads or {"teacher": SHAPE["embed_dim"], "momentum": 24},
+    )
+
+
+def guides(
+    mask: MaskConfig | None = None,
+    target: TargetConfig | None = None,
+    family: str = "vit",
+    **more: Any,
+) -> FrozenNetworks:
+    """A teacher of the family and, as after the switch of stages, a momentum student of its own."""
+    teacher = Teacher(
+        network(family), TeacherConfig(**more), mean=MEAN, std=STD, student_mean=MEAN, student_std=STD,
+        grid=GRID,
+    )  # fmt: skip
+    made = FrozenNetworks(
+        mask or MaskConfig(), target or TargetConfig(), teacher=teacher, grid=GRID, patch_size=8,
+        mean=MEAN, std=STD,
+    )  # fmt: skip
+    made.start_momentum(randomise(student(), seed=7, scale=0.2))  # type: ignore[arg-type]
+    return made
+
+
+def numbers(rule: str = "sampled_high", batch: int = 2, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, noise_length(rule, 12), generator=generator)
+
+
+def look(
+    made: FrozenNetworks, alpha: float = 0.3, **more: Any
+) -> tuple[Mask, dict[str, Tensor], Any]:
+    return made(pictures(), numbers(made.mask.rule), N_MASK, Alphas(alpha, alpha), **more)
+
+
+def close(ours: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, wanted, atol=atol, rtol=0)

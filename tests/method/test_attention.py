@@ -132,43 +132,6 @@ def test_map_is_computed_in_fp32_under_autocast(family: str) -> None:
     close(after_bf16, straight, atol=0.05)
 
 
-# --- invariances -----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_permuting_patches_permutes_the_map() -> None:
-    model, x = network("vit"), pictures()
-    state = forward_to_last(model, x)
-    shuffle = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    moved = torch.cat([state.tokens[:, :1], state.tokens[:, 1:][:, shuffle]], dim=1)
-    moved_raw, moved_mass = attention_map(model, replace(state, tokens=moved))
-    raw, mass = attention_map(model, state)
-    close(moved_raw, raw[:, shuffle])
-    close(moved_mass, mass)
-
-
-@torch.no_grad()
-def test_a_constant_on_the_logits_changes_nothing() -> None:
-    """A bias of the keys adds the same number, q . b, to every logit of a row."""
-    model, x = network("vit"), pictures()
-    before, _ = attention_map(model, forward_to_last(model, x))
-    model.blocks[-1].attn.qkv.bias[WIDTH : 2 * WIDTH] += torch.linspace(-3, 3, WIDTH)
-    after, _ = attention_map(model, forward_to_last(model, x))
-    close(after, before, atol=5e-6)
-    model.blocks[-1].attn.qkv.bias[:WIDTH] += torch.linspace(-3, 3, WIDTH)  # queries do matter
-    assert (attention_map(model, forward_to_last(model, x))[0] - before).abs().max() > 0.01
-
-
-def test_mass_on_the_class_token_has_no_say_after_normalising() -> None:
-    """A constant on the class token's own logit scales the patches' row; A / sum A forgets it."""
-    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
-    rows = [
-        torch.cat([torch.full((3, 1), own), logits], 1).softmax(1)[:, 1:]
-        for own in (-4.0, 0.0, 5.0)
-    ]
-    for row in rows:
-        close(normalise_map(row), logits.softmax(1))
-
 
 # --- heads, scale and mixture ------------------------------------------------------------------
 

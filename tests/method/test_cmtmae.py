@@ -5,79 +5,30 @@ from typing import Any
 
 import pytest
 import torch
-from method_nets import GRID, SHAPE, SIZE, full_map, network, pictures, randomise
-from sklearn.metrics import r2_score
-from timm.models.vision_transformer import VisionTransformer
+from method_nets import (
+    GRID,
+    MEAN,
+    N_MASK,
+    STD,
+    close,
+    full_map,
+    guides,
+    learner,
+    look,
+    numbers,
+    pictures,
+    student,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder, TargetConfig
-from cmt_mae.method.decoder import DecoderConfig
-from cmt_mae.method.frozen import CachedForwards, FrozenNetworks, shares
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, TargetConfig
+from cmt_mae.method.frozen import FrozenNetworks, shares
 from cmt_mae.method.hog import hog_dim, hog_targets
-from cmt_mae.method.masking import Mask, from_priority, noise_length, of_other_images
-from cmt_mae.method.targets import RunningMeans, explained_share, patchify
-from cmt_mae.method.teacher import Teacher, TeacherConfig
-from cmt_mae.method.vit import StudentConfig, build_student, encode_visible
-
-N_MASK = 9
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-STUDENT: dict[str, Any] = {
-    "img_size": list(SIZE), "patch_size": 8, "width": 24, "depth": 3, "heads": 3,
-}  # fmt: skip
-
-
-def student(**more: Any) -> Any:
-    torch.manual_seed(0)
-    return randomise(build_student(StudentConfig(**STUDENT, **more)), scale=0.1)
-
-
-def learner(
-    target: TargetConfig | None = None, kind: str = "mae", heads: dict[str, int] | None = None
-) -> StudentWithDecoder:
-    made = student()
-    torch.manual_seed(1)
-    return StudentWithDecoder(
-        made,
-        DecoderConfig(kind=kind, width=16, depth=2, heads=2),
-        target or TargetConfig(),
-        heads or {"teacher": SHAPE["embed_dim"], "momentum": 24},
-    )
-
-
-def guides(
-    mask: MaskConfig | None = None,
-    target: TargetConfig | None = None,
-    family: str = "vit",
-    **more: Any,
-) -> FrozenNetworks:
-    """A teacher of the family and, as after the switch of stages, a momentum student of its own."""
-    teacher = Teacher(
-        network(family), TeacherConfig(**more), mean=MEAN, std=STD, student_mean=MEAN, student_std=STD,
-        grid=GRID,
-    )  # fmt: skip
-    made = FrozenNetworks(
-        mask or MaskConfig(), target or TargetConfig(), teacher=teacher, grid=GRID, patch_size=8,
-        mean=MEAN, std=STD,
-    )  # fmt: skip
-    made.start_momentum(randomise(student(), seed=7, scale=0.2))  # type: ignore[arg-type]
-    return made
-
-
-def numbers(rule: str = "sampled_high", batch: int = 2, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, noise_length(rule, 12), generator=generator)
-
-
-def look(
-    made: FrozenNetworks, alpha: float = 0.3, **more: Any
-) -> tuple[Mask, dict[str, Tensor], Any]:
-    return made(pictures(), numbers(made.mask.rule), N_MASK, Alphas(alpha, alpha), **more)
-
-
-def close(ours: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(ours, wanted, atol=atol, rtol=0)
+from cmt_mae.method.masking import Mask, from_priority
+from cmt_mae.method.targets import patchify
+from cmt_mae.method.vit import encode_visible
 
 
 class Count:
@@ -187,23 +138,6 @@ def test_equation_3_on_whole_networks(alpha: float) -> None:
     wanted = mixed.argsort(dim=1, descending=True)[:, :N_MASK].sort(dim=1).values
     assert torch.equal(mask.ids_mask, wanted)
     assert (own.argsort(1) != taught.argsort(1)).any()
-
-
-@torch.no_grad()
-def test_what_is_logged_of_the_maps() -> None:
-    made, x = guides(), pictures()
-    assert made.teacher is not None
-    _, _, logs = look(made)
-    own, taught = (full_map(m, x)[:, :, 0].mean(1) for m in (made.momentum, made.teacher.model))
-    close(logs["class_mass_momentum"], own[:, 0].mean())
-    close(logs["class_mass_teacher"], taught[:, 0].mean())
-    top = [m[:, 1:].topk(3, dim=1).indices.tolist() for m in (own, taught)]
-    common = [len(set(a) & set(b)) / 3 for a, b in zip(*top, strict=True)]
-    assert logs["overlap"].item() == pytest.approx(sum(common) / 2)
-    share = taught[:, 1:] / taught[:, 1:].sum(1, keepdim=True)
-    wanted = torch.distributions.Categorical(share).entropy().mean() / torch.tensor(12.0).log()
-    close(logs["entropy_teacher"], wanted)
-    assert {"entropy_momentum", "entropy_collab", "spread_target_teacher"} <= set(logs)
 
 
 def test_equation_4_and_the_predictions_behind_it() -> None:
@@ -323,12 +257,6 @@ def test_impossible_targets_are_refused() -> None:
         shares("both", 0.3)
 
 
-def test_shares_of_the_networks() -> None:
-    assert shares("collab", 0.25) == {"teacher": 0.75, "momentum": 0.25}
-    assert shares("teacher", 0.25) == {"teacher": 1.0}
-    assert shares("momentum", 0.25) == {"momentum": 1.0}
-
-
 @torch.no_grad()
 def test_a_second_crop_is_what_the_teacher_sees() -> None:
     made = guides()
@@ -427,163 +355,3 @@ def test_a_step_under_bf16_is_near_the_one_in_fp32(kind: str) -> None:
     assert short.item() == pytest.approx(loss.item(), rel=0.03)
     short.backward()
     assert all(p.grad is not None for p in learns.parameters() if p.requires_grad)
-
-
-# --- the moving average (spec 5.2) -----------------------------------------------------------------
-
-
-def filled(value: float) -> VisionTransformer:
-    made = student(pos_embed="learned").double()
-    for parameter in made.parameters():
-        nn.init.constant_(parameter, value)
-    return made
-
-
-def average(made: FrozenNetworks) -> list[Tensor]:
-    assert made.momentum is not None
-    return list(made.momentum.parameters())
-
-
-def test_moving_average_by_hand() -> None:
-    made = guides()
-    made.start_momentum(filled(0.0))
-    for _ in range(3):
-        made.update_momentum(filled(1.0), 0.996)
-    for parameter in average(made):  # 1 - .996 ** 3
-        close(parameter, torch.full_like(parameter, 0.011952064), atol=1e-12)
-
-
-def test_equal_weights_are_a_fixed_point() -> None:
-    made, model = guides(), student()
-    made.start_momentum(model)
-    for _ in range(5):
-        made.update_momentum(model, 0.996)
-    assert all(torch.equal(a, b) for a, b in zip(average(made), model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("skipped", [None, torch.zeros(())])
-def test_ends_of_the_average(skipped: Tensor | None) -> None:
-    made, model = guides(), student()
-    before = copy.deepcopy(average(made))
-    made.update_momentum(model, 1.0, skipped)
-    assert all(torch.equal(a, b) for a, b in zip(average(made), before, strict=True))
-    made.update_momentum(model, 0.0, skipped)
-    assert all(torch.equal(a, b) for a, b in zip(average(made), model.parameters(), strict=True))
-
-
-def test_a_skipped_step_moves_nothing_and_others_move_alike() -> None:
-    made, model = guides(), student()
-    before = copy.deepcopy(average(made))
-    made.update_momentum(model, 0.9, torch.ones(()))
-    assert all(torch.equal(a, b) for a, b in zip(average(made), before, strict=True))
-    made.update_momentum(model, 0.9, torch.zeros(()))
-    for now, old, new in zip(average(made), before, model.parameters(), strict=True):
-        close(now, 0.9 * old + 0.1 * new.detach(), atol=1e-6)
-
-
-def test_momentum_student_starts_as_a_copy_that_stands_still() -> None:
-    made, model = guides(), student(drop_path=0.5).train()
-    made.start_momentum(model)
-    assert made.momentum is not None
-    assert all(torch.equal(a, b) for a, b in zip(average(made), model.parameters(), strict=True))
-    assert not any(part.training for part in made.momentum.modules())  # no path is dropped
-    assert not any(p.requires_grad for p in average(made))
-    with torch.no_grad():
-        model.cls_token.add_(1)
-    assert not torch.equal(made.momentum.get_parameter("cls_token"), model.cls_token)
-    assert model.training
-
-
-# --- what is logged, and settings that are off by default --------------------------------------------
-
-
-def test_explained_share_by_hand() -> None:
-    """Mean squares of scikit-learn's r2_score, for all tokens at once and against a given constant."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randn(4, 6, 5, generator=generator)
-    prediction = target + 0.5 * torch.randn(4, 6, 5, generator=generator)
-    rows, guess = target.flatten(0, 1), prediction.flatten(0, 1)
-    constant = rows.mean(0)
-    wanted = r2_score(rows, guess, multioutput="variance_weighted")
-    found = explained_share(prediction, target, constant, unit=False)
-    assert found.item() == pytest.approx(wanted, abs=1e-5)
-    of_constant = explained_share(constant.expand(4, 6, 5), target, constant, unit=False)
-    assert of_constant.item() == pytest.approx(0, abs=1e-6)
-
-
-def test_latents_of_another_image_cost_what_the_own_ones_told() -> None:
-    """0 where the decoder does not listen to latents; the sum of both numbers is the loss of all images."""
-    target = TargetConfig(tokens="all")
-    made, learns = guides(target=target), learner(target)
-    mask, targets, _ = look(made)
-    before = torch.get_rng_state()
-    _, logs = learns(pictures(), mask, targets, 0.3, compare=True)
-    assert torch.equal(before, torch.get_rng_state())
-    assert learns.student.training
-    swapped = [part.flip(0) for part in (mask.ids_keep, mask.ids_mask, mask.mask)]
-    turned = {name: value.flip(0) for name, value in targets.items()}
-    _, others = learns(pictures(), Mask(*swapped), turned, 0.3)
-    close(logs["other_image_loss"], others["loss"], atol=1e-5)
-    close(logs["other_image_loss"] - logs["image_gain"], logs["loss"], atol=1e-5)
-    nn.init.zeros_(learns.decoder.embed.weight)
-    _, deaf = learns(pictures(), mask, targets, 0.3, compare=True)
-    close(deaf["image_gain"], torch.zeros(()), atol=1e-6)
-
-
-def test_running_means_are_those_of_the_whole_batch() -> None:
-    """The same for one batch and for its quarters; about the last hundred steps; bad numbers leave no trace."""
-    generator = torch.Generator().manual_seed(0)
-    steps = [torch.randn(8, 3, 5, generator=generator) + 2 for _ in range(4)]
-    whole, parts = RunningMeans(), RunningMeans()
-    for features in steps:
-        whole.add("teacher", features)
-        for quarter in features.chunk(4):
-            parts.add("teacher", quarter)
-        for means in (whole, parts):
-            means.step(lambda vector: vector)
-    close(whole.means["teacher"], parts.means["teacher"])
-    close(whole.means["teacher"], torch.cat(steps).mean((0, 1)))
-    again = RunningMeans()
-    again.load_state_dict(whole.state_dict(), torch.device("cpu"))
-    again.add("teacher", steps[0] * torch.nan)
-    again.step(lambda vector: vector)
-    assert torch.equal(again.means["teacher"], whole.means["teacher"])
-
-
-@torch.no_grad()
-def test_centred_targets() -> None:
-    """Features less their running mean, then normalised; in the first step there is none yet."""
-    made, x = guides(target=TargetConfig(tokens="all", centre=True)), pictures()
-    assert made.teacher is not None
-    raw = made.teacher.model.forward_features(x)[:, 1:]
-    _, first, _ = look(made)
-    close(first["teacher"], F.layer_norm(raw, (32,)), atol=1e-4)
-    made.means.step(lambda vector: vector)
-    _, second, _ = look(made)
-    close(second["teacher"], F.layer_norm(raw - raw.mean((0, 1)), (32,)), atol=1e-4)
-
-
-@torch.no_grad()
-def test_the_map_of_another_image_guides_the_mask() -> None:
-    """Neighbours are exchanged, so that images of one process need none of another."""
-    x, noise = pictures(), numbers()
-    straight, other = (
-        guides(MaskConfig(source="teacher", rule="high", other_image=swap))
-        for swap in (False, True)
-    )
-    own, _, _ = straight(x, noise, N_MASK, Alphas(0, 0))
-    theirs, _, _ = other(x, noise, N_MASK, Alphas(0, 0))
-    assert torch.equal(theirs.mask, own.mask.flip(0))
-    assert of_other_images(torch.arange(7)).tolist() == [1, 0, 3, 2, 5, 4, 5]
-
-
-@torch.no_grad()
-def test_the_students_map_is_read_as_its_settings_say() -> None:
-    x = pictures()
-    made = guides(MaskConfig(source="momentum", student_block=-2, student_map="column_mean"))
-    assert made.momentum is not None
-    _, _, logs = look(made)
-    whole = full_map(made.momentum, x, -2).mean(1)
-    close(logs["class_mass_momentum"], whole.mean(1)[:, 0].mean())
-    raw, _ = CachedForwards(made, x, x).attention("momentum", "mean")
-    close(raw, whole.mean(1)[:, 1:], atol=1e-6)

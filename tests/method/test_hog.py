@@ -78,43 +78,6 @@ def test_maskfeat_definition_in_plain_loops(gaussian: bool) -> None:
     np.testing.assert_allclose(cells_of(ours, 1, bins, 2, 2)[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("vertical", "angle_from", "expected"),
-    [(True, "y", 4), (False, "y", 0), (True, "x", 0), (False, "x", 4)],
-)
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_an_edge_puts_all_in_one_bin(
-    vertical: bool, angle_from: str, expected: int, sign: float
-) -> None:
-    image = torch.zeros(1, 1, 16, 16)
-    image[..., 4:] = sign
-    if not vertical:
-        image = image.transpose(2, 3)
-    targets = hog_targets(image, 16, angle_from=angle_from)  # type: ignore[arg-type]
-    cells = cells_of(targets, 1, 9, 2, 1)[0]
-    one_hot = np.eye(9)[expected]
-    # The edge lies at pixel 4: cells of the first column (row) see it, the others are flat.
-    with_edge, flat = (cells[:, 0], cells[:, 1]) if vertical else (cells[0], cells[1])
-    np.testing.assert_allclose(with_edge, np.stack([one_hot, one_hot]), atol=1e-6)
-    np.testing.assert_array_equal(flat, np.zeros((2, 9)))
-
-
-def test_histogram_by_hand() -> None:
-    # One cell with a plane that rises by 2 a pixel along x and 2 tan 30 along y.
-    image = torch.zeros(1, 1, 8, 8)
-    image[0, 0] = torch.arange(8.0)[None, :] * 2
-    image[0, 0] += torch.arange(8.0)[:, None] * 2 * math.tan(math.radians(30))
-    targets = hog_targets(image, 8, gradient="central", gaussian=False, angle_from="x")
-    # Inside: 6 x 6 pixels of angle 30 deg -> bin 1, magnitude 4 / cos 30. Left and right border
-    # (6 + 6 pixels) have no x part: 90 deg -> bin 4, magnitude 4 tan 30. Top and bottom (6 + 6)
-    # have no y part: 0 deg -> bin 0, magnitude 4. The corners have neither.
-    by_hand = torch.zeros(9)
-    by_hand[1] = 36 * 4 / math.cos(math.radians(30))
-    by_hand[4] = 12 * 4 * math.tan(math.radians(30))
-    by_hand[0] = 12 * 4
-    torch.testing.assert_close(targets[0, 0], by_hand / by_hand.norm(), atol=1e-6, rtol=0)
-
-
 def test_constant_image_is_zeros() -> None:
     for value in (0.0, 0.3, 1.0):
         targets = hog_targets(torch.full((2, 3, 32, 32), value), 16)
@@ -145,19 +108,6 @@ def test_every_cell_has_unit_norm_and_ignores_normalisation() -> None:
     # An 8-bit photo has many gradients exactly on the border of bins 0 and 8: rounding in the
     # normalisation must not move them (without the snap to the axis 25 % of the entries change).
     torch.testing.assert_close(changed, targets, atol=1e-4, rtol=0)
-
-
-def test_order_of_patches_and_cells() -> None:
-    # Only the lower right cell of patch 1 (upper right) has an edge, and only in channel 2.
-    image = torch.zeros(1, 3, 32, 32)
-    image[0, 2, 9:16, 28:32] = 1.0
-    targets = hog_targets(image, 16).view(4, 3, 9, 2, 2)
-    mass = targets.sum(dim=2)
-    assert mass[1, 2, 1, 1] > 0
-    mass[1, 2, 1, 1] = 0
-    mass[1, 2, 0, 1] = 0  # the edge's upper row touches the cell above
-    mass[3, 2, 0, 1] = 0  # and the lower one the patch below
-    assert mass.abs().max() == 0
 
 
 def test_float32_under_autocast() -> None:

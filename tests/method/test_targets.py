@@ -6,17 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from sklearn.metrics import r2_score
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.targets import (
+    RunningMeans,
     at_least_fp32,
     combine_losses,
     distance,
     effective_rank,
     entropy,
+    explained_share,
     image_share,
     normalise_target,
     overlap,
@@ -87,12 +90,6 @@ def test_each_token_is_normalised_by_itself_and_scale_is_forgotten(norm: str) ->
     close(normal.mean(-1), torch.zeros(2, 5))
     close(normalise_target(7 * features - 3, norm), normal, atol=1e-4)
     assert torch.equal(normalise_target(features[:, 2:3], norm), normal[:, 2:3])
-
-
-def test_layer_norm_is_torchs_without_affine() -> None:
-    features = random(3, 4, 48)
-    module = nn.LayerNorm(48, elementwise_affine=False)
-    close(normalise_target(features, "layer_norm"), module(features))
 
 
 def test_targets_are_at_least_fp32() -> None:
@@ -252,3 +249,37 @@ def test_overlap_by_hand() -> None:
     assert overlap(first, second, 2).item() == pytest.approx(0.25)  # one of two, none of two
     assert overlap(first, first, 3).item() == 1.0
     assert overlap(first, second, 4).item() == 1.0
+
+
+def test_explained_share_by_hand() -> None:
+    """Mean squares of scikit-learn's r2_score, for all tokens at once and against a given constant."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(4, 6, 5, generator=generator)
+    prediction = target + 0.5 * torch.randn(4, 6, 5, generator=generator)
+    rows, guess = target.flatten(0, 1), prediction.flatten(0, 1)
+    constant = rows.mean(0)
+    wanted = r2_score(rows, guess, multioutput="variance_weighted")
+    found = explained_share(prediction, target, constant, unit=False)
+    assert found.item() == pytest.approx(wanted, abs=1e-5)
+    of_constant = explained_share(constant.expand(4, 6, 5), target, constant, unit=False)
+    assert of_constant.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_running_means_are_those_of_the_whole_batch() -> None:
+    """The same for one batch and for its quarters; about the last hundred steps; bad numbers leave no trace."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(8, 3, 5, generator=generator) + 2 for _ in range(4)]
+    whole, parts = RunningMeans(), RunningMeans()
+    for features in steps:
+        whole.add("teacher", features)
+        for quarter in features.chunk(4):
+            parts.add("teacher", quarter)
+        for means in (whole, parts):
+            means.step(lambda vector: vector)
+    close(whole.means["teacher"], parts.means["teacher"])
+    close(whole.means["teacher"], torch.cat(steps).mean((0, 1)))
+    again = RunningMeans()
+    again.load_state_dict(whole.state_dict(), torch.device("cpu"))
+    again.add("teacher", steps[0] * torch.nan)
+    again.step(lambda vector: vector)
+    assert torch.equal(again.means["teacher"], whole.means["teacher"])

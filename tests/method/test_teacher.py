@@ -83,12 +83,6 @@ def test_folding_scales_by_the_ratio_of_standard_deviations() -> None:
     assert not model.patch_embed.proj.bias.requires_grad
 
 
-def test_equal_normalisations_change_nothing() -> None:
-    model, x = network("vit"), pictures()
-    taught = teacher(model, own=CLIP, student=CLIP)
-    assert torch.equal(taught.model.forward_features(x), model.forward_features(x))
-
-
 def test_overlapping_patches_cannot_be_folded() -> None:
     model = network("vit")
     model.patch_embed.proj.stride = (4, 4)

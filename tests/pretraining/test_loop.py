@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.engine.trainer import Trainer
 from cmt_mae.pretraining.assembly import IMAGENET, Statistics
@@ -26,11 +27,8 @@ def comparable(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run)]
 
 
-def test_two_stages_write_a_whole_run_directory(make: Make) -> None:
-    config = make(alpha=0.3)
-    last = pretrain(config)
-    run = Path(config.out)
-    metrics = rows(run)
+def test_two_stages_write_a_whole_run_directory(cmt_run: Path) -> None:
+    metrics = rows(cmt_run)
     assert [row["step"] for row in metrics] == list(range(1, 11))
     assert [row["stage"] for row in metrics] == [1] * 5 + [2] * 5
     assert all("loss_momentum" not in row for row in metrics[:5])
@@ -38,56 +36,44 @@ def test_two_stages_write_a_whole_run_directory(make: Make) -> None:
         both = 0.3 * row["loss_momentum"] + 0.7 * row["loss_teacher"]
         assert row["loss"] == pytest.approx(both, rel=1e-5)
         assert {"overlap", "entropy_teacher", "entropy_momentum", "entropy_collab"} <= row.keys()
-    assert last["step"] == 10
-    assert yaml.safe_load((run / "config.yaml").read_text())["alpha"] == 0.3
-    facts = json.loads((run / "run.json").read_text())
+    assert yaml.safe_load((cmt_run / "config.yaml").read_text())["alpha"] == 0.3
+    facts = json.loads((cmt_run / "run.json").read_text())
     assert facts["data"]["images"] == 40
     assert facts["teacher"]["licence"] == "none"
-    assert {p.name for p in (run / "pictures").iterdir()} == {
-        "attention_step_00000005.png", "attention_step_00000010.png",
-    }  # fmt: skip
-    assert list((run / "tensorboard").iterdir())
+    pictures = {p.name for p in (cmt_run / "pictures").iterdir()}
+    assert pictures == {"attention_step_00000005.png", "attention_step_00000010.png"}
+    assert list((cmt_run / "tensorboard").iterdir())
+    state = load_last(cmt_run / "checkpoints")
+    assert state is not None
+    assert (state["run"], state["settings"]["mask"]["ratio"]) == ("cmt", 0.75)  # whose it is
 
 
-def test_backbone_loads_in_bare_timm_with_the_students_weights(make: Make) -> None:
-    config = make()
-    pretrain(config)
-    run = Path(config.out)
-    name, kwargs = config.student.architecture()
+def test_backbone_loads_in_bare_timm_with_the_students_weights(make: Make, cmt_run: Path) -> None:
+    name, kwargs = make().student.architecture()
     model = timm.create_model(name, num_classes=0, **kwargs)
-    model.load_state_dict(load_file(run / "backbone.safetensors"), strict=True)
-    state = final_state(run)
+    model.load_state_dict(load_file(cmt_run / "backbone.safetensors"), strict=True)
+    state = final_state(cmt_run)
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[f"/learner/student.{key}"])
-    average = load_file(run / "backbone_momentum.safetensors")
+    average = load_file(cmt_run / "backbone_momentum.safetensors")
     assert not torch.equal(average["blocks.0.attn.qkv.weight"], model.blocks[0].attn.qkv.weight)
 
 
-def test_momentum_starts_as_the_student_at_the_switch(make: Make) -> None:
+def test_momentum_student_and_its_head_start_at_the_switch(make: Make) -> None:
+    """With m = 1 the momentum student stays what it was at the switch; its head did not learn before."""
     config = make(momentum__start=1.0, momentum__schedule="constant", runtime__checkpoint_every=0.2,
                   runtime__keep_last=20)  # fmt: skip
     pretrain(config)
     folder = Path(config.out) / "checkpoints"
-    at_switch = torch.load(folder / "step_00000005.pt", weights_only=True)
-    at_end = torch.load(folder / "step_00000010.pt", weights_only=True)
-    assert at_switch["momentum"] is None
-    for key, value in at_end["momentum"].items():  # m = 1 freezes it at the switch
-        assert torch.equal(value, at_switch["learner"][f"student.{key}"])
-
-
-def test_head_of_the_momentum_student_sleeps_in_stage_one(make: Make) -> None:
-    config = make(runtime__checkpoint_every=0.2, runtime__keep_last=20)
-    pretrain(config)
-    folder = Path(config.out) / "checkpoints"
-    heads = [
-        torch.load(folder / f"step_{step:08d}.pt", weights_only=True)["learner"][
-            "heads.momentum.weight"
-        ]
-        for step in (1, 5, 6)
-    ]
+    first, switch, next_, end = (
+        torch.load(folder / f"step_{step:08d}.pt", weights_only=True) for step in (1, 5, 6, 10)
+    )
+    assert switch["momentum"] is None
+    for key, value in end["momentum"].items():
+        assert torch.equal(value, switch["learner"][f"student.{key}"])
+    heads = [state["learner"]["heads.momentum.weight"] for state in (first, switch, next_)]
     assert torch.equal(heads[0], heads[1])
-    # in the first step of stage two the learning rate is not 0, so the head moves
-    assert not torch.equal(heads[1], heads[2])
+    assert not torch.equal(heads[1], heads[2])  # the learning rate is not 0 there
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 9])
@@ -141,29 +127,27 @@ def rows_if_whole(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
 
 
-def test_sigterm_checkpoints_and_exits_75(make: Make) -> None:
-    config = make(epochs=200.0)
+def test_a_run_in_use_is_refused_and_a_sigterm_checkpoints_and_exits_75(make: Make) -> None:
+    config = make(epochs=400.0)
     process = start(["pretrain", *as_words(config)])
     run = Path(config.out)
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.01)
-    process.terminate()
+    try:
+        with pytest.raises(InputError, match=f"in use by pid {process.pid} on"):
+            pretrain(config)
+    finally:
+        process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "run the same command to continue" in errors.splitlines()[-1]
-    step = final_state(run)["/step"]
-    assert step == rows(run)[-1]["step"]
-
-
-def test_a_run_with_loader_processes_ends_by_itself(make: Make) -> None:
-    config = make(data__workers=1)
-    process = start(["pretrain", *as_words(config)])
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert final_state(run)["/step"] == rows(run)[-1]["step"]
 
 
 def test_two_processes_equal_one(make: Make) -> None:
-    one, two = make("one", epochs=3.0), make("two", epochs=3.0)
+    """With every setting on that looks at other images or at the whole batch."""
+    whole_batch = {"epochs": 3.0, "target__centre": True, "mask__other_image": True}
+    one, two = make("one", **whole_batch), make("two", **whole_batch)
     pretrain(one)
     process = start(["pretrain", *as_words(two)], processes=2)
     _, errors = process.communicate(timeout=200)
@@ -185,45 +169,17 @@ def test_two_processes_equal_one(make: Make) -> None:
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4)
 
 
-def test_accumulation_equals_the_whole_batch(make: Make) -> None:
-    whole, parts = make("whole"), make("parts", runtime__micro_batch=2)
-    pretrain(whole)
-    pretrain(parts)
-    for a, b in zip(rows(Path(whole.out)), rows(Path(parts.out)), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-
-
-def test_a_finished_run_does_nothing_more(make: Make) -> None:
+def test_a_finished_run_does_nothing_more_and_changed_settings_are_refused(make: Make) -> None:
     config = make()
     pretrain(config)
     before = (Path(config.out) / "metrics.jsonl").read_text()
-    last = pretrain(config)
-    assert last["step"] == 10
-    assert (Path(config.out) / "metrics.jsonl").read_text() == before
-
-
-def test_changed_settings_are_refused_with_the_difference(make: Make) -> None:
-    config = make()
-    pretrain(config)
     config.mask.ratio, config.runtime.log_every = 0.5, 7
     with pytest.raises(InputError, match=r"mask\.ratio: 0\.75 -> 0\.5") as error:
         pretrain(config)
     assert "log_every" not in str(error.value)
     config.mask.ratio = 0.75
-    pretrain(config)  # runtime settings may change
-
-
-def test_a_run_in_use_is_refused(make: Make) -> None:
-    config = make(epochs=400.0)
-    process = start(["pretrain", *as_words(config)])
-    while process.poll() is None and not (Path(config.out) / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    try:
-        with pytest.raises(InputError, match=f"in use by pid {process.pid} on"):
-            pretrain(config)
-    finally:
-        process.kill()
-        process.wait()
+    assert pretrain(config)["step"] == 10  # settings of the runtime may change
+    assert (Path(config.out) / "metrics.jsonl").read_text() == before
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(

@@ -8,7 +8,7 @@ import pytest
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.engine.trainer import Trainer
 from cmt_mae.tools.pretrain import pretrain
-from tiny import Make, as_words, assert_same_state, rows, start
+from tiny import Make, assert_same_state, rows
 
 EVERY: dict[str, Any] = {
     "target__centre": True, "mask__other_image": True, "momentum__zero_head": True, "momentum__half_lives": 3.0,
@@ -17,10 +17,8 @@ EVERY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_what_every_run_logs_of_how_it_works(make: Make) -> None:
-    config = make()
-    pretrain(config)
-    metrics = rows(Path(config.out))
+def test_what_every_run_logs_of_how_it_works(cmt_run: Path) -> None:
+    metrics = rows(cmt_run)
     assert "explained_teacher" not in metrics[0]  # there is no mean yet
     assert "half_lives" not in metrics[4]
     for row in metrics[1:]:
@@ -50,7 +48,7 @@ def test_the_loss_of_other_images_is_taken_at_one_step_of_each_line(
     assert calls == [2]
 
 
-def test_half_lives_of_stage_two_and_a_head_that_starts_at_zero(make: Make) -> None:
+def test_half_lives_of_stage_two_and_a_head_that_starts_at_zero(make: Make, cmt_run: Path) -> None:
     """Nothing predicted costs 1 with layer_norm targets: what a momentum head at zero starts with."""
     config = make(momentum__half_lives=4.0, momentum__zero_head=True)
     pretrain(config)
@@ -58,9 +56,7 @@ def test_half_lives_of_stage_two_and_a_head_that_starts_at_zero(make: Make) -> N
     assert metrics[-1]["half_lives"] == pytest.approx(4.0)
     assert metrics[6]["half_lives"] == pytest.approx(1.6)
     assert metrics[5]["loss_momentum"] == pytest.approx(1.0, abs=1e-3)
-    plain = make("plain")
-    pretrain(plain)
-    assert rows(Path(plain.out))[5]["loss_momentum"] > 1.05
+    assert rows(cmt_run)[5]["loss_momentum"] > 1.05
 
 
 def test_all_of_them_continue_bit_for_bit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,17 +77,13 @@ def test_all_of_them_continue_bit_for_bit(make: Make, monkeypatch: pytest.Monkey
     assert_same_state(Path(whole.out), Path(parts.out))
 
 
-def test_all_of_them_on_two_processes_and_in_parts(make: Make) -> None:
-    one, two, parts = make("one", **EVERY), make("two", **EVERY), make("parts", **EVERY)
-    parts.runtime.micro_batch = 2
+def test_all_of_them_in_parts(make: Make) -> None:
+    """On two processes: test_loop.py."""
+    one, parts = make("one", **EVERY), make("parts", **EVERY, runtime__micro_batch=2)
     pretrain(one)
     pretrain(parts)
-    run = start(["pretrain", *as_words(two)], processes=2)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 0, err
-    for other in (two, parts):
-        for first, second in zip(rows(Path(one.out)), rows(Path(other.out)), strict=True):
-            assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+    for first, second in zip(rows(Path(one.out)), rows(Path(parts.out)), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -50,31 +50,12 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(make: Ma
 
 
 def test_another_teacher_at_the_same_path_is_refused(make: Make, tmp_path: Path) -> None:
-    own = write_teacher(tmp_path / "own.safetensors", heads=2)
+    own = write_teacher(tmp_path / "own.safetensors", noise=0.0)
     config = make(teacher__name=str(own))
     pretrain(config)
-    write_teacher(own, heads=2, spread=0.1)
+    write_teacher(own, noise=0.1)
     with pytest.raises(InputError, match="started with another teacher"):
         pretrain(config)
-
-
-def test_a_checkpoint_says_which_run_and_settings_it_belongs_to(
-    make: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = make()
-    pretrain(config)
-    folder = Path(config.out) / "checkpoints"
-    state = load_last(folder)
-    assert state is not None
-    assert state["run"] == "run"
-    assert state["settings"]["mask"]["ratio"] == config.mask.ratio
-    first, newest = sorted(folder.glob("step_*.pt"))[-2:]
-    newest.with_suffix(".sha256").unlink()
-    capsys.readouterr()
-    state = load_last(folder)
-    assert state is not None
-    assert state["step"] == int(first.stem[5:])
-    assert f"{newest.name} has no {newest.stem}.sha256" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_extended_exactly(make: Make) -> None:
@@ -151,8 +132,8 @@ def test_a_target_of_ones_own(make: Make) -> None:
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_closed_terminal_is_a_request_to_stop_unless_ignored(make: Make, ignored: bool) -> None:
-    """SIGHUP, and stderr whose reader is gone: a finished run exits 0, a stopped one 75."""
-    config = make(epochs=8.0 if ignored else 200.0)
+    """SIGHUP, and stderr whose reader is gone: a finished run exits 0, a stopped one 75, its loader with it."""
+    config = make(epochs=8.0 if ignored else 200.0, data__workers=1)
     words = [sys.executable, "-m", "cmt_mae", "pretrain", *as_words(config)]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},

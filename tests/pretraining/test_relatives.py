@@ -4,13 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes
-from cmt_mae.method.frozen import FrozenNetworks
-from cmt_mae.method.teacher import Teacher
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.pretrain import pretrain
 from tiny import Make, as_words, rows
@@ -60,37 +57,6 @@ def test_relative_runs_with_its_targets_and_learns(recipe: str, make: Make) -> N
     if name != "loss_momentum":  # a moving target need not fall
         first, last = (np.mean([row[name] for row in part]) for part in (metrics[:8], metrics[-8:]))
         assert last < first
-
-
-@pytest.mark.parametrize(
-    ("alpha", "teacher_runs", "momentum_runs"), [(0.0, 10, 0), (1.0, 5, 5), (0.3, 10, 5)]
-)
-def test_networks_that_have_no_weight_do_not_run(
-    alpha: float, teacher_runs: int, momentum_runs: int, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks, stepping = {"teacher": 0, "momentum": 0}, [0]
-    real_look, real_step = Teacher.look, FrozenNetworks.forward
-    monkeypatch.setattr("cmt_mae.tools.pretrain.draw_attention", lambda *_: None)
-
-    def look(self: Teacher, images: torch.Tensor) -> object:
-        looks["teacher"] += 1
-        return real_look(self, images)
-
-    def forward(self: FrozenNetworks, *words: object, **named: object) -> object:
-        if self.momentum is not None and not hasattr(self.momentum, "counted"):
-            self.momentum.counted = True  # type: ignore[assignment]
-            self.momentum.blocks[0].register_forward_hook(
-                lambda *_: looks.update(momentum=looks["momentum"] + stepping[0])
-            )
-        stepping[0] = 1  # saving a backbone runs it too, for its self-check
-        outcome = real_step(self, *words, **named)  # type: ignore[arg-type]
-        stepping[0] = 0
-        return outcome
-
-    monkeypatch.setattr(Teacher, "look", look)
-    monkeypatch.setattr(FrozenNetworks, "forward", forward)
-    pretrain(make(alpha=alpha))
-    assert looks == {"teacher": teacher_runs, "momentum": momentum_runs}
 
 
 def test_alpha_0_is_the_teacher_guided_run_bit_for_bit(make: Make) -> None:
