@@ -200,16 +200,6 @@ def test_unknown_names(name: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_embedded_is_there_or_says_that_it_is_not() -> None:
-    from cmt_mae.backbones.load import EMBEDDED
-
-    if EMBEDDED.is_file():
-        assert load_backbone("embedded").has_cls
-    else:
-        with pytest.raises(InputError, match="embedded teacher"):
-            load_backbone("embedded")
-
-
 # --- export --------------------------------------------------------------------------------------
 
 

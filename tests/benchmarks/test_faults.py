@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks.faults import __main__ as harness
 from benchmarks.faults import files, inputs, launch
-from benchmarks.faults.lab import Broken, Lab, NotHere, Row, tree
+from benchmarks.faults.lab import Broken, Lab, NotHere, Row
 from benchmarks.faults.launch import CONTROL, HUNG, Ended, judged
 from benchmarks.faults.same import apart, differences
 from hypothesis import given
@@ -153,12 +153,6 @@ def test_code_that_runs_and_markup_that_comes_through_are_noticed(
     assert not marker.exists()
     torch.load(found["zip.pth"], weights_only=False)
     assert marker.exists()
-
-
-def test_a_tree_shows_every_change(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "l").symlink_to("/nowhere")
-    assert tree(tmp_path) == {"a": b"1", "l": b"/nowhere"}
 
 
 @given(st.text(), st.integers(1, 50))

@@ -10,7 +10,7 @@ import cmt_mae.evaluate.knn as knn
 from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate import KnnConfig, Result, evaluate_knn
 from cmt_mae.evaluate.features import Features
-from cmt_mae.evaluate.knn import knn_accuracy, knn_predict, nearest, pool_by_train
+from cmt_mae.evaluate.knn import knn_predict, nearest, pool_by_train
 
 TEMPERATURE = 0.07
 
@@ -37,17 +37,6 @@ def test_equals_scikit_learn(digits):
         picked = np.take_along_axis(share, ranked.numpy(), 1)
         assert (np.diff(picked, axis=1) <= 1e-6).all()
         np.testing.assert_allclose(picked, -np.sort(-share, axis=1)[:, :5], atol=1e-6)
-
-
-def test_accuracy_counts(digits):
-    x, y, queries, truth = digits
-    train, test = Features({"a": x}, y), Features({"a": queries}, truth)
-    metrics = knn_accuracy(train, test, k=(20,), temperature=TEMPERATURE)
-    theirs = KNeighborsClassifier(
-        n_neighbors=20, metric="cosine", weights=lambda d: np.exp((1 - d) / TEMPERATURE)
-    ).fit(x, y)
-    assert metrics["a/k20/top1"] == pytest.approx(100 * theirs.score(queries, truth))
-    assert metrics["a/k20/top5"] >= metrics["a/k20/top1"] > 90
 
 
 def test_small_chunks_change_nothing(digits, monkeypatch):

@@ -46,27 +46,6 @@ def test_zero_weights_and_zero_gradients():
     assert first.tolist() == second.tolist() == [[3.0, 4.0]]
 
 
-def test_groups_closure_and_state():
-    a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
-    untouched = nn.Parameter(torch.ones(3))
-    optimizer = LARS([{"params": [a], "lr": 0.1}, {"params": [b, untouched]}], lr=0.4)
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = (a + b).square().sum()
-        value.backward()
-        return value
-
-    assert optimizer.step(loss) == 16
-    assert (1 - b[0, 0]).item() == pytest.approx(4 * (1 - a[0, 0]).item(), rel=1e-3)
-    assert untouched.tolist() == [1, 1, 1]
-    again = LARS([{"params": [a]}, {"params": [b, untouched]}], lr=1.0)
-    again.load_state_dict(optimizer.state_dict())
-    assert torch.equal(again.state[a]["momentum"], optimizer.state[a]["momentum"])
-    with pytest.raises(ValueError, match="trust"):
-        LARS([a], lr=0.1, trust=-1)
-
-
 @pytest.mark.parametrize("decays", [(0.0, 0.0), (0.1, 0.0), (0.02, 0.3)])
 def test_side_by_side_sgd_equals_torchs(decays: tuple[float, float]) -> None:
     generator = torch.Generator().manual_seed(0)

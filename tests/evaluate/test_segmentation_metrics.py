@@ -56,29 +56,6 @@ def test_numbers_are_those_of_the_oracles(classes: int, n: int, seed: int, used:
     assert result.aacc == pytest.approx(right, abs=1e-12)
 
 
-def test_by_hand_with_absent_classes() -> None:
-    """Class 2 is only predicted (IoU 0, counts), class 3 is nowhere (left out)."""
-    truth = torch.tensor([[0, 0, 0, 1], [1, -1, -1, 1]])
-    prediction = torch.tensor([[0, 0, 2, 1], [0, 3, 0, 1]])
-    result = scores(confusion_matrix(prediction, truth, 4))
-    assert result.iou[:3].tolist() == [2 / 4, 2 / 3, 0]
-    assert math.isnan(result.iou[3])
-    assert result.miou == pytest.approx((1 / 2 + 2 / 3) / 3)
-    assert result.macc == pytest.approx(2 / 3)  # of two classes
-    assert result.aacc == pytest.approx(4 / 6)
-    assert result.pixels.tolist() == [3, 3, 0, 0]
-
-
-def test_parts_of_a_set_add_up() -> None:
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.randint(-1, 5, (6, 20, 30), generator=generator)
-    prediction = torch.randint(0, 5, (6, 20, 30), generator=generator)
-    whole = confusion_matrix(prediction, truth, 5)
-    parts = sum(confusion_matrix(p, t, 5) for p, t in zip(prediction, truth, strict=True))
-    assert torch.equal(whole, parts)  # type: ignore[arg-type]
-    assert whole.sum() == (truth >= 0).sum()
-
-
 # --- windows ------------------------------------------------------------------------------------
 
 
@@ -127,19 +104,6 @@ def test_logits_are_the_mean_over_the_windows_that_see_a_pixel() -> None:
         ]
         assert len(answers) >= 1
         torch.testing.assert_close(found[:, y, x], torch.stack(answers).mean(0))
-
-
-def test_an_image_smaller_than_a_window_is_one_window() -> None:
-    image = torch.randn(3, 9, 21)
-    calls = []
-
-    def predict(windows: Tensor) -> Tensor:
-        calls.append(windows)
-        return windows[:, :2] * 2
-
-    found = slide_logits(predict, image, 2, 32, 20)
-    assert len(calls) == 1
-    torch.testing.assert_close(found, image[:2] * 2)
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30), st.integers(0, 99))

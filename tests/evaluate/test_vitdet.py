@@ -16,10 +16,8 @@ from cmt_mae.evaluate.detection.vitdet import (
     WindowedViT,
     attend,
     default_global_blocks,
-    join_windows,
     relative_table,
     run_block,
-    split_windows,
 )
 from tiny import tiny_vit
 
@@ -151,14 +149,6 @@ def test_tables_for_other_grids_are_interpolated() -> None:
     larger = relative_table(table, 8)
     assert (larger.diagonal() == 3).all(), "offset 0 stays in the middle"
     assert torch.allclose(larger[:, :, 0] + larger[:, :, 0].T, torch.tensor(6.0))
-
-
-def test_windows_and_back() -> None:
-    tokens = torch.randn(2, 6, 4, 5)
-    windows = split_windows(tokens, 2)
-    assert windows.shape == (12, 2, 2, 5)
-    assert torch.equal(windows[1], tokens[0, :2, 2:])
-    assert torch.equal(join_windows(windows, (6, 4)), tokens)
 
 
 def test_every_parameter_learns(tmp_path: Path) -> None:

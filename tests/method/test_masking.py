@@ -352,15 +352,6 @@ def test_first_block_is_one_rectangle_of_beits_size() -> None:
     assert columns.sum(0).min() > 0
 
 
-def test_blocks_are_contiguous_unlike_random_patches() -> None:
-    def neighbours(rule: str) -> float:
-        mask = sample_mask(rule, 78, noise(500, 196), FULL).mask.view(-1, 14, 14)
-        return (mask[:, 1:] == mask[:, :-1]).float().mean().item()
-
-    assert neighbours("random") == pytest.approx(0.52, abs=0.02)
-    assert neighbours("block") > 0.8
-
-
 def test_later_blocks_only_add_to_earlier_ones() -> None:
     """The hidden sets of growing counts are nested, and every level is a rectangle less the former."""
     numbers = noise(50, 196)
@@ -369,10 +360,3 @@ def test_later_blocks_only_add_to_earlier_ones() -> None:
         assert (large | ~small).all()
     bare = block_priority(numbers[:, 392:], FULL, numbers[:, :196]) < 1 - BLOCKS
     assert bare.float().mean() < 0.05  # 64 rectangles leave little to chance
-
-
-def test_noise_is_as_long_as_the_rule_needs() -> None:
-    for rule in RULES:
-        numbers = noise(2, 196, rule)
-        assert numbers.shape[1] == (392 + 5 * BLOCKS if rule == "block" else 392)
-        check_counts(sample_mask(rule, 147, numbers, FULL, attention(2, 196)), 196, 147)

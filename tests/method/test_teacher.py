@@ -83,13 +83,6 @@ def test_folding_scales_by_the_ratio_of_standard_deviations() -> None:
     assert not model.patch_embed.proj.bias.requires_grad
 
 
-def test_overlapping_patches_cannot_be_folded() -> None:
-    model = network("vit")
-    model.patch_embed.proj.stride = (4, 4)
-    with pytest.raises(InputError, match="cannot be folded"):
-        teacher(model)
-
-
 # --- grids ---------------------------------------------------------------------------------------
 
 
@@ -112,11 +105,6 @@ def test_grids_align_by_input_size() -> None:
         finish(taught.model, taught.look(cut_again)), finish(model, teacher(model).look(cut_again))
     )
     close(taught.features(taught.look(cut_again), None), model.forward_features(cut_again)[:, 1:])
-
-
-def test_a_grid_that_does_not_align_is_refused() -> None:
-    with pytest.raises(InputError, match=r"\(3, 4\) cannot be aligned .*teacher\.grid_align"):
-        teacher(network("vit"), grid=(14, 14))
 
 
 def test_area_and_bilinear_resampling_by_hand() -> None:
@@ -203,24 +191,6 @@ def test_attention_of_the_teacher_passes_heads_on(heads: str) -> None:
     close(taught.attention(taught.look(x), heads)[0], wanted[heads], atol=1e-5)
 
 
-def test_class_target_needs_a_class_token() -> None:
-    taught = teacher(network("ijepa"))
-    with pytest.raises(InputError, match="class token"):
-        taught.features(taught.look(pictures()), None, class_token=True)
-
-
-def test_unknown_feature_is_refused() -> None:
-    with pytest.raises(InputError, match=r"teacher\.feature 'logits'"):
-        teacher(network("vit"), feature="logits")
-
-
-def test_teacher_is_frozen() -> None:
-    model = clip().train()
-    taught = teacher(model, projection=model.head.weight)
-    assert not any(part.training for part in taught.model.modules())
-    assert not any(p.requires_grad for p in taught.parameters())
-
-
 # --- channels --------------------------------------------------------------------------------------
 
 
@@ -251,3 +221,17 @@ def test_channels_by_hand() -> None:
     for wanted, available in (([], 5), ([0, 1], 5), ([0, 1, 5], 5), ([-1, 0, 1], 5)):
         with pytest.raises(InputError, match=r"teacher\.channels"):
             teacher_channels(wanted, available)
+
+
+def test_what_no_teacher_can_do_is_refused() -> None:
+    overlapping = network("vit")
+    overlapping.patch_embed.proj.stride = (4, 4)
+    with pytest.raises(InputError, match="cannot be folded"):
+        teacher(overlapping)
+    with pytest.raises(InputError, match=r"\(3, 4\) cannot be aligned .*teacher\.grid_align"):
+        teacher(network("vit"), grid=(14, 14))
+    with pytest.raises(InputError, match=r"teacher\.feature 'logits'"):
+        teacher(network("vit"), feature="logits")
+    taught = teacher(network("ijepa"))
+    with pytest.raises(InputError, match="class token"):
+        taught.features(taught.look(pictures()), None, class_token=True)

@@ -11,7 +11,6 @@ from PIL import Image
 import cmt_mae.evaluate.video.sequence as sequence_module
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.davis import read_mask, write_mask
-from cmt_mae.data.sample import write_davis
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
 from programs import start
@@ -235,16 +234,6 @@ def test_strip_with_two_backbones(plain_vit, make_kind, davis, tmp_path):
         evaluate_davis(config(plain_vit, davis, compare=other))
 
 
-def test_a_run_directory_keeps_its_results(plain_vit, davis, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("seed: 0\n")
-    (run / "backbone.safetensors").write_bytes(Path(plain_vit).read_bytes())
-    evaluate_davis(config(run, davis))
-    assert len(list((run / "results").iterdir())) == 1
-    assert (masks_folder(run) / "one/00001.png").is_file()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -261,12 +250,6 @@ def test_bad_settings_are_refused_first(plain_vit, davis, tmp_path, change, mess
     with pytest.raises(InputError, match=message):
         evaluate_davis(config(plain_vit, davis, out=str(tmp_path / "o"), **change))
     assert not (tmp_path / "o").exists()
-
-
-def test_out_that_cannot_be_written(plain_vit, davis, tmp_path):
-    (tmp_path / "o").write_text("a file")
-    with pytest.raises(InputError, match=r"cannot make the folder .*another --out"):
-        evaluate_davis(config(plain_vit, davis, out=str(tmp_path / "o")))
 
 
 CHILD = """
@@ -309,14 +292,6 @@ def test_two_processes_share_sequences(plain_vit, davis, tmp_path):
     assert errors[0] == errors[1]
     assert "two/00001.jpg" in errors[0]
     assert [p.name for p in broken.glob("o/davis/*/scores/*")] == ["one.json"]
-
-
-def test_generated_scenes(tmp_path, plain_vit):
-    """Rendered objects that cross each other."""
-    write_davis(tmp_path / "scenes", 1, 4)
-    result = evaluate_davis(config(plain_vit, tmp_path / "scenes"))
-    assert result.data["objects"] in (2, 3)
-    assert 10 < result.metrics["J_mean"] < 100
 
 
 def test_real_frames(shared, tmp_path):

@@ -79,25 +79,6 @@ def test_shapes_equal_vos_benchmark(shape):
         check(predicted, truth, (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize(
-    ("predicted", "truth"),
-    [
-        (np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8)),
-        (np.ones((9, 9), np.uint8), np.zeros((9, 9), np.uint8)),
-        (np.ones((9, 9), np.uint8), np.ones((9, 9), np.uint8)),
-        (np.eye(9, dtype=np.uint8), np.eye(9, dtype=np.uint8)[::-1].copy()),
-        (np.eye(9, dtype=np.uint8)[:, :1] * 0 + 1, np.eye(9, dtype=np.uint8)[:, :1]),
-        (np.pad(np.ones((1, 1), np.uint8), ((8, 0), (8, 0))), np.ones((9, 9), np.uint8)),
-        (np.indices((16, 16)).sum(0).astype(np.uint8) % 2, np.ones((16, 16), np.uint8)),
-        (np.full((1, 1), 1, np.uint8), np.full((1, 1), 0, np.uint8)),
-    ],
-    ids=["empty", "one", "full", "crossed", "column", "corner", "chess", "pixel"],
-)
-def test_adversarial_masks_equal_vos_benchmark(predicted, truth):
-    check(predicted, truth, (1,))
-    check(truth, predicted, (1,))
-
-
 SMALL, LARGE = (20, 20), (480, 854)
 
 
@@ -161,18 +142,6 @@ def test_dilation_is_a_disc(maps, radius):
     for dy, dx in zip(*disk(radius).nonzero(), strict=True):
         wanted |= padded[:, dy : dy + maps.shape[1], dx : dx + maps.shape[2]]
     np.testing.assert_array_equal(grown, wanted)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_measures_are_symmetric_and_bounded(data):
-    shape = (2, *data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20))))
-    a, b = data.draw(hnp.arrays(bool, shape)), data.draw(hnp.arrays(bool, shape))
-    for measure in (jaccard, boundary_measure):
-        there, back = measure(a, b), measure(b, a)
-        np.testing.assert_allclose(there, back)
-        assert ((there >= 0) & (there <= 1)).all()
-        assert (measure(a, a) == 1).all()
 
 
 def test_missing_objects_are_empty_and_extra_ones_refused():
