@@ -20,7 +20,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.sample import write_coco
-from cmt_mae.evaluate.detection.metrics import coco_metrics
+from cmt_mae.evaluate.detection.metrics import AREAS, coco_metrics, objects_of
 from cmt_mae.evaluate.detection.predict import paste, to_coco
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -37,6 +37,10 @@ def pycocotools(truth: dict[str, Any], file: Path, kind: str) -> dict[str, float
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    images = [one for one in evaluation.evalImgs if one is not None]
+    counted = [sum(int((one["gtIgnore"] == 0).sum()) for one in images if one["aRng"] == limits)
+               for limits in evaluation.params.areaRng]  # fmt: skip
+    assert objects_of(truth) == dict(zip(AREAS, counted, strict=True))
     values = [math.nan if v == -1 else 100 * float(v) for v in evaluation.stats[:6]]
     return dict(zip(NAMES, values, strict=True))
 

@@ -183,6 +183,8 @@ def test_what_a_result_says(whole: Path, small: dict[str, Any]) -> None:
     assert found.backbone["digest"] == load_backbone(small["backbone"]).digest
     assert (found.data["train"], found.data["val"], found.data["classes"]) == (9, 5, 4)
     assert found.protocol["window"] == [32, 32]
+    low, high = found.interval("mIoU")  # over the five images
+    assert 0 <= low < found.metrics["mIoU"] < high <= 100
     assert any("iterations 6 instead of" in line for line in found.protocol["differs"])
     assert [r["step"] for r in rows(whole) if "val_mIoU" in r] == [2, 4, 6]
     with Image.open(whole / "pictures" / "step_00000006.png") as picture:

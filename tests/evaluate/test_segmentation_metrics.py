@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from torch import Tensor
 from torchmetrics.classification import (
@@ -17,7 +18,7 @@ from torchmetrics.classification import (
     MulticlassJaccardIndex,
 )
 
-from cmt_mae.evaluate.miou import confusion_matrix, scores
+from cmt_mae.evaluate.miou import confusion_matrix, counts, intervals, scores
 from cmt_mae.evaluate.segmentation_pictures import class_colours
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits, window_starts
 
@@ -54,6 +55,29 @@ def test_numbers_are_those_of_the_oracles(classes: int, n: int, seed: int, used:
     assert result.macc == pytest.approx(recall[torch.tensor(present)].mean().item(), abs=1e-6)
     right = (prediction == truth)[labelled].double().mean().item()
     assert result.aacc == pytest.approx(right, abs=1e-12)
+
+
+def test_intervals_over_images_are_scipys_bootstrap() -> None:
+    """30 images of three classes, the third in few of them; each is right in a part of its own."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(-1, 2, (30, 16, 16), generator=generator)
+    truth[:6, :8] = 2
+    wrong = torch.rand(30, 1, 1, generator=generator) > torch.rand(30, 16, 16, generator=generator)
+    prediction = torch.where(wrong, torch.randint(0, 3, truth.shape, generator=generator), truth.relu())
+    confusions = torch.stack([confusion_matrix(p, t, 3) for p, t in zip(prediction, truth, strict=True)])
+    found = intervals(torch.stack([counts(one) for one in confusions]))
+    whole = scores(confusions.sum(0))
+    for name in ("mIoU", "mAcc", "aAcc"):
+        oracle = stats.bootstrap(
+            (np.arange(30),),
+            lambda rows, name=name: 100 * getattr(scores(confusions[rows].sum(0)), name.lower()),
+            n_resamples=2000, vectorized=False, method="percentile", rng=1,
+        ).confidence_interval  # fmt: skip
+        assert found[name] == pytest.approx(list(oracle), abs=0.15 * (oracle.high - oracle.low))
+        assert found[name][0] < 100 * getattr(whole, name.lower()) < found[name][1]
+    alike = counts(confusions[0]).expand(5, 3, 3)
+    assert intervals(alike)["mIoU"] == pytest.approx([100 * scores(confusions[0]).miou] * 2)
+    assert intervals(alike[:1]) == {}
 
 
 # --- windows ------------------------------------------------------------------------------------

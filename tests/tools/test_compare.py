@@ -19,6 +19,7 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.result import Result, network_words
 from cmt_mae.tools.report.compare import CompareConfig, compare, letters, tabulate
 from cmt_mae.tools.report.comparison_text import as_plain_table, footnote_lines, print_table
+from cmt_mae.tools.report.gains import gain
 from cmt_mae.tools.report.paper import paper_numbers
 
 HEADLINES = {"knn": "cls/k20/top1", "linear": "top1", "coco": "box/AP", "davis": "J&F"}
@@ -223,6 +224,10 @@ def test_interval_of_an_accuracy_is_scipys_wilson(hits, count):
 def test_what_has_no_interval_says_how_many_images():
     assert "70.00 (4 images) [a]" in as_plain_table(table(make("coco")))
     assert make("coco").interval("box/AP") is None
+    boxes = make("coco", metrics={"box/APs": 5.0})
+    boxes.details["objects"] = {"": 31, "s": 2, "m": 9, "l": 20}
+    assert "70.00 (4 images, 31 objects) [a]" in as_plain_table(table(boxes))
+    assert boxes.over("box/APs") == "4 images, 2 objects"
     assert "70.00 [a]" in as_plain_table(table(make("other", data={"val": None})))
 
 
@@ -252,18 +257,41 @@ def test_student_minus_teacher_on_what_both_have():
     assert list(found) == [("knn", "top1"), ("davis", "J&F")]
     knn = found["knn", "top1"]
     assert (knn.student, knn.teacher, knn.difference) == ("runs/a", "dino", -10.0)
-    error = 1.96 * math.sqrt((60 * 40 + 70 * 30) / 400)
-    assert knn.interval == pytest.approx([-10 - error, -10 + error])
+    assert knn.interval == pytest.approx([-16.485, -3.39], abs=0.01)
     assert knn.differs == "size None and [96, 96]"
     jf = found["davis", "J&F"]
-    ends = stats.norm.interval(0.95, loc=2.0, scale=stats.sem([2.0, 1.0, 3.0]))
+    ends = stats.t.interval(0.95, 2, loc=2.0, scale=stats.sem([2.0, 1.0, 3.0]))
     assert jf.interval == pytest.approx(list(ends), abs=1e-4)
+    ends = stats.t.interval(0.95, 2, loc=51.0, scale=stats.sem([50.0, 40.0, 63.0]))
+    assert student[2].interval("J&F") == pytest.approx(list(ends), abs=1e-4)
     lines = [line for line in as_plain_table(made).splitlines() if " minus its teacher " in line]
     assert lines[0] == (
-        "runs/a minus its teacher dino: k-NN top-1 -10.00 (-16.57 to -3.43); size None and [96, 96]"
+        "runs/a minus its teacher dino: k-NN top-1 -10.00 (-16.49 to -3.39); size None and [96, 96]"
     )
     named = make("knn", 75.0, name="big", digest="x", data=few)  # its positions resized: other weights
     assert [gain.teacher for gain in table(student[0], named).gains] == ["big"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "ends"),  # Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10
+    [
+        ((56, 70), (48, 80), (5.24, 33.39)),
+        ((9, 10), (3, 10), (17.05, 80.90)),
+        ((10, 10), (0, 10), (60.75, 100.0)),
+    ],
+)
+def test_a_difference_of_accuracies_is_newcombes(ours, theirs, ends):
+    sides = [[make("knn", 100 * hits / n, data={"val": n})] for hits, n in (ours, theirs)]
+    _, interval = gain(*sides, "cls/k20/top1", "cls/k20/top1")
+    assert interval == pytest.approx(list(ends), abs=0.01)
+
+
+def test_a_difference_of_miou_has_an_interval_where_both_have():
+    sides = [[make("ade20k", v, metrics={"mIoU": v})] for v in (40.0, 50.0)]
+    assert gain(*sides, "mIoU", "mIoU") == (-10.0, None)
+    sides[0][0].details["intervals"] = {"mIoU": [37.0, 42.0]}
+    sides[1][0].details["intervals"] = {"mIoU": [46.0, 54.0]}
+    assert gain(*sides, "mIoU", "mIoU")[1] == pytest.approx([-10 - 5.0, -10 + math.hypot(2, 4)])
 
 
 def test_the_teacher_of_an_older_result_is_that_of_its_run(tmp_path):

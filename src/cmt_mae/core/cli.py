@@ -347,9 +347,9 @@ def show_result(result: Any) -> None:
         return Text(printable(text))
 
     protocol = result.protocol
-    count, kind = result.counted()
-    over = f", {count} {kind}" if count else ""
-    title = f"{result.task}, protocol {protocol['name']}, {result.backbone['name']} ({result.network}){over}"
+    over = result.over(protocol["headline"])
+    title = f"{result.task}, protocol {protocol['name']}, {result.backbone['name']} ({result.network})"
+    title += f", {over}" if over else ""
     table = Table(title=shown(title))
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -360,7 +360,7 @@ def show_result(result: Any) -> None:
         table.add_row(
             shown(metric + mark),
             f"{value:.2f}",
-            "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}",
+            f"of {result.over(metric)}" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}",
         )
     console = Console(stderr=True)
     console.print(table)

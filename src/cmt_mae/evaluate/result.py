@@ -85,21 +85,36 @@ class Result:
             (count, kind) if isinstance(count, int) and not isinstance(count, bool) else (0, kind)
         )
 
+    def over(self, metric: str) -> str:
+        """What a metric is over: "400 images", "60 images, 431 objects"; empty where the file does not say."""
+        count, kind = self.counted()
+        words = [f"{count} {kind}"] if count else []
+        objects = self.details.get("objects")
+        if self.task == "coco" and isinstance(objects, dict):
+            size = metric.rpartition("AP")[2]
+            number = objects.get(size if size in objects else "")
+            words += [f"{number} objects"] if isinstance(number, int) else []
+        return ", ".join(words)
+
     def interval(self, metric: str) -> tuple[float, float] | None:
         """95 % interval of a metric over the images or videos, in percent; None where none is known.
 
-        Of shares of right answers (names that end with top1 or top5): Wilson's. Of J&F, J and F: the mean over the
-        videos and its standard error. AP and mIoU are no means over images: they have none here.
+        Of shares of right answers (names that end with top1 or top5): Wilson's. Of mIoU, mAcc and aAcc: by the
+        bootstrap over images (miou.py). Of J&F, J and F: Student's of the mean over the videos. AP has none.
         """
         count, value = self.counted()[0], self.metrics[metric]
         if count < 1 or math.isnan(value):
             return None
         if metric.rsplit("/", 1)[-1] in ("top1", "top5", "best_top1"):
             return wilson(value / 100, count)
-        videos = self.videos(metric)
+        known = self.details.get("intervals")
+        ends = known.get(metric) if isinstance(known, dict) else None
+        if isinstance(ends, list) and [type(end) for end in ends] == [float, float]:
+            return ends[0], ends[1]
+        videos = list(self.videos(metric).values())
         if len(videos) < 2:
             return None
-        error = 1.96 * statistics.stdev(videos.values()) / math.sqrt(len(videos))
+        error = student(videos)
         return value - error, value + error
 
     def videos(self, metric: str) -> dict[str, float]:
@@ -239,6 +254,14 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def student(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean of two or more independent values, by Student's t."""
+    from scipy.stats import t  # not above: most tables need none
+
+    quantile = float(t.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def pixels_of(size: Sequence[int]) -> str:

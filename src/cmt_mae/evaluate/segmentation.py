@@ -39,7 +39,7 @@ from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.features import normalise
-from cmt_mae.evaluate.miou import Scores, confusion_matrix, scores
+from cmt_mae.evaluate.miou import Scores, confusion_matrix, counts, intervals, scores
 from cmt_mae.evaluate.pyramid import default_taps, sync_norms
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation_pictures import segmentation_picture
@@ -300,6 +300,7 @@ def measurement(
     def evaluate(step: int) -> Evaluation:
         confusion = torch.zeros((classes, classes), dtype=torch.int64, device=device)
         rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        each: list[tuple[int, Tensor]] = []
         images = each_once(
             sample, only, range(len(data.val)), batch_size=1, rank=rank, world=world,
             workers=config.workers, timeout_s=config.timeout_s,
@@ -308,7 +309,9 @@ def measurement(
             image = normalise(picture[None].to(device), backbone)[0]
             logits = slide_logits(predict, image, classes, recipe.crop_size, recipe.stride)
             prediction = resized_argmax(logits, (mask.shape[0], mask.shape[1]))
-            confusion += confusion_matrix(prediction, mask.to(device), classes)
+            found_here = confusion_matrix(prediction, mask.to(device), classes)
+            confusion += found_here
+            each.append((index, counts(found_here).cpu()))
             if accelerator.is_main_process:
                 if index in shown:
                     rows.append((picture, mask, prediction.cpu()))
@@ -318,13 +321,15 @@ def measurement(
         # addition of whole numbers: the same sum on any number of processes
         total: Tensor = accelerator.reduce(confusion, "sum")
         found = scores(total)
+        of_all = sorted(gather_object(each), key=lambda row: row[0])
+        ends = intervals(torch.stack([one for _, one in of_all]))
         if rows:
             title = f"step {step}: mIoU {100 * found.miou:.1f} % of {len(data.val)} images"
             path = run.path / "pictures" / f"step_{step:08d}.png"
             segmentation_picture(path, rows, list(data.classes), title)
         return Evaluation(
             {"mIoU": 100 * found.miou, "mAcc": 100 * found.macc, "aAcc": 100 * found.aacc},
-            {"classes": class_table(found, data.classes)},
+            {"classes": class_table(found, data.classes), "intervals": ends},
         )
 
     return evaluate

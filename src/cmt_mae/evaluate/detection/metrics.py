@@ -8,7 +8,8 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 AREAS = ("", "s", "m", "l")
-"""All, small (below 32^2 pixels), medium, large (from 96^2 on)."""
+"""All, small (up to 32^2 pixels), medium, large (from 96^2 on)."""
+LIMITS = (32.0**2, 96.0**2)
 
 
 def coco_metrics(
@@ -35,6 +36,14 @@ def coco_metrics(
         for number, category in enumerate(by_id):
             classes[category["name"]][f"{kind}/AP"] = _mean(precision[:, :, number, 0])
     return metrics, classes
+
+
+def objects_of(truth: dict[str, Any]) -> dict[str, int]:
+    """How many objects each AP is over, by the end of its name ("" for all, s, m, l); heaps do not count."""
+    areas = [float(a["area"]) for a in truth["annotations"] if not a["iscrowd"]]
+    small, large = sum(a <= LIMITS[0] for a in areas), sum(a >= LIMITS[1] for a in areas)
+    medium = sum(LIMITS[0] <= a <= LIMITS[1] for a in areas)
+    return dict(zip(AREAS, (len(areas), small, medium, large), strict=True))
 
 
 def _precision(truth: dict[str, Any], found: list[dict[str, Any]], iou_type: Any) -> np.ndarray:

@@ -272,9 +272,11 @@ class Evaluator:
                 if rows is None:
                     continue
                 write_text(self.out / "predictions" / f"{name}.json", json.dumps(rows))
-            metrics, classes = coco_metrics(self.split.ground_truth(), boxes, masks)
+            truth = self.split.ground_truth()
+            metrics, classes = coco_metrics(truth, boxes, masks)
             self.picture(step, boxes, masks, metrics)
             details = {"classes": classes, "detections": len(boxes), "images": len(self.split)}
+            details["objects"] = objects_of(truth)
             answer = [Evaluation(metrics, details)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(answer)

@@ -68,7 +68,7 @@ class Number:
     interval: list[float] | None = None
     """95 % interval over the images or videos, of a number of one seed; None where none is known."""
     counted: str = ""
-    """What the number is over: "400 images"; empty for the paper's."""
+    """What the number is over: "400 images", "60 images, 431 objects"; empty for the paper's."""
 
 
 @dataclass
@@ -319,7 +319,6 @@ def over_seeds(values: list[tuple[Path, Result, str]], mark: str) -> Number:
     there = [value for value in there if not math.isnan(value)]
     _, result, metric = next((v for v in values if not math.isnan(v[1].metrics[v[2]])), values[0])
     ends = result.interval(metric) if len(there) == 1 else None
-    count, kind = result.counted()
     return Number(
         value=statistics.fmean(there) if there else math.nan,
         spread=statistics.stdev(there) if len(there) > 1 else None,
@@ -328,7 +327,7 @@ def over_seeds(values: list[tuple[Path, Result, str]], mark: str) -> Number:
         seeds=sorted(result.seed for _, result, _ in values),
         files=[str(path) for path, _, _ in values],
         interval=None if ends is None else list(ends),
-        counted=f"{count} {kind}" if count else "",
+        counted=result.over(metric),
     )
 
 

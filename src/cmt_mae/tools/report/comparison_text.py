@@ -196,7 +196,7 @@ def gain_lines(comparison: Comparison) -> list[str]:
     lines = []
     for one in comparison.gains:
         task, metric = one.column
-        ends = "no interval known"
+        ends = f"no interval known{f' of {one.over}' if one.over else ''}"
         if one.interval is not None:
             ends = f"{one.interval[0]:+.2f} to {one.interval[1]:+.2f}"
         differs = f"; {one.differs}" if one.differs else ""
@@ -228,7 +228,7 @@ def footnote_lines(comparison: Comparison, whole: bool = True) -> list[tuple[str
     numbers = [n for row in comparison.rows for cell in row.cells.values() for n in cell]
     if any(number.interval is not None for number in numbers):
         lines.append(
-            ("(–)", "95 % interval over the validation images (Wilson) or over the videos")
+            ("(–)", "95 % interval over the images (Wilson; of mIoU the bootstrap) or the videos (Student)")
         )
     if any(number.spread is not None for number in numbers):
         lines.append(("±", "sample standard deviation over seeds"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmt_mae.core.run_reader import is_run, read_run, section
-from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.result import Result, student
 from cmt_mae.evaluate.tasks import TASKS
 
 Column = tuple[str, str]  # task, metric
@@ -29,6 +29,8 @@ class Gain:
     """In points."""
     interval: list[float] | None
     """95 %; None where none is known."""
+    over: str
+    """What the student's number is over, such as "400 images"."""
     differs: str
     """What is not the same in the two protocols, such as each network's input size; empty for nothing."""
 
@@ -116,7 +118,8 @@ def between(
             if not math.isnan(found[0]):
                 difference, interval = found
                 differs = differences(result, other)
-                made[column] = Gain(student, teacher, column, difference, interval, differs)
+                over = result.over(metric)
+                made[column] = Gain(student, teacher, column, difference, interval, over, differs)
     return list(made.values())
 
 
@@ -139,28 +142,43 @@ def gain(
 ) -> tuple[float, list[float] | None]:
     """(difference of the means over seeds, its 95 % interval).
 
-    Of accuracies by the binomial errors of both and the spread over seeds: the images are the same, which makes
-    the true error smaller. Of videos by the differences video by video. Of AP and mIoU none is known.
+    Of videos by the differences video by video. Else as of independent numbers, from the interval of each and
+    the spread over seeds (Newcombe's square-and-add): the images are the same, which makes the true error smaller.
+    None where one of the two has no interval (AP).
     """
-    both = [
-        [result.metrics[name] for result in results]
+    sides = [
+        _side([result.metrics[name] for result in results], results, name)
         for results, name in ((ours, metric), (theirs, its_metric))
     ]
-    difference = statistics.fmean(both[0]) - statistics.fmean(both[1])
-    count = ours[0].counted()[0]
+    difference = sides[0].mean - sides[1].mean
     mine, its = ours[0].videos(metric), theirs[0].videos(its_metric)
-    if metric.endswith("top1") and count:
-        error = 1.96 * math.sqrt(sum(variance(values, count) for values in both))
-    elif len(mine) > 1 and mine.keys() == its.keys():
-        each = [mine[name] - its[name] for name in mine]
-        error = 1.96 * statistics.stdev(each) / math.sqrt(len(each))
-    else:
+    if len(mine) > 1 and mine.keys() == its.keys():
+        error = student([mine[name] - its[name] for name in mine])
+        return difference, [difference - error, difference + error]
+    if sides[0].below is None or sides[1].below is None:
         return difference, None
-    return difference, [difference - error, difference + error]
+    return difference, [
+        difference - math.hypot(sides[0].below, sides[1].above),
+        difference + math.hypot(sides[0].above, sides[1].below),
+    ]
 
 
-def variance(values: list[float], count: int) -> float:
-    """Of the mean over seeds of an accuracy in percent, over so many images."""
-    share = min(1.0, max(0.0, statistics.fmean(values) / 100))
-    seeds = statistics.variance(values) / len(values) if len(values) > 1 else 0.0
-    return 1e4 * share * (1 - share) / count + seeds
+@dataclass
+class _Side:
+    """One of two numbers: its mean over seeds, and how far its 95 % interval goes below and above."""
+
+    mean: float
+    below: float | None
+    above: float
+
+
+def _side(values: list[float], results: list[Result], metric: str) -> _Side:
+    """Over the images from each seed's own interval, over seeds from the values."""
+    mean = statistics.fmean(values)
+    ends = [one.interval(metric) for one in results]
+    known = [(v - e[0], e[1] - v) for v, e in zip(values, ends, strict=True) if e is not None]
+    if len(known) < len(values):
+        return _Side(mean, None, 0.0)
+    seeds = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    below, above = (math.hypot(statistics.fmean(part), seeds) for part in zip(*known, strict=True))
+    return _Side(mean, below, above)
