@@ -255,13 +255,17 @@ def test_export_to_one_file_for_timm(run: Path, tmp_path: Path) -> None:
     assert load_backbone(str(out)).digest == b.digest
 
 
-def test_export_to_plain_torch(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "x.pth"
+@pytest.mark.parametrize("name", ["x.pth", "x.pt"])
+def test_export_to_plain_torch(run: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
     said = export(ExportConfig(backbone=str(run), out=str(out), format="torch"))
     bare = timm.create_model(said["architecture"], num_classes=0, **said["kwargs"]).eval()
     bare.load_state_dict(torch.load(out, weights_only=True), strict=True)
     assert torch.equal(tokens(bare, image()), tokens(load_backbone(str(run)).model, image()))
-    with pytest.raises(InputError, match=r"\.pth"):
+    names: dict[str, Any] = {"timm": timm, "torch": torch}
+    exec(said["load"], names)
+    assert torch.equal(tokens(names["model"].eval(), image()), tokens(bare, image()))
+    with pytest.raises(InputError, match=r"ends in \.pth or \.pt$"):
         export(ExportConfig(backbone=str(run), out=str(tmp_path), format="torch"))
 
 

@@ -147,6 +147,21 @@ def test_a_run_offers_its_checkpoints_and_its_own_settings(tmp_path: Path) -> No
         )
 
 
+def test_what_a_file_does_not_say_is_given_as_to_any_command(tmp_path: Path, image: str) -> None:
+    """For the files that do not say it; `embedded`, which does, is opened beside them as it is."""
+    file = tmp_path / "bare.pth"
+    kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs).state_dict(), file)
+    names = ["embedded", str(file)]
+    with pytest.raises(InputError, match="--arch NAME --heads N .*--mean"):
+        Explorer([], names, [], AppConfig()).limits(Choice(str(file), None, "none"))
+    given = AppConfig(arch="vit_tiny_patch16_224", heads=2, grid=[8, 8], mean=[0.5] * 3, std=[0.5] * 3)
+    explorer = Explorer([], names, [], given)
+    assert explorer.limits(Choice(str(file), None, "none")) == (2, 2)
+    assert explorer.limits(Choice("embedded", None, "none")) == (6, 4)
+    assert explorer.view(Choice(str(file), None, "none"), image, PLAIN).tiles
+
+
 def test_a_broken_image_is_one_line(explorer: Explorer, both: Choice, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"x\.png"):

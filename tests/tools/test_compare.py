@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
+from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.evaluate.result import Result, network_words
+from cmt_mae.evaluate.result import Result
 from cmt_mae.tools.report.compare import CompareConfig, compare, letters, tabulate
 from cmt_mae.tools.report.comparison_text import as_plain_table, footnote_lines, print_table
 from cmt_mae.tools.report.gains import gain
@@ -309,7 +310,7 @@ def test_the_network_is_the_one_that_was_built():
         "vit_tiny_patch16_224", num_classes=0, img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3
     )
     backbone = SimpleNamespace(model=net, architecture="vit_tiny_patch16_224", img_size=(48, 48))
-    assert network_words(backbone) == "ViT 96 x 4, patch 8, 48 px"
+    assert Backbone.network.fget(backbone) == "ViT 96 x 4, patch 8, 48 px"
     old = make()
     old.backbone["img_size"] = [48, 64]
     assert old.network == "vit_small_patch16_224, 48 x 64 px"

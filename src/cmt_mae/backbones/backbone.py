@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cmt_mae.core.text import pixels_of
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -78,6 +80,14 @@ class Backbone:
             "std": [float(v) for v in self.std],
             **network_facts(self.model),
         }
+
+    @property
+    def network(self) -> str:
+        """The network as it is, whatever architecture its name began with: ``ViT 96 x 4, patch 8, 48 px``."""
+        model: Any = self.model
+        patch = pixels_of(model.patch_embed.patch_size).removesuffix(" px")
+        shape = f"ViT {model.embed_dim} x {len(model.blocks)}, patch {patch}"
+        return f"{shape}, {pixels_of(self.img_size)}"
 
     @property
     def transform(self) -> Callable[[Any], Tensor]:

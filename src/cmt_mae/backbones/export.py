@@ -32,7 +32,7 @@ class ExportConfig(BackboneFacts):
     backbone: str
     """What to export: a run directory, a file or a timm name."""
     out: str
-    """Where to: a folder for timm and hf, FILE.pth for torch. timm also takes FILE.safetensors: one file, which
+    """Where to: a folder for timm and hf, FILE.pth (or .pt) for torch. timm also takes FILE.safetensors: one file, which
     timm loads without its normalisation."""
     format: Literal["timm", "hf", "torch"] = "timm"
     """timm: loads in timm.create_model; hf: in transformers.ViTModel; torch: a plain state dict."""
@@ -56,7 +56,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     elif config.format == "timm":
         load = _export_timm(backbone, out)
     else:
-        load = _export_torch(backbone, _with_suffix(out, ".pth"))
+        load = _export_torch(backbone, _with_suffix(out, ".pth", ".pt"))
     for line in [*licence_lines(backbone), f"load it with: {load}"]:
         print(printable(line), file=sys.stderr)
     return {
@@ -83,9 +83,11 @@ def licence_lines(backbone: Backbone) -> list[str]:
     return [*lines, f"libraries: {libraries_line()}; all: docs/licences.md"]
 
 
-def _with_suffix(out: Path, suffix: str) -> Path:
-    if out.suffix != suffix or out.is_dir():
-        raise InputError(f"{out}: this format is one file; give --out a name that ends in {suffix}")
+def _with_suffix(out: Path, *suffixes: str) -> Path:
+    if out.suffix not in suffixes or out.is_dir():
+        raise InputError(
+            f"{out}: this format is one file; give --out a name that ends in {' or '.join(suffixes)}"
+        )
     return out
 
 
@@ -140,8 +142,8 @@ def _export_torch(backbone: Backbone, out: Path) -> str:
     buffer = io.BytesIO()
     torch.save(plain_state(backbone.model, backbone.proj), buffer)
     write_atomically(out, buffer.getvalue())
-    model = f"timm.create_model({backbone.architecture!r}, {_arguments(backbone)})"
-    return f"{model}.load_state_dict(torch.load({str(out)!r}, weights_only=True))"
+    model = f"model = timm.create_model({backbone.architecture!r}, {_arguments(backbone)})"
+    return f"{model}; model.load_state_dict(torch.load({str(out)!r}, weights_only=True))"
 
 
 def _export_hf(backbone: Backbone, out: Path) -> str:

@@ -341,7 +341,7 @@ def announce(backbone: Backbone, name: str) -> None:
         "/".join(f"{v:.3f}".rstrip("0") for v in values) for values in (backbone.mean, backbone.std)
     )
     line = (
-        f"{name}: {backbone.architecture}, {facts['heads']} heads, {facts['activation']}, eps {facts['eps']:g} "
+        f"{name}: {backbone.network}, {facts['heads']} heads, {facts['activation']}, eps {facts['eps']:g} "
         f"from {known.get('network', 'its file')}; mean {mean}, std {std} from "
         f"{known.get('normalisation', 'its file')}"
     )

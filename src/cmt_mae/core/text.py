@@ -27,3 +27,9 @@ def hint(word: str, known: Sequence[str]) -> str:
     """`` (did you mean x?)`` for the known word that is nearest, or nothing where none is near."""
     near = difflib.get_close_matches(word[:200], known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def pixels_of(size: Sequence[int]) -> str:
+    """``48 px``, ``48 x 64 px`` of height and width."""
+    sides = list(dict.fromkeys(size)) if len(size) == 2 else list(size)
+    return f"{' x '.join(map(str, sides))} px"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_text
 from cmt_mae.core.run_reader import is_run
+from cmt_mae.core.text import pixels_of
 
 if TYPE_CHECKING:
     import torch
@@ -216,7 +217,7 @@ def make_result(
         backbone={
             "name": backbone_name(settings),
             "architecture": backbone.architecture,
-            "network": network_words(backbone),
+            "network": backbone.network,
             "digest": backbone.digest,
             "facts": backbone.facts,
             "known_from": backbone.known_from,
@@ -262,23 +263,6 @@ def student(values: Sequence[float]) -> float:
 
     quantile = float(t.ppf(0.975, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def pixels_of(size: Sequence[int]) -> str:
-    """``48 px``, ``48 x 64 px`` of height and width."""
-    sides = list(dict.fromkeys(size)) if len(size) == 2 else list(size)
-    return f"{' x '.join(map(str, sides))} px"
-
-
-def network_words(backbone: Backbone) -> str:
-    """The network as it is, whatever architecture its name began with: ``ViT 96 x 4, patch 8, 48 px``."""
-    model: Any = backbone.model
-    try:
-        patch = pixels_of(model.patch_embed.patch_size).removesuffix(" px")
-        shape = f"ViT {model.embed_dim} x {len(model.blocks)}, patch {patch}"
-    except (AttributeError, TypeError):
-        shape = backbone.architecture
-    return f"{shape}, {pixels_of(backbone.img_size)}"
 
 
 def versions() -> dict[str, str]:

@@ -5,8 +5,9 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Port, check_fields
 from cmt_mae.data.sample import pictures
@@ -19,12 +20,15 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
-class AppConfig:
+class AppConfig(BackboneFacts):
     """Look at attention, masks and features by hand, in the browser (needs the extra `app`).
 
     Drop an image; choose run, checkpoint and teacher; move the sliders; compare two backbones by a click on a
     patch. Serves on this machine alone, asks nothing of the network, and opens only what is named here.
+    --arch, --mean, --std, --heads and --grid hold for those --backbones whose file does not say them.
     """
+
+    binding: ClassVar[bool] = False
 
     runs: list[str] = field(default_factory=list)
     """Run directories, or folders of them. Default: what lies in runs/."""
@@ -65,7 +69,7 @@ def start(config: AppConfig, folder: Path) -> tuple[Any, str]:
     from cmt_mae.tools.app.page import CSS, build, theme
 
     runs = find_runs(config.runs)
-    explorer = Explorer(runs, config.backbones, config.teachers)
+    explorer = Explorer(runs, config.backbones, config.teachers, config)
     page = build(explorer, first_image(runs, folder), folder)
     try:
         _, address, _ = page.launch(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cmt_mae.core.backbone_facts import NoFacts
+from cmt_mae.core.backbone_facts import BackboneFacts, NoFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.masking import Mask, count_masked
 from cmt_mae.tools.inspect.attention import attention_sheet, in_units
@@ -94,8 +94,18 @@ class Likeness:
 class Explorer:
     """Everything the page asks for. Networks and looks at images are kept, so that a slider costs little."""
 
-    def __init__(self, runs: list[str], backbones: list[str], teachers: list[str]) -> None:
-        """Names that the page offers; nothing else is opened. Raises InputError for a folder that is no run."""
+    def __init__(
+        self,
+        runs: list[str],
+        backbones: list[str],
+        teachers: list[str],
+        facts: BackboneFacts | None = None,
+    ) -> None:
+        """Names that the page offers; nothing else is opened. facts: what files of the backbones do not say.
+
+        Raises InputError for a folder that is no run.
+        """
+        self.facts = facts or NoFacts()
         self.runs, self.backbones = list(dict.fromkeys(runs)), list(dict.fromkeys(backbones))
         for run in self.runs:
             if not (Path(run) / "config.yaml").is_file():
@@ -198,7 +208,7 @@ class Explorer:
         teacher = "" if choice.teacher == OWN_TEACHER else choice.teacher
         if choice.network in self.runs:
             return self._run(choice.network, teacher=teacher).at(choice.step)
-        return open_backbone(choice.network, teacher=teacher, facts=NoFacts())
+        return open_backbone(choice.network, teacher=teacher, facts=self.facts)
 
     def _look(self, choice: Choice, image: str) -> Inspector:
         networks = self.networks(choice)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cmt_mae.core.backbone_facts import BackboneFacts
+from cmt_mae.core.backbone_facts import FACTS, BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Count, CountOrNone, Share, check_fields
 from cmt_mae.core.text import hint, one_line
@@ -94,6 +94,9 @@ class ExplainConfig(BackboneFacts):
                 )
         if self.run and self.backbone:
             raise InputError("--run and --backbone are both given: leave one out")
+        given = [name for name in FACTS if getattr(self, name)]
+        if given and not self.backbone:
+            raise InputError(f"--{given[0]} is of the file that --backbone names, and there is none: leave it out")
         if not (self.run or self.backbone or self.results):
             raise InputError("nothing to look at: give --run RUN, or --backbone B")
         if len(self.size) > 2:
