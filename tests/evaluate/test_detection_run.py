@@ -96,6 +96,8 @@ def test_stored_detections_give_pycocotools_the_same_numbers(given: dict[str, An
     assert {"faster-coco-eval", "torchvision"} <= result.versions.keys()
     assert saved(given["out"]).identity() == result.identity()
     assert len(result.details["classes"]) == 10
+    objects = [a for a in json.loads(truth.read_text())["annotations"] if not a["iscrowd"]]
+    assert result.over("mask/AP50") == f"12 images, {len(objects)} objects"
 
 
 def test_quick_learns_generated_scenes(tmp_path: Path) -> None:

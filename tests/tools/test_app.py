@@ -153,7 +153,7 @@ def test_what_a_file_does_not_say_is_given_as_to_any_command(tmp_path: Path, ima
     kwargs = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs).state_dict(), file)
     names = ["embedded", str(file)]
-    with pytest.raises(InputError, match="--arch NAME --heads N .*--mean"):
+    with pytest.raises(InputError, match=r"--arch NAME --heads N .*--mean"):
         Explorer([], names, [], AppConfig()).limits(Choice(str(file), None, "none"))
     given = AppConfig(arch="vit_tiny_patch16_224", heads=2, grid=[8, 8], mean=[0.5] * 3, std=[0.5] * 3)
     explorer = Explorer([], names, [], given)

@@ -32,8 +32,8 @@ class ExportConfig(BackboneFacts):
     backbone: str
     """What to export: a run directory, a file or a timm name."""
     out: str
-    """Where to: a folder for timm and hf, FILE.pth (or .pt) for torch. timm also takes FILE.safetensors: one file, which
-    timm loads without its normalisation."""
+    """Where to: a folder for timm and hf, FILE.pth (or .pt) for torch. timm also takes FILE.safetensors: one
+    file, which timm loads without its normalisation."""
     format: Literal["timm", "hf", "torch"] = "timm"
     """timm: loads in timm.create_model; hf: in transformers.ViTModel; torch: a plain state dict."""
     key: str | None = None

@@ -348,7 +348,9 @@ def show_result(result: Any) -> None:
 
     protocol = result.protocol
     over = result.over(protocol["headline"])
-    title = f"{result.task}, protocol {protocol['name']}, {result.backbone['name']} ({result.network})"
+    title = (
+        f"{result.task}, protocol {protocol['name']}, {result.backbone['name']} ({result.network})"
+    )
     title += f", {over}" if over else ""
     table = Table(title=shown(title))
     table.add_column("metric")

@@ -115,7 +115,7 @@ class Result:
         videos = list(self.videos(metric).values())
         if len(videos) < 2:
             return None
-        error = student(videos)
+        error = half_interval(videos)
         return value - error, value + error
 
     def videos(self, metric: str) -> dict[str, float]:
@@ -257,7 +257,7 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
-def student(values: Sequence[float]) -> float:
+def half_interval(values: Sequence[float]) -> float:
     """Half the width of the 95 % interval of the mean of two or more independent values, by Student's t."""
     from scipy.stats import t  # not above: most tables need none
 

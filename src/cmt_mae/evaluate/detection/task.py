@@ -33,7 +33,7 @@ from cmt_mae.engine.schedules import step_decay, warmed_up
 from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.evaluate.detection.detector import DetectionBatch, Detector, build_detector, depth_of
-from cmt_mae.evaluate.detection.metrics import coco_metrics
+from cmt_mae.evaluate.detection.metrics import coco_metrics, objects_of
 from cmt_mae.evaluate.detection.pictures import detection_picture
 from cmt_mae.evaluate.detection.predict import to_coco
 from cmt_mae.evaluate.detection.protocols import CocoConfig, DetectionProtocol, describe, resolve

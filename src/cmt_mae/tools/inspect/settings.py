@@ -96,7 +96,9 @@ class ExplainConfig(BackboneFacts):
             raise InputError("--run and --backbone are both given: leave one out")
         given = [name for name in FACTS if getattr(self, name)]
         if given and not self.backbone:
-            raise InputError(f"--{given[0]} is of the file that --backbone names, and there is none: leave it out")
+            raise InputError(
+                f"--{given[0]} is of the file that --backbone names, and there is none: leave it out"
+            )
         if not (self.run or self.backbone or self.results):
             raise InputError("nothing to look at: give --run RUN, or --backbone B")
         if len(self.size) > 2:

@@ -228,7 +228,10 @@ def footnote_lines(comparison: Comparison, whole: bool = True) -> list[tuple[str
     numbers = [n for row in comparison.rows for cell in row.cells.values() for n in cell]
     if any(number.interval is not None for number in numbers):
         lines.append(
-            ("(–)", "95 % interval over the images (Wilson; of mIoU the bootstrap) or the videos (Student)")
+            (
+                "(–)",
+                "95 % interval over the images (Wilson; of mIoU the bootstrap) or the videos (Student)",
+            )
         )
     if any(number.spread is not None for number in numbers):
         lines.append(("±", "sample standard deviation over seeds"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmt_mae.core.run_reader import is_run, read_run, section
-from cmt_mae.evaluate.result import Result, student
+from cmt_mae.evaluate.result import Result, half_interval
 from cmt_mae.evaluate.tasks import TASKS
 
 Column = tuple[str, str]  # task, metric
@@ -153,7 +153,7 @@ def gain(
     difference = sides[0].mean - sides[1].mean
     mine, its = ours[0].videos(metric), theirs[0].videos(its_metric)
     if len(mine) > 1 and mine.keys() == its.keys():
-        error = student([mine[name] - its[name] for name in mine])
+        error = half_interval([mine[name] - its[name] for name in mine])
         return difference, [difference - error, difference + error]
     if sides[0].below is None or sides[1].below is None:
         return difference, None
