@@ -1,20 +1,17 @@
-"""One NVIDIA GPU in under 9 minutes: does everything run, how fast is a step, what does the time left learn.
+"""One NVIDIA GPU in under 9 minutes: does everything run, and how fast is a step.
 
     PYTHONPATH=src python3 -m benchmarks.gpu --out runs/gpu.json                   # the same command goes on
-    PYTHONPATH=src python3 -m benchmarks.gpu --out runs/gpu.json --data imagenette_128/
-    python -m benchmarks.gpu --make-data imagenette/ imagenette_128/               # beforehand: at most 64 MiB
     python -m benchmarks.gpu --dry-run --out runs/gpu_dry.json                     # on a CPU: does it work?
 
 In this order, each entry in the file as soon as it is made, and none measured twice: smoke (seconds each, failures
-listed, never fatal), rates (images/s, MFU, memory, host waits a step; eager, compiled, plain, transformers) and
-quality (cmt against mae for as long as time is left). docs/gpu.md says what to look at.
+listed, never fatal) and rates (images/s, MFU, memory, host waits a step; eager, compiled, plain, transformers).
+docs/gpu.md says what to look at. How good the result is: benchmarks/quality.py.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +22,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 NEEDED = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "rich", "PIL", "numpy", "cmt_mae")
-PARTS = ("smoke", "rates", "quality")
+PARTS = ("smoke", "rates")
 TARGETS = {"vitb16/two": 0.45}
 """MFU wanted on an H100 or H200."""
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
@@ -44,8 +42,6 @@ def options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--sizes", default="vitb16,vitl16")
     parser.add_argument("--batches", default="128,256,512")
-    parser.add_argument("--data", default="", help="class folders with train and val, for quality")
-    parser.add_argument("--make-data", nargs=2, metavar=("FROM", "TO"), help="shrink photos, nothing else")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: no measurement")
     return parser.parse_args(words)
 
@@ -57,8 +53,6 @@ def main(words: list[str] | None = None) -> int:
     if gone:
         print(f"missing modules: {', '.join(gone)} (cmt_mae: set PYTHONPATH=src)", file=sys.stderr)
         return 2
-    if given.make_data:
-        return shrink(*map(Path, given.make_data))
     parts = given.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         print(f"--parts: '{unknown[0]}' is unknown: use {', '.join(PARTS)}", file=sys.stderr)
@@ -76,25 +70,8 @@ def main(words: list[str] | None = None) -> int:
     return bench.end()
 
 
-def shrink(source: Path, target: Path, side: int = 128) -> int:
-    """Class folders of photos again as small JPEGs, which fit into 64 MiB for Imagenette."""
-    from PIL import Image
-
-    total = 0
-    for file in sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")):
-        out = (target / file.relative_to(source)).with_suffix(".jpg")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(file) as image:
-            small = image.convert("RGB")
-        scale = side / min(small.size)
-        small.resize([round(scale * s) for s in small.size], Image.Resampling.BICUBIC).save(out, quality=80)
-        total += out.stat().st_size
-    print(f"{target}: {total / 2**20:.1f} MiB", file=sys.stderr)
-    return 0
-
-
 class Bench:
-    """What the three parts share."""
+    """What the two parts share."""
 
     def __init__(self, given: argparse.Namespace, book: Any) -> None:
         import torch
@@ -145,23 +122,20 @@ class Bench:
 
         from benchmarks.steps import our_trainer
         from cmt_mae.method import frozen
-        from cmt_mae.tools.bench.measure import replaced
 
         used: list[Any] = []
+        real = frozen.sample_mask
 
-        def keep(real: Any) -> Any:
-            def sample(*words: Any, **names: Any) -> Any:
-                used.append(real(*words, **names) if mask is None else mask)
-                return used[-1]
-
-            return sample
+        def sample(*words: Any, **names: Any) -> Any:
+            used.append(real(*words, **names) if mask is None else mask)
+            return used[-1]
 
         torch._dynamo.reset()
         torch.manual_seed(0)
         trainer, task, batches, step = our_trainer(run, "two")
         if run.runtime.compile and trainer.no_compiler:
             raise RuntimeError(f"nothing can be compiled here: {trainer.no_compiler}")
-        with replaced(frozen, "sample_mask", keep):
+        with mock.patch.object(frozen, "sample_mask", sample):
             with trainer.accelerator.autocast():
                 loss, _ = task.loss(trainer.model, next(batches), step)
             trainer.accelerator.backward(loss)
@@ -191,7 +165,6 @@ class Bench:
         """A real run of 6 steps, stage two from the 4th; SIGTERM to this very process in step ``stop_at``."""
         from cmt_mae.core.errors import Stopped
         from cmt_mae.engine.trainer import Trainer
-        from cmt_mae.tools.bench.measure import replaced
         from cmt_mae.tools.pretrain import pretrain
 
         run = self.settings("two", "micro", 16, epochs=6.0)
@@ -199,15 +172,14 @@ class Bench:
         run.runtime.deterministic, run.runtime.progress = True, False
         run.optim.warmup_epochs = 1
 
-        def stopping(real: Any) -> Any:
-            def step(trainer: Any, batches: Any, number: int) -> Any:
-                if number + 1 == stop_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return real(trainer, batches, number)
+        real = Trainer.step
 
-            return step
+        def step(trainer: Any, batches: Any, number: int) -> Any:
+            if number + 1 == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(trainer, batches, number)
 
-        with replaced(Trainer, "step", stopping), contextlib.suppress(Stopped):
+        with mock.patch.object(Trainer, "step", step), contextlib.suppress(Stopped):
             pretrain(run)
 
     def fsdp(self) -> dict[str, Any]:
@@ -282,7 +254,7 @@ class Bench:
 
         from benchmarks.steps import METHODS, our_trainer
         from cmt_mae.tools.bench import measure
-        from cmt_mae.tools.bench.flops import OURS, PLAIN, step_macs, step_of
+        from cmt_mae.tools.bench.flops import flop_per_image
 
         torch._dynamo.reset()
         run = self.settings(method, size, batch, **{"runtime.compile": way == "compiled"})
@@ -292,11 +264,10 @@ class Bench:
         measure.forget_peak(self.device)
         rounds, count = (5, 5) if not self.dry else (1, 1)
         timed = measure.rates(trainer, batches, step, batch, rounds, count)
-        sizes = step_of(task.learner, task.frozen_networks, task.alphas_at(step), task.plan.n_mask)
-        rate = timed["images_per_second"]["median"]
-        ours, plain = (2 * sum(step_macs(sizes, cuts).values()) for cuts in (OURS, PLAIN))
+        networks = (task.learner, task.frozen_networks, task.alphas_at(step), task.plan.n_mask)
+        flop = sum(flop_per_image(*networks).values())
         return {
-            **timed, "mfu": rate * ours / peak, "mfu_plain": rate * plain / peak,
+            **timed, "mfu": timed["images_per_second"]["median"] * flop / peak,
             "peak_memory_gb": measure.peak_gb(self.device),
             "host_waits": host_waits(lambda: trainer.step(batches, step), self.device),
         }  # fmt: skip
@@ -347,53 +318,6 @@ class Bench:
             if number:
                 seconds.append((time.perf_counter() - begin) / count)
         return {"images_per_second": spread([batch / s for s in seconds]), "step_seconds": spread(seconds)}
-
-    # --- quality ---
-
-    def quality(self) -> None:
-        """The time that is left, halved between cmt and mae: ViT-S/16 at 128 px, k-NN at the end of each."""
-        if not self.given.data and not self.dry:
-            self.book.left.append("quality: give --data")
-            return
-        for number, method in enumerate(("cmt", "mae")):
-            share = max(0.0, self.book.seconds_left() - 20) / (2 - number)
-            self.book.measure(f"quality/{method}", 30, partial(self.learn, method, share))
-
-    def learn(self, method: str, seconds: float) -> dict[str, Any]:
-        """A run as long as its share of the time (by a rate measured on 20 steps), then k-NN."""
-        from benchmarks.steps import fill
-        from cmt_mae.core.recipes import load_recipes
-        from cmt_mae.data.sources import open_split
-        from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
-        from cmt_mae.tools.pretrain import pretrain
-
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            data = Path(self.given.data) if not self.dry else colours(folder / "data", 24, classes=2)
-            run = self.settings("mae" if method == "mae" else "two", "micro" if self.dry else "vits16", 16)
-            if not self.dry:
-                fill(run, load_recipes(f"{method},imagenette_vits16,{method}"))
-                run.student.img_size, run.batch_size, run.teacher.name = [128], 256, "embedded"
-            run.data.path, run.out, run.runtime.progress = str(data), str(folder / "run"), False
-            run.data.workers = 0 if self.dry else min(14, (os.cpu_count() or 2) - 1)
-            per_epoch = len(open_split(str(data), "train")) // run.batch_size
-            run.epochs = 2.0 if self.dry else max(20 / per_epoch, 0.0)
-            run.optim.warmup_epochs = run.epochs / 10
-            begin = time.perf_counter()
-            pretrain(run)
-            if not self.dry:
-                rate = (time.perf_counter() - begin - 5) / 20
-                run.epochs = max(run.epochs, 0.9 * (seconds - 60) / max(rate, 1e-3) / per_epoch)
-                run.optim.warmup_epochs, run.out = run.epochs / 10, str(folder / "long")
-                begin = time.perf_counter()
-                pretrain(run)
-            trained = time.perf_counter() - begin
-            knn = evaluate_knn(
-                KnnConfig(run.out, str(data), out=str(folder), device=self.device.type, workers=run.data.workers)
-            )  # fmt: skip
-            kept = self.given.out.with_name(f"{self.given.out.stem}_{method}_metrics.jsonl")
-            shutil.copyfile(Path(run.out) / "metrics.jsonl", kept)
-        return {"epochs": run.epochs, "training_seconds": trained, "knn": knn.metrics}
 
     def end(self) -> int:
         """Verdicts, the last words, the exit status."""

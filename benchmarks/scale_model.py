@@ -9,68 +9,64 @@ of a GPU are assumptions (``Machine``), loader and checkpoint numbers are those 
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import torch
+from timm.layers import QuickGELU
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from benchmarks.timing import REPOSITORY, RESULTS, markdown
 from cmt_mae.core.files import write_atomically
-from cmt_mae.method.vit import PRESETS
-from cmt_mae.tools.bench.flops import OURS, Guide, Net, Step, step_macs
+from cmt_mae.method.cmtmae import Alphas, MaskConfig, StudentWithDecoder, TargetConfig
+from cmt_mae.method.decoder import DecoderConfig
+from cmt_mae.method.frozen import FrozenNetworks
+from cmt_mae.method.teacher import Teacher, TeacherConfig
+from cmt_mae.method.vit import StudentConfig, build_student
+from cmt_mae.tools.bench.flops import flop_per_image
 
 PAGE = REPOSITORY / "docs" / "scale.md"
-PATCHES, HIDDEN, PATCH_PIXELS = 196, 147, 768  # 224 px, patch 16, 75 % hidden
-DECODER = (512, 8)  # width, depth
-TEACHER = (768, 12, 512)  # CLIP ViT-B/16: width, depth, projected width
+HIDDEN = 147  # of 196 patches: 224 px, patch 16, 75 %
 FP32 = 4
+STAGES = {"mae": Alphas(0.0, 0.0), "one": Alphas(0.0, 0.0), "two": Alphas(0.3, 0.3)}
 
 
-def vit_parameters(width: int, depth: int) -> tuple[int, int]:
-    """(learnt, fixed) parameters of a student: a block has 12 d^2 + 13 d, positions are fixed."""
-    embedding = PATCH_PIXELS * width + width + width  # patch embedding, class token
-    return embedding + depth * (12 * width**2 + 13 * width) + 2 * width, (PATCHES + 1) * width
+@cache
+def paper_networks(size: str, stage: str) -> tuple[StudentWithDecoder, FrozenNetworks]:
+    """The paper's networks, weights not set: a student of this preset, CLIP ViT-B/16 as teacher.
+
+    stage: mae (no teacher, pixels), one or two; the momentum student is not made.
+    """
+    config, half, guided = StudentConfig(preset=size), (0.5, 0.5, 0.5), stage != "mae"
+    target = TargetConfig() if guided else TargetConfig("pixel", "mae")
+    with torch.device("meta"):
+        student, teacher = build_student(config), None
+        if guided:
+            teacher = Teacher(
+                VisionTransformer(num_classes=0, pre_norm=True, act_layer=QuickGELU), TeacherConfig(), mean=half,
+                std=half, student_mean=half, student_std=half, grid=config.grid(),
+                projection=torch.empty(512, 768),
+            )  # fmt: skip
+        widths = {"teacher": 512, "momentum": student.embed_dim} if guided else {"pixel": 768}
+        learner = StudentWithDecoder(student, DecoderConfig(), target, widths)
+        frozen = FrozenNetworks(
+            MaskConfig(rule="sampled_high" if guided else "random"), target, teacher=teacher, grid=config.grid(),
+            patch_size=config.patch_size, mean=half, std=half,
+        )  # fmt: skip
+    return learner.to_empty(device="cpu"), frozen.to_empty(device="cpu")
 
 
-def learner_parameters(size: str) -> tuple[int, int]:
-    """(learnt, fixed) parameters of student, decoder and both heads."""
-    width, depth, _, _ = PRESETS[size]
-    learnt, fixed = vit_parameters(width, depth)
-    inner, blocks = DECODER
-    decoder = width * inner + inner + inner + blocks * (12 * inner**2 + 13 * inner) + 2 * inner
-    heads = (inner + 1) * TEACHER[2] + (inner + 1) * width
-    return learnt + decoder + heads, fixed + (PATCHES + 1) * inner
+def parameters(network: nn.Module, learnt: bool = False) -> int:
+    """Parameters, all of them or those that learn (positions are fixed)."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad or not learnt)
 
 
-def net(width: int, depth: int, embedding: int = 0, projection: int = 0) -> Net:
-    """A plain ViT for ``flops.step_macs``. embedding: MAC a patch."""
-    square = width**2
-    return Net(
-        patches=PATCHES, prefix=1, depth=depth, attention=width,
-        embedding=embedding or PATCH_PIXELS * width, query=square, output=square, mlp=8 * square,
-        projection=projection,
-    )  # fmt: skip
-
-
-def step_sizes(size: str, stage: str) -> Step:
-    """The step of the paper's setting: stage mae, one or two."""
-    width, depth, _, _ = PRESETS[size]
-    student = net(width, depth)
-    inner, blocks = DECODER
-    guided, second = stage != "mae", stage == "two"
-    heads = inner * (TEACHER[2] if guided else PATCH_PIXELS) + (inner * width if second else 0)
-    teacher = Guide(
-        net(TEACHER[0], TEACHER[1], projection=TEACHER[0] * TEACHER[2]), "class", True, HIDDEN, HIDDEN
-    )  # fmt: skip
-    return Step(
-        student=student, visible=PATCHES - HIDDEN, hidden=HIDDEN,
-        decoder=net(inner, blocks, embedding=width * inner), prompting=False, predicted=HIDDEN, heads=heads,
-        teacher=teacher if guided else None,
-        momentum=Guide(student, "class", True, HIDDEN, HIDDEN) if second else None,
-    )  # fmt: skip
-
-
+@cache
 def flop(size: str, stage: str) -> dict[str, float]:
     """FLOP of one image: all of the step, and its backward pass."""
-    macs = step_macs(step_sizes(size, stage), OURS)
-    return {"step": 2.0 * sum(macs.values()), "backward": 2.0 * macs["backward"]}
+    counted = flop_per_image(*paper_networks(size, stage), STAGES[stage], HIDDEN)
+    return {"step": float(sum(counted.values())), "backward": float(counted["backward"])}
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def step_cost(size: str, stage: str, gpus: int, images: int, machine: Machine) -
     """Seconds of one step with DDP by cause, and images/s of all GPUs. images: a GPU and step."""
     work = flop(size, stage)
     compute, backward = (images * work[part] / machine.sustained for part in ("step", "backward"))
-    gradient = FP32 * learner_parameters(size)[0]
+    gradient = FP32 * parameters(paper_networks(size, "two")[0], learnt=True)
     exchange = all_reduce_seconds(gradient, gpus, machine)
     last = exchange * min(1.0, machine.bucket / gradient)
     exposed = last + max(0.0, exchange - last - backward)
@@ -131,18 +127,18 @@ def step_cost(size: str, stage: str, gpus: int, images: int, machine: Machine) -
 
 def memory_bytes(size: str, gpus: int, parallel: str) -> float:
     """Bytes a GPU of weights, gradients, Adam's two moments, momentum student (fp32) and teacher (fp32)."""
-    learnt, fixed = learner_parameters(size)
-    width, depth, _, _ = PRESETS[size]
-    own = FP32 * (4 * learnt + fixed + sum(vit_parameters(width, depth)))
-    teacher = FP32 * (sum(vit_parameters(TEACHER[0], TEACHER[1])) + TEACHER[0] * TEACHER[2])
+    learner, frozen = paper_networks(size, "two")
+    assert frozen.teacher is not None
+    assert frozen.teacher.projection is not None
+    own = FP32 * (3 * parameters(learner, learnt=True) + parameters(learner) + parameters(learner.student))
+    teacher = FP32 * (parameters(frozen.teacher.model) + frozen.teacher.projection.numel())
     return (own if parallel == "ddp" else own / gpus) + teacher
 
 
 def checkpoint_bytes(size: str) -> int:
     """A checkpoint of stage two: weights and two moments of what learns, fixed positions, momentum student."""
-    learnt, fixed = learner_parameters(size)
-    width, depth, _, _ = PRESETS[size]
-    return FP32 * (3 * learnt + fixed + sum(vit_parameters(width, depth)))
+    learner, _ = paper_networks(size, "two")
+    return FP32 * (2 * parameters(learner, learnt=True) + parameters(learner) + parameters(learner.student))
 
 
 def loader_needs(rate: float, per_core: float, image_bytes: float) -> dict[str, float]:
@@ -186,9 +182,8 @@ def sizes_table() -> str:
     """Exact numbers of a step."""
     rows = []
     for size, name in SIZES.items():
-        learnt, _ = learner_parameters(size)
-        width, depth, _, _ = PRESETS[size]
-        student = FP32 * sum(vit_parameters(width, depth))
+        learner, _ = paper_networks(size, "two")
+        learnt, student = parameters(learner, learnt=True), FP32 * parameters(learner.student)
         rows.append(
             [name, f"{learnt / 1e6:.1f} M", *(f"{flop(size, s)['step'] / 1e9:.1f}" for s in ("mae", "one", "two")),
              f"{all_reduce_bytes(FP32 * learnt, 64) / 1e9:.2f} GB",

@@ -42,8 +42,7 @@ from cmt_mae.core.files import write_atomically, write_json
 from cmt_mae.core.runs import environment
 from cmt_mae.engine import compiling
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.tools.bench.flops import OURS as OUR_CUTS
-from cmt_mae.tools.bench.flops import PLAIN, step_macs, step_of
+from cmt_mae.tools.bench.flops import flop_per_image
 
 COMPILED = "ours, compiled"
 RIVALS = ("transformers", "lightly", "naive, maps in last", "naive, maps in all")
@@ -260,37 +259,36 @@ def measure_costs(
     axis: str, size: str, points: dict[str, tuple[PretrainConfig, str]], options: Options
 ) -> dict[str, Any]:
     """One axis: time, multiplications and their ratio at every point."""
-    contestants, gflop, plain = {}, {}, {}
+    contestants, gflop = {}, {}
     for name, (config, stage) in points.items():
         trainer, task, batches, at = steps.our_trainer(config, stage)
         contestants[name] = partial(trainer.step, batches, at)
-        sizes = step_of(
+        counted = flop_per_image(
             task.learner, task.frozen_networks, task.alphas_at(at), task.plan.n_mask
         )
-        gflop[name] = 2e-9 * sum(step_macs(sizes, OUR_CUTS).values())
-        plain[name] = 2e-9 * sum(step_macs(sizes, PLAIN).values())
+        gflop[name] = 1e-9 * sum(counted.values())
     batch = next(iter(points.values()))[0].batch_size
     comparison = Comparison(
         "cost", f"cost/{size}/{axis}",
         f"Our step on {batch} images at several settings ({axis}), size {size}, and the GFLOP an image that it "
         "computes (forward and backward, matrix products only).",
-        batch, facts={"dtype": "fp32", "gflop_per_image": gflop, "gflop_per_image_plain": plain},
+        batch, facts={"dtype": "fp32", "gflop_per_image": gflop},
     )  # fmt: skip
     entry = comparison.measured(alternate(contestants, options.rounds))
     for name, row in entry["contestants"].items():
         row["gflop_per_second"] = row["rate"] * gflop[name]
     if axis == "stage":
-        entry["facts"]["stage_two_over_mae"] = over_mae(entry, plain)
+        entry["facts"]["stage_two_over_mae"] = over_mae(entry, gflop)
     return entry
 
 
-def over_mae(entry: dict[str, Any], plain: dict[str, float]) -> dict[str, float]:
+def over_mae(entry: dict[str, Any], gflop: dict[str, float]) -> dict[str, float]:
     """Cost of stage two over our own MAE: by time (median of the rounds' ratios), by FLOP, and one over the
     other (wanted: 1.05 at most)."""
     rows = entry["contestants"]
     rounds = zip(rows["stage two"]["seconds"], rows["mae"]["seconds"], strict=True)
     ratios = sorted(two / mae for two, mae in rounds)
-    time, flop = ratios[len(ratios) // 2], plain["stage two"] / plain["mae"]
+    time, flop = ratios[len(ratios) // 2], gflop["stage two"] / gflop["mae"]
     return {"time": time, "flop": flop, "excess": time / flop, "wanted_excess_at_most": 1.05}
 
 

@@ -2,23 +2,23 @@
 
 import json
 import mmap
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.steps import our_trainer, settings
 from PIL import Image
 
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes
-from cmt_mae.data.loader import CropSettings
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.bench import measure
-from cmt_mae.tools.bench.build import frozen_backbone, make_trainer, synthetic_batches
+from cmt_mae.tools.bench.build import frozen_backbone
 from cmt_mae.tools.bench.command import BenchConfig, bench
+from cmt_mae.tools.bench.flops import flop_per_image
 from cmt_mae.tools.bench.peak import peak_flops
 
 SMALL = [
@@ -43,7 +43,7 @@ def test_both_stages_of_a_micro_recipe(tmp_path: Path) -> None:
     assert content["data"] == "synthetic"
     assert "measured" in content["peak"]["how"]
     assert set(content["stages"]) == {"one", "two"}
-    for name, stage in content["stages"].items():
+    for stage in content["stages"].values():
         rate = stage["images_per_second"]
         assert 0 < rate["low"] <= rate["median"] <= rate["high"]
         assert stage["round_seconds"] == pytest.approx(
@@ -53,32 +53,16 @@ def test_both_stages_of_a_micro_recipe(tmp_path: Path) -> None:
         )
         flop = stage["gflop_per_image"] * 1e9
         assert stage["mfu"] == pytest.approx(rate["median"] * flop / content["peak"]["flops"])
-        assert flop == pytest.approx(2e9 * sum(stage["gmac_by_part"].values()))
-        assert stage["gflop_per_image_plain"] > stage["gflop_per_image"]
         assert stage["data_wait_share"] < 0.05
         assert 0.1 < stage["peak_memory_gb"] < 50
-        shares = stage["shares"]
-        assert tuple(shares) == measure.PARTS
-        assert sum(shares.values()) == pytest.approx(1)
-        used = {"teacher", "mask", "targets", "encoder", "decoder", "backward", "optimizer"}
-        assert all(shares[part] > 0 for part in used)
-        assert (
-            shares["other"] < 0.9
-        )  # a machine that is busy elsewhere stretches what is between the parts
-        in_two = name == "two"
-        assert (shares["momentum"] > 0) == in_two
-        assert (shares["ema"] > 0) == in_two
 
 
 def test_pixel_mae_has_one_stage_and_no_teacher(capsys: pytest.CaptureFixture[str]) -> None:
     content = bench(config("mae,micro64"))
     assert content["teacher"] is None
     (stage,) = content["stages"].values()
-    assert stage["shares"]["teacher"] == stage["shares"]["momentum"] == 0
-    shown = capsys.readouterr().err
-    assert "images/s" in shown
-    assert "backward" in shown
-    assert "momentum" not in shown
+    assert stage["gflop_per_image"] > 0
+    assert "images/s" in capsys.readouterr().err
 
 
 def test_real_images_through_the_loader(tmp_path: Path) -> None:
@@ -122,47 +106,10 @@ def test_a_recipe_without_stage_two_says_so() -> None:
         bench(config("mae,micro64", "--stages=two"))
 
 
-def test_watching_a_step_changes_neither_its_result_nor_its_modules() -> None:
-    """The same two steps with and without clocks end with the same weights, and the clocks come off."""
-    weights = []
-    for watch in (False, True):
-        run = run_settings()
-        trainer, task = make_trainer(run)
-        step = task.switch_step
-        trainer.enter(step)
-        batches = synthetic_batches(CropSettings((32, 32)), run.mask.rule, 16, 4)
-        owners = (trainer, task, task.frozen_networks, measure.cmtmae, measure.frozen)
-        untouched = [dict(vars(owner)) for owner in owners]
-        if watch:
-            # one step before it counts, and one that does
-            measure.shares(trainer, batches, step, 1)
-        else:
-            for _ in range(2):
-                trainer.step(batches, step)
-        after = [dict(vars(owner)) for owner in owners]
-        assert [set(d) for d in after] == [set(d) for d in untouched]
-        assert after[0]["model"] is untouched[0]["model"]
-        assert after[4]["sample_mask"] is untouched[4]["sample_mask"]
-        weights.append(task.learner.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
 def run_settings(recipe: str = "cmt,micro64") -> PretrainConfig:
     run = config(recipe).run_settings()
     run.batch_size = 4
     return run
-
-
-def test_spans_count_themselves_only() -> None:
-    spans = measure.Spans(torch.device("cpu"))
-    with spans.span("outer"):
-        time.sleep(0.02)
-        with spans.span("inner"):
-            time.sleep(0.05)
-        time.sleep(0.02)
-    assert spans.seconds["inner"] == pytest.approx(0.05, abs=0.03)
-    assert spans.seconds["outer"] == pytest.approx(0.04, abs=0.03)
-    assert spans.seconds["outer"] < 0.08
 
 
 def test_a_teacher_that_would_be_downloaded_is_random_but_has_its_shape() -> None:
@@ -201,3 +148,22 @@ def test_a_known_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> No
     assert "data sheet of H100" in found["how"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 PCIe")
     assert peak_flops(torch.device("cuda"), "bf16")["flops"] == 756e12
+
+
+def test_counting_changes_nothing() -> None:
+    """Of a run in stage one the momentum student of stage two is counted, and is not made by that."""
+    trainer, task, batches, step = our_trainer(settings("two", "micro"), "one")
+    trainer.step(batches, step)
+    before = {name: value.clone() for name, value in task.learner.state_dict().items()}
+    drawn = torch.get_rng_state()
+    networks = (task.learner, task.frozen_networks)
+    flop = [
+        sum(flop_per_image(*networks, task.alphas_at(at), task.plan.n_mask).values())
+        for at in (0, task.switch_step)
+    ]
+    assert 0 < flop[0] < flop[1]
+    assert task.frozen_networks.momentum is None
+    assert torch.equal(torch.get_rng_state(), drawn)
+    after = task.learner.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trainer.step(batches, step)

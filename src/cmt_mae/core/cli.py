@@ -130,7 +130,7 @@ USAGE = """usage: cmt-mae COMMAND [options]      (cmt-mae COMMAND --help shows t
   export           write a backbone as timm, hf or torch
   embed            features of all images of a folder: --backbone B --images DIR --out F.npz | .parquet | .csv
   pack             pack images into a memory-mapped array for fast epochs
-  bench            images/s, MFU and the share of each part of a step: --recipe R
+  bench            images/s, MFU and memory of a step: --recipe R
   ablate WHAT      a grid of runs x seeds and its table: components | alpha | masks | FILE.yaml ...
   doctor [RUN]     machine, images, teacher, what a run will take; why a run does not learn [--json]
   app [RUN ...]    look at attention, masks and features by hand, in the browser (extra `app`)

@@ -48,8 +48,6 @@ class RunRecord:
     """Name and reason."""
     pictures: list[Path] = field(default_factory=list)
     """Files below pictures/, sorted by name."""
-    bench: dict[str, Any] = field(default_factory=dict)
-    """bench.json, where `cmt-mae bench --out RUN` was run."""
     going_on: bool = False
     """Whether a process holds run.lock, or may (another machine's)."""
     silent_seconds: float = 0.0
@@ -136,7 +134,6 @@ def read_run(run: str | Path, label: str = "") -> RunRecord:
     record = RunRecord(path, one_line(label or name_of(path), 120))
     record.config = _settings(record)
     record.facts = _json(record, "run.json")
-    record.bench = _json(record, "bench.json")
     record.rows = _metrics(record)
     record.bad_images = _bad_images(record)
     record.warnings = _warnings(record)

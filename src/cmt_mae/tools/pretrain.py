@@ -1,14 +1,15 @@
-"""The command ``pretrain``: builds the task and passes in what other rooms add to it - pictures, probe, cost."""
+"""The command ``pretrain``: builds the task and passes in what other rooms add to it: pictures and k-NN probe."""
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.core.checkpoint import list_checkpoints, step_of
@@ -91,10 +92,9 @@ def pretrain(
             teacher=backbone,
             looks=Looks(draw_attention, probe),
         )
-        cost = cost_of(task)
         if not list_checkpoints(run.checkpoints):
-            refuse_days(task, cost["flop_per_image"])
-        facts = {**task.facts(0), "plan": vars(plan), "cost": cost}
+            refuse_days(task)
+        facts = {**task.facts(0), "plan": vars(plan)}
         facts["functions"] = {"mask_rule": source_of(mask_rule), "target": source_of(target)}
         if sizes:
             facts["probe"] = sizes
@@ -172,13 +172,14 @@ def source_of(function: Callable[..., Any] | None) -> str | None:
     return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def refuse_days(task: Pretraining, flop: dict[str, int]) -> None:
+def refuse_days(task: Pretraining) -> None:
     """Raise InputError where a CPU would need more than a day, by its speed at matrix products."""
     plan, config = task.plan, task.config
     if task.device.type != "cpu" or config.runtime.yes:
         return
-    steps = {"one": plan.switch_step, "two": plan.total_steps - plan.switch_step}
-    whole = config.batch_size * sum(flop.get(name, 0) * count for name, count in steps.items())
+    second = plan.total_steps - plan.switch_step
+    flop = plan.switch_step * rough_flop(task, 0) + second * rough_flop(task, plan.switch_step)
+    whole = config.batch_size * flop
     if whole < SURELY_A_DAY_LESS:
         return
     from cmt_mae.tools.bench.peak import peak_flops
@@ -191,6 +192,24 @@ def refuse_days(task: Pretraining, flop: dict[str, int]) -> None:
             f"{duration(seconds)}: take a recipe of a smaller scale, such as --recipe cmt_all,micro64, or add "
             "--yes to begin all the same"
         )
+
+
+def rough_flop(task: Pretraining, step: int) -> float:
+    """FLOP of one image at a step, about: 2 for each weight and token, three times that where gradients flow."""
+    plan, frozen, student = task.plan, task.frozen_networks, task.learner.student
+
+    def weights(network: nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters() if p.ndim > 1)
+
+    behind = weights(task.learner) - weights(student)  # decoder and heads
+    products = 3 * ((plan.n_patches - plan.n_mask) * weights(student) + plan.n_patches * behind)
+    # kept outputs: after the first epoch the teacher no longer runs
+    kept = task.config.teacher.cache or task.config.teacher.view == "photo"
+    if frozen.teacher is not None and not kept:
+        products += math.prod(frozen.teacher.own_grid) * weights(frozen.teacher.model)
+    if task.alphas_at(step).loss > 0:
+        products += plan.n_patches * weights(student)
+    return 2.0 * products
 
 
 def keep_range(source: Source, run: RunDir) -> None:
@@ -216,29 +235,6 @@ def open_probe(config: PretrainConfig, accelerator: Accelerator) -> tuple[Any, d
         return probe.measure(backbone, accelerator)
 
     return measure, {"train": len(probe.train), "val": len(probe.val)}
-
-
-def cost_of(task: Pretraining) -> dict[str, Any]:
-    """``flop_per_image`` of each stage (one, two) and ``peak`` of one device (flops, how), or None."""
-    from cmt_mae.tools.bench.flops import step_macs, step_of
-    from cmt_mae.tools.bench.peak import data_sheet
-
-    config, plan, device = task.config, task.plan, task.device
-    stages = {"one": 0} if plan.switch_step > 0 else {}
-    if plan.switch_step < plan.total_steps:
-        stages["two"] = plan.switch_step
-    flop: dict[str, int] = {}
-    for name, step in stages.items():
-        try:
-            sizes = step_of(task.learner, task.frozen_networks, task.alphas_at(step), plan.n_mask)
-        except (AttributeError, TypeError):  # a teacher built in a way that cannot be counted
-            continue
-        if config.teacher.cache or config.teacher.view == "photo":
-            sizes = replace(sizes, teacher=None)  # after the first epoch the teacher no longer runs
-        flop[name] = 2 * sum(step_macs(sizes).values())
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    bf16 = task.accelerator.mixed_precision == "bf16"
-    return {"flop_per_image": flop, "peak": data_sheet(gpu, "bf16" if bf16 else "fp32")}
 
 
 def draw_attention(task: Pretraining, student: Vit, step: int, run: RunDir) -> None:

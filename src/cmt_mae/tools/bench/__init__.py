@@ -1,1 +1,1 @@
-"""How fast a step is: `cmt-mae bench`, the count of its multiplications and the share of each part."""
+"""How fast a step is: `cmt-mae bench`, and the count of its multiplications."""

@@ -60,7 +60,16 @@ def teacher_of(config: PretrainConfig, backbone: Backbone, stats: assembly.Stati
 def make_trainer(
     config: PretrainConfig, backbone: Backbone | None = None, images: int | None = None
 ) -> tuple[Trainer, Pretraining]:
-    """The steps of this run in an imagined data set of ``STEPS`` steps an epoch (or ``images`` images).
+    """``make_task`` and what takes its steps."""
+    task, runtime = make_task(config, backbone, images), config.runtime
+    trainer = Trainer(task, task.accelerator, parallel=runtime.parallel, compiled=runtime.compile)
+    return trainer, task
+
+
+def make_task(
+    config: PretrainConfig, backbone: Backbone | None = None, images: int | None = None
+) -> Pretraining:
+    """This run in an imagined data set of ``STEPS`` steps an epoch (or ``images`` images).
 
     backbone: the teacher; made from the settings by default. Normalisation: ImageNet's, or the settings'.
     """
@@ -76,9 +85,7 @@ def make_trainer(
     plan = make_plan(config, images or STEPS * config.batch_size, accelerator.num_processes)
     learner = assembly.build_learner(config, teacher)
     guides = assembly.build_guides(config, teacher, stats)
-    task = Pretraining(config, accelerator, plan, learner, guides, stats=stats)
-    runtime = config.runtime
-    return Trainer(task, accelerator, parallel=runtime.parallel, compiled=runtime.compile), task
+    return Pretraining(config, accelerator, plan, learner, guides, stats=stats)
 
 
 def synthetic_batches(

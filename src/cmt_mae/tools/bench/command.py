@@ -27,8 +27,8 @@ from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.bench import measure
-from cmt_mae.tools.bench.build import frozen_backbone, make_trainer, synthetic_batches
-from cmt_mae.tools.bench.flops import OURS, PLAIN, step_macs, step_of
+from cmt_mae.tools.bench.build import frozen_backbone, make_task, synthetic_batches
+from cmt_mae.tools.bench.flops import flop_per_image
 from cmt_mae.tools.bench.peak import peak_flops
 
 
@@ -73,10 +73,9 @@ class BenchConfig(PretrainConfig):
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure, show a table on stderr, write ``config.out`` if given, and return its content.
 
-    For each stage of the run: images a second (all processes), MFU against the peak in ``peak_flops``, the
-    share of each part of the step, the share of time spent waiting for data, peak memory. ``mfu`` counts what
-    the step computes, ``mfu_plain`` what the plain way would (spec section 11): the first is the efficiency,
-    the second the one to compare with other code. Raises InputError for settings that cannot work.
+    For each stage of the run: images a second (all processes), MFU (share of the peak in ``peak_flops`` that the
+    step's matrix products reach), the share of time spent waiting for data, peak memory. Raises InputError for
+    settings that cannot work.
     """
     run = config.run_settings()
     source = config.data.open_train() if config.data.path else None
@@ -87,7 +86,17 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         raise InputError(
             f"{config.data.path} has {len(source)} images, fewer than a step of {run.batch_size}: lower --images"
         )
-    trainer, task = make_trainer(run, backbone, len(source) if source else None)
+    task = make_task(run, backbone, len(source) if source else None)
+    stages = stages_of(config, task)
+    flop = {
+        name: flop_per_image(
+            task.learner, task.frozen_networks, task.alphas_at(step), task.plan.n_mask
+        )
+        for name, step in stages.items()
+    }  # before the networks may be cut into pieces
+    trainer = Trainer(
+        task, task.accelerator, parallel=run.runtime.parallel, compiled=run.runtime.compile
+    )
     peak = peak_flops(trainer.device, trainer.precision, config.peak)
     content: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -104,10 +113,15 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "stages": {},
     }
     with closing(open_batches(run, task, source)) as batches:
-        for name, step in stages_of(config, task).items():
-            content["stages"][name] = measure_stage(
-                config, trainer, task, batches, step, peak["flops"]
-            )
+        for name, step in stages.items():
+            measured = measure_stage(config, trainer, task, batches, step)
+            done = sum(flop[name].values())
+            rate = measured["images_per_second"]["median"] / processes
+            content["stages"][name] = {
+                **measured,
+                "mfu": rate * done / peak["flops"],
+                "gflop_per_image": done / 1e9,
+            }
             if config.out and trainer.accelerator.is_main_process:
                 write_json(out_file(config.out), content)  # written as it goes
     if trainer.accelerator.is_main_process:
@@ -134,33 +148,19 @@ def measure_stage(
     task: Pretraining,
     batches: Iterator[Batch],
     step: int,
-    peak: float,
 ) -> dict[str, Any]:
-    """Everything about one stage."""
+    """Times and memory of one stage."""
     trainer.enter(step)
     on_gpu = trainer.device.type == "cuda"
     steps = config.steps or (10 if on_gpu else 2)
     images = task.plan.micro_batch
     fresh = measure.forget_peak(trainer.device)
     timed = measure.rates(trainer, batches, step, images, config.rounds, steps)
-    memory = measure.peak_gb(trainer.device)
-    parts = measure.shares(trainer, batches, step, steps)
-    sizes = step_of(task.learner, task.frozen_networks, task.alphas_at(step), task.plan.n_mask)
-    macs, plain_macs = step_macs(sizes, OURS), step_macs(sizes, PLAIN)
-    rate = timed["images_per_second"]["median"]
-    total, plain_total = 2 * sum(macs.values()), 2 * sum(plain_macs.values())
     world = trainer.accelerator.num_processes
     timed["images_per_second"] = {k: v * world for k, v in timed["images_per_second"].items()}
     return {
         **timed,
-        "mfu": rate * total / peak,
-        "mfu_plain": rate * plain_total / peak,
-        "gflop_per_image": total / 1e9,
-        "gflop_per_image_plain": plain_total / 1e9,
-        "gmac_by_part": {name: count / 1e9 for name, count in macs.items()},
-        "shares": parts["shares"],
-        "shares_step_seconds": parts["step_seconds"],
-        "peak_memory_gb": memory,
+        "peak_memory_gb": measure.peak_gb(trainer.device),
         "peak_memory_of": ("the GPU" if on_gpu else "resident memory, this stage")
         if fresh
         else "resident memory, whole process",
@@ -210,13 +210,9 @@ def show(content: dict[str, Any]) -> None:
         lambda s: "{median:.4g} ({low:.4g} to {high:.4g})".format(**s["images_per_second"]),
     )
     row("MFU", lambda s: f"{s['mfu']:.1%}")
-    row("MFU, counted the plain way", lambda s: f"{s['mfu_plain']:.1%}")
     row("GFLOP an image", lambda s: f"{s['gflop_per_image']:.4g}")
     row("waiting for data", lambda s: f"{s['data_wait_share']:.1%}")
     row("peak memory, GB", lambda s: f"{s['peak_memory_gb']:.2f}")
-    for part in measure.PARTS:
-        if any(stage["shares"][part] >= 0.0005 for stage in stages.values()):
-            row(f"  {part}", lambda s, part=part: f"{s['shares'][part]:.1%}")
     console = Console(stderr=True)
     console.print(table)
     peak = content["peak"]

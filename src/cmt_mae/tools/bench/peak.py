@@ -19,14 +19,6 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def data_sheet(gpu: str, precision: str) -> dict[str, Any] | None:
-    """FLOP/s of a GPU by its maker, in bf16; None where this file does not know it."""
-    for known in sorted(KNOWN_BF16, key=len, reverse=True):
-        if precision == "bf16" and known in gpu:
-            return {"flops": KNOWN_BF16[known], "how": f"data sheet of {known}, dense bf16"}
-    return None
-
-
 def peak_flops(device: torch.device, precision: str, how: str = "auto") -> dict[str, Any]:
     """FLOP/s that this device can reach: of the data sheet for known GPUs in bf16, else measured.
 
@@ -34,9 +26,10 @@ def peak_flops(device: torch.device, precision: str, how: str = "auto") -> dict[
     the same threads; real steps cannot be faster, since they are made of smaller ones.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    known = data_sheet(name, precision) if how == "auto" else None
-    if known is not None:
-        return known
+    if how == "auto" and precision == "bf16":
+        for known in sorted(KNOWN_BF16, key=len, reverse=True):
+            if known in name:
+                return {"flops": KNOWN_BF16[known], "how": f"data sheet of {known}, dense bf16"}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size, tries = (8192, 20) if device.type == "cuda" else (1536, 4)
     a = torch.randn(size, size, device=device, dtype=dtype)

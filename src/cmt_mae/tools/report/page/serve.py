@@ -30,7 +30,6 @@ WATCHED = (
     "metrics.jsonl",
     "warnings.jsonl",
     "bad_images.txt",
-    "bench.json",
 )
 HEADERS = {
     "Cache-Control": "no-store",
