@@ -1,6 +1,5 @@
 """Honest colours and bars."""
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import with_lists
 from cmt_mae.tools.inspect import canvas
 from cmt_mae.tools.inspect.attention import attention_sheet, in_units
@@ -23,7 +21,6 @@ from cmt_mae.tools.inspect.canvas import (
     save,
     without,
 )
-from cmt_mae.tools.inspect.ladder import ladder_figure, read_ladder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,21 +83,6 @@ def test_sheets_fit_a_page_and_the_shape(
     assert box.height / box.width == pytest.approx(height / width, rel=0.03)
     assert Image.open(file).width <= 350
     assert Sheet(1, 40, 1.0, "many heads").figure.get_figwidth() > 7
-
-
-def test_bars_of_the_ladder_are_means_over_seeds(tmp_path: Path) -> None:
-    rungs = {rung.name: rung for rung in read_ladder(ROOT / "docs" / "results" / "ladder.json")}
-    assert len(rungs["mae"].values["knn_mean"]) == 2
-    figure = ladder_figure(list(rungs.values()))
-    rows = json.loads((ROOT / "docs" / "results" / "ladder.json").read_text())["rows"]
-    mae = [row["knn_mean"] for row in rows if row["name"] in ("mae_s0", "mae_s1")]
-    assert figure.axes[0].patches[0].get_width() == pytest.approx(sum(mae) / 2)
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels[0] == "MAE"
-    assert "teacher" not in labels
-    (tmp_path / "bad.json").write_text('{"rows": [{"name": "x"}]}')
-    with pytest.raises(InputError, match="is no file of the ladder"):
-        read_ladder(tmp_path / "bad.json")
 
 
 def test_lists_on_the_command_line() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from cmt_mae.core.run_reader import RunRecord, read_run
 from cmt_mae.pretraining.plan import alphas_at
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.tools.inspect.curves import curves_figure
 from cmt_mae.tools.report.charts import alphas, charts, label_of, thinned
 from written_run import Write
 
@@ -95,12 +94,6 @@ def test_labels_are_words() -> None:
         "whole loss", "HOG loss", "predicted teacher targets", "student output", "momentum student targets",
         "x of mine",
     ]  # fmt: skip
-
-
-def test_the_figure_of_explain_has_the_same_charts(write: Write) -> None:
-    record = read_run(str(write(knn={0: 20.0, 100: 30.0})))
-    shown = [axis.get_title() for axis in curves_figure(record, "a $run").axes if axis.get_visible()]
-    assert [title.partition(",")[0] for title in shown] == [chart["title"] for chart in charts([record])]
 
 
 def test_one_long_run_stays_small(write: Write) -> None:

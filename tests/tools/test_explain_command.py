@@ -46,7 +46,7 @@ def test_a_run_of_two_stages(
         "features",
         "predictions",
     }
-    made |= {"neighbours_teacher", "neighbours_student", "curves"}
+    made |= {"neighbours_teacher", "neighbours_student"}
     assert names(tmp_path) == {f"{name}.{ending}" for name in made for ending in ("png", "svg")}
     for name in made:
         with Image.open(tmp_path / f"{name}.png") as image:
@@ -57,19 +57,19 @@ def test_a_run_of_two_stages(
     said = capsys.readouterr().err
     assert "left out reconstruction: this run predicts no pixels" in said
     size = sum(path.stat().st_size for path in tmp_path.iterdir()) / 1e6
-    assert f"wrote 20 pictures, {size:.1f} MB, in {tmp_path}: attention.png, attention.svg" in said
+    assert f"wrote 18 pictures, {size:.1f} MB, in {tmp_path}: attention.png, attention.svg" in said
 
 
 def test_a_run_of_mae(
     mae_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No teacher: its pictures are left out; one line says that checkpoints were rotated away."""
-    what = ["attention", "heads", "growth", "reconstruction", "curves"]
+    what = ["attention", "heads", "growth", "reconstruction"]
     run = shutil.copytree(mae_run, tmp_path / "mae")
     config = ExplainConfig(run=str(run), images=[str(photos)], what=what, count=2, progress=False)
     written = explain(config)["written"]
     assert {Path(path).name for path in written} == {
-        "attention.png", "heads_student.png", "growth.png", "reconstruction.png", "curves.png",
+        "attention.png", "heads_student.png", "growth.png", "reconstruction.png",
     }  # fmt: skip
     assert all(Path(path).parent == run / "pictures" for path in written)
     assert "keeps 2 checkpoint(s)" in capsys.readouterr().err
@@ -120,8 +120,8 @@ def test_images_files_all_and_folders_evenly(photos: Path, tmp_path: Path) -> No
         (["--run", "x", "--alpha", "2"], "give a number from 0 to 1"),
         (["--run", "x", "--formats", "gif"], "use png, svg, pdf"),
         (["--run", "x", "--size", "1", "2", "3"], "give one side, or height and width"),
-        (["--run", "no/such/run", "--what", "curves"], "no such run directory"),
-        (["--results", "no.json", "--what", "ladder", "--out", "x"], "cannot be read"),
+        (["--run", "no/such/run", "--images", "x"], "no such run directory"),
+        (["--run", "x", "--what", "aim"], "no such run directory"),
     ],
 )
 def test_one_line_for_what_cannot_be(

@@ -51,7 +51,8 @@ def draw_strips(
             title = f"{short(name)}\nJ&F {score:.1f}"
             strip.append((title, [read_mask(shelf.mask_file(sequence, n)) for n in numbers]))
         path = rows[0][1].folder / "strips" / f"{sequence.name}.png"
-        draw_strip(path, [read_frame(sequence.frames[n]) for n in numbers], strip, numbers.tolist())
+        frames = [read_frame(sequence.frames[n]) for n in numbers]
+        save_picture(strip_figure(frames, strip, numbers.tolist()), path)
         written.append(path)
     return written
 
@@ -66,23 +67,10 @@ def short(name: str) -> str:
     return "\n".join(line[:24] for line in lines[:3])
 
 
-def draw_strip(
-    path: Path,
-    frames: list[NDArray[np.uint8]],
-    rows: list[Row],
-    numbers: list[int],
-) -> None:
-    """Write a PNG of ``strip_figure``."""
-    figure = strip_figure(frames, rows, numbers)
-    save_picture(figure, path)
-
-
-def strip_figure(
-    frames: list[NDArray[np.uint8]], rows: list[Row], numbers: list[int], inches: float = WIDTH
-) -> Figure:
-    """A row for each (name, masks) over the same frames uint8 (H, W, 3), each so many inches wide."""
+def strip_figure(frames: list[NDArray[np.uint8]], rows: list[Row], numbers: list[int]) -> Figure:
+    """A row for each (name, masks) over the same frames uint8 (H, W, 3)."""
     height, width = frames[0].shape[:2]
-    size = (inches * len(frames) + 1.1, inches * height / width * len(rows) + 0.3)
+    size = (WIDTH * len(frames) + 1.1, WIDTH * height / width * len(rows) + 0.3)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     figure = Figure(figsize=size, layout=layout)
     FigureCanvasAgg(figure)

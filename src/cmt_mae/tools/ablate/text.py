@@ -4,6 +4,8 @@ import statistics
 from typing import Any
 
 from cmt_mae.tools.ablate.statistics import LEVEL
+from cmt_mae.tools.report.markdown import escaped as cell
+from cmt_mae.tools.report.markdown import markdown_table
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -15,19 +17,13 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def cell(text: Any) -> str:
-    """Foreign text in a table: no bars, line ends or markup."""
-    line = " ".join(str(text).split())
-    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
-
-
 def introduction(content: dict[str, Any]) -> str:
     """What ran, in two lines."""
     settings = content["settings"]
     scale = ",".join(last_part(one) for one in str(content["recipe"]).split(","))
     student = f"{settings.get('student.preset')} at {settings.get('student.img_size')} px"
     return (
-        f"Experiment `{cell(content['experiment'])}`, scale `{cell(scale)}`: student {student}, "
+        f"Experiment {cell(content['experiment'])}, scale {cell(scale)}: student {student}, "
         f"{settings.get('epochs')} epochs of {cell(last_part(settings.get('data.path')))}, batch "
         f"{settings.get('batch_size')}, teacher "
         f"{cell(last_part(settings.get('teacher.name')))}. "
@@ -51,7 +47,7 @@ def main_table(content: dict[str, Any]) -> str:
         *(f"paper: {key}" for key in papers),
         "minutes",
     ]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for one in content["variants"]:
         name = one["name"]
         if not one["done"]:
@@ -62,17 +58,12 @@ def main_table(content: dict[str, Any]) -> str:
         row = [title, *(number(c, name) for c in columns)]
         row += [str(numbers.get(name, {}).get(key, "")) for key in papers]
         lines.append([*row, "" if one["minutes"] is None else f"{one['minutes']:.1f}"])
-    lines.append(
-        ["spread between seeds", *(some(c["spread"]) for c in columns), *[""] * (len(papers) + 1)]
-    )
-    lines.append(
-        [
-            "difference that would be seen",
-            *(some(c["detectable"]) for c in columns),
-            *[""] * (len(papers) + 1),
-        ]
-    )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    for title, key in (
+        ("spread between seeds", "spread"),
+        ("difference that would be seen", "detectable"),
+    ):
+        lines.append([title, *(some(c[key]) for c in columns), *[""] * (len(papers) + 1)])
+    return markdown_table(head, lines)
 
 
 def some(value: float | None) -> str:
@@ -102,11 +93,12 @@ def axis_tables(content: dict[str, Any]) -> list[str]:
         if not levels:
             continue
         first = next(one["levels"][axis] for one in content["variants"] if one["levels"])
-        lines = [[f"{cell(axis)}, against {cell(first)}", *(cell(c["title"]) for c in columns)]]
-        lines.append(["---"] * len(lines[0]))
-        for level in levels:
-            lines.append([cell(level), *(difference(c["axes"][axis].get(level)) for c in columns)])
-        tables.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        head = [f"{cell(axis)}, against {cell(first)}", *(cell(c["title"]) for c in columns)]
+        lines = [
+            [cell(level), *(difference(c["axes"][axis].get(level)) for c in columns)]
+            for level in levels
+        ]
+        tables.append(markdown_table(head, lines))
     return tables
 
 

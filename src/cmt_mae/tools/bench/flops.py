@@ -25,7 +25,7 @@ def flop_per_image(
     patches.
     """
     student, momentum = learner.student, frozen.momentum
-    device, (rows, columns) = student.cls_token.device, grid_of(student)
+    device, (rows, columns) = next(student.parameters()).device, grid_of(student)
     pixels = (student.patch_embed.proj.in_channels, *student.patch_embed.img_size)
     # tensors without numbers; attention multiplied out, as torch does not count every fused kernel
     shapes = FakeTensorMode(allow_non_fake_inputs=True)

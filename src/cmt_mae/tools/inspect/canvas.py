@@ -81,17 +81,16 @@ class Sheet:
         title: str,
         *,
         bar: str = "",
-        side: float = 0.0,
         below: bool = False,
         head_lines: int = 1,
         largest: float = LARGEST,
     ) -> None:
         """aspect: height of a cell over its width. bar: label of the colour bar that will come, or "".
 
-        side: inches for names left of the rows. below: leave room for a line under each cell.
-        head_lines: lines of the titles of the columns. largest: width of a cell in inches.
+        below: leave room for a line under each cell. head_lines: lines of the titles of the columns.
+        largest: width of a cell in inches.
         """
-        beside = (0.62 if bar else 0.0) + side + 0.08
+        beside = (0.62 if bar else 0.0) + 0.08
         cell = min(largest, max(LEAST, (WIDTH - beside) / columns))
         high = cell * aspect + (0.15 if below else 0.03)
         width = max(2.6, beside + cell * columns)
@@ -110,30 +109,19 @@ class Sheet:
         self.figure.suptitle("\n".join(lines), fontsize=NORMAL, parse_math=False)
 
     def show(self, row: int, column: int, picture: Picture, below: str = "") -> Axes:
-        """Put a picture in a cell, with a line under it."""
+        """Put a picture in a cell, with a line under it, which may hold anything."""
         axis: Axes = self.axes[row, column]
         axis.imshow(picture)
         if below:
-            self.note(row, column, below)
+            text = printable(below)
+            axis.set_xlabel(text, fontsize=SMALL - 1, labelpad=1.5, parse_math=False)
         return axis
-
-    def note(self, row: int, column: int, text: str) -> None:
-        """A line under a cell, which may hold anything."""
-        self.axes[row, column].set_xlabel(
-            printable(text), fontsize=SMALL - 1, labelpad=1.5, parse_math=False
-        )
 
     def heads(self, names: Sequence[str], bold: int = -1) -> None:
         """Titles of the columns; ours, so that $...$ is a formula. bold: number of one to stress."""
         for number, (axis, name) in enumerate(zip(self.axes[0], names, strict=True)):
             weight = "bold" if number == bold else "normal"
             axis.set_title(name, fontsize=SMALL, pad=2.5, fontweight=weight)
-
-    def plain_heads(self, names: Sequence[str]) -> None:
-        """Titles of the columns that may hold anything, in lines."""
-        for axis, name in zip(self.axes[0], names, strict=True):
-            text = "\n".join(printable(line) for line in name.split("\n"))
-            axis.set_title(text, fontsize=SMALL, pad=2.5, parse_math=False)
 
     def colour_bar(self, scale: Scale, *, covered: bool = True) -> None:
         """At the right of all. covered: the maps lie over images, so that the bar lies over grey."""

@@ -1,4 +1,4 @@
-"""``cmt-mae explain``: which pictures are made of what. Networks run in look.py, drawing is in report/."""
+"""``cmt-mae explain``: which pictures are made of what. Networks run in look.py."""
 
 import sys
 from collections.abc import Callable
@@ -9,26 +9,11 @@ from rich.progress import Progress
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
-from cmt_mae.tools.inspect import of_files, of_images
+from cmt_mae.tools.inspect import of_images
 from cmt_mae.tools.inspect.desk import Desk, NotHere
-from cmt_mae.tools.inspect.settings import OF_FILES, OF_IMAGES, ExplainConfig
+from cmt_mae.tools.inspect.settings import KINDS, OF_IMAGES, ExplainConfig
 
-MAKERS: dict[str, Callable[[Desk], None]] = {
-    "attention": of_images.attention,
-    "heads": of_images.heads,
-    "growth": of_images.growth,
-    "masks": of_images.masks,
-    "features": of_images.features,
-    "predictions": of_images.predictions,
-    "reconstruction": of_images.reconstruction,
-    "neighbours": of_images.neighbours,
-    "curves": of_files.curves,
-    "ladder": of_files.ladder,
-    "davis": of_files.davis,
-    "detections": of_files.detections,
-    "segmentations": of_files.segmentations,
-    "aim": of_images.aim,
-}
+MAKERS: dict[str, Callable[[Desk], None]] = {kind: getattr(of_images, kind) for kind in KINDS}
 
 
 def explain(config: ExplainConfig) -> dict[str, Any]:
@@ -38,10 +23,7 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
     """
     config.check()
     desk = Desk(config)
-    wanted = config.what or [
-        *(OF_IMAGES if config.images else ()),
-        *(OF_FILES if config.run else ()),
-    ]
+    wanted = config.what or OF_IMAGES
     console = Console(stderr=True)
     quiet = not config.progress or not console.is_terminal
     bar = Progress(console=console, disable=quiet, transient=True)

@@ -12,20 +12,17 @@ from cmt_mae.tools.inspect.canvas import FORMATS
 OF_IMAGES = (
     "attention", "heads", "growth", "masks", "features", "predictions", "reconstruction", "neighbours",
 )  # fmt: skip
-"""Pictures that run networks on images."""
-OF_FILES = ("curves",)
-"""Pictures from a run's files alone."""
-OF_DATA = ("ladder", "davis", "detections", "segmentations", "aim")
-"""Pictures from results or annotations, asked for by name."""
-KINDS = OF_IMAGES + OF_FILES + OF_DATA
+"""Pictures of --images."""
+KINDS = (*OF_IMAGES, "aim")
+"""All there are; ``aim`` needs images with known objects and is made where it is asked for by name."""
 
 
 @dataclass
 class ExplainConfig(BackboneFacts):
-    """Pictures of what networks look at, hide and predict, and of a run's curves and results.
+    """Pictures of what networks look at, hide and predict.
 
-    With --run RUN and --images all that this run allows; what is asked for by name alone: ladder, davis,
-    detections, segmentations, aim. Nothing is trained.
+    With --run RUN and --images all that this run allows, but `aim`, which is asked for by name. Nothing is
+    trained.
     """
 
     run: str = ""
@@ -36,9 +33,8 @@ class ExplainConfig(BackboneFacts):
     """Image files and folders (also tar shards, parquet, packed folders), one after another."""
     what: list[str] = field(default_factory=list)
     """Which pictures: attention (A_t, A_s, A_c and the mask), heads, growth (checkpoints in a row), masks (every
-    rule), features (PCA), predictions (beside targets), reconstruction (pixel targets), neighbours, curves,
-    ladder, davis, detections, segmentations, aim (does attention lie on the objects of --data?). Empty: the first
-    nine, as far as the run allows."""
+    rule), features (PCA), predictions (beside targets), reconstruction (pixel targets), neighbours, aim (does
+    attention lie on the objects of --data?). Empty: all but aim, as far as the run allows."""
     out: str = ""
     """Folder for the pictures. Default: RUN/pictures."""
     count: Count = 4
@@ -47,7 +43,7 @@ class ExplainConfig(BackboneFacts):
     """Steps of the checkpoints in `growth` (0 is the random start); the last one is used for all else. Empty:
     evenly chosen ones."""
     columns: Count = 6
-    """Checkpoints in `growth`, neighbours, frames in a strip."""
+    """Checkpoints in `growth`, neighbours."""
     size: list[Count] = field(default_factory=list)
     """Another input size than the network's: one side, or height and width, in pixels."""
     teacher: str = ""
@@ -67,11 +63,7 @@ class ExplainConfig(BackboneFacts):
     gallery_size: Count = 1000
     """At most so many of the gallery, evenly chosen."""
     data: str = ""
-    """For davis, detections and segmentations: the data set they were measured on. For aim: images with known
-    objects, in COCO's or DAVIS's layout or a folder with images/ and masks/."""
-    results: list[str] = field(default_factory=list)
-    """Files of the ladder (ladder.json); for davis, detections and segmentations the folders with their output,
-    one a method. Default: what lies in RUN."""
+    """For aim: images with known objects, in COCO's or DAVIS's layout or a folder with images/ and masks/."""
     formats: list[str] = field(default_factory=lambda: ["png"])
     """png | svg | pdf; several with commas: png,svg."""
     seed: CountOrNone = 0
@@ -99,14 +91,14 @@ class ExplainConfig(BackboneFacts):
             raise InputError(
                 f"--{given[0]} is of the file that --backbone names, and there is none: leave it out"
             )
-        if not (self.run or self.backbone or self.results):
+        if not (self.run or self.backbone):
             raise InputError("nothing to look at: give --run RUN, or --backbone B")
         if len(self.size) > 2:
             raise InputError(f"--size {self.size}: give one side, or height and width, in pixels")
         wanted = [name for name in self.what if name in OF_IMAGES]
         if wanted and not self.images:
             raise InputError(f"--what {wanted[0]} needs images: give --images FOLDER or files")
-        if not self.what and not self.images and self.backbone:
+        if not self.what and not self.images:
             raise InputError("no images: give --images FOLDER or files")
         if not self.out and not self.run:
             raise InputError("no place for the pictures: give --out FOLDER")

@@ -1,6 +1,6 @@
 """The charts of a run: which numbers of metrics.jsonl belong together, and what they mean.
 
-The page of `report` and `watch` and the figure of `explain` draw these.
+The page of `report` and `watch` draws these.
 """
 
 import math

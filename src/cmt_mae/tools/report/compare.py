@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import same_fingerprint
 from cmt_mae.core.run_reader import is_run, result_files
+from cmt_mae.core.settings import check_fields
 from cmt_mae.evaluate.result import Result
 from cmt_mae.tools.report.gains import METRICS, Column, Gain, gains, metrics_of, name_of
 from cmt_mae.tools.report.paper import PROTOCOLS, SOURCE, PaperNumber, paper_numbers
@@ -140,6 +141,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     from cmt_mae.tools.report.comparison_text import write
 
+    check_fields(config)
     found, notes = collect(config.runs)
     if not found:
         raise InputError("; ".join(notes))

@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cmt_mae.core.errors import InputError
-from cmt_mae.core.files import write_atomically
+from cmt_mae.core.files import write_text
 from cmt_mae.core.text import printable
 from cmt_mae.evaluate.tasks import TASKS
+from cmt_mae.tools.report.markdown import escaped, markdown_table
 from cmt_mae.tools.report.paper import SOURCE
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ TITLES = {name: task.title for name, task in TASKS.items()} | {
     "J_mean": "J",
     "F_mean": "F",
 }
-FORMATS = ("table", "markdown", "json")
-NARROWEST = 12  # characters of a name on a narrow terminal; longer ones are folded
+NARROWEST = 12  # characters of a name; longer ones are folded where room is short
 
 
 def write(
@@ -41,27 +39,24 @@ def write(
 ) -> None:
     """Print to stdout, or write ``out`` atomically; notes go to stderr. protocols: every setting of each.
 
-    Raises:
-        InputError: unknown format, or ``out`` cannot be written.
+    format: table, markdown or json; None: by the ending of ``out``. Raises InputError where it cannot be written.
     """
     if format is None:
         endings = {".md": "markdown", ".markdown": "markdown", ".json": "json"}
         format = endings.get(Path(out).suffix.lower(), "table") if out is not None else "table"
-    if format not in FORMATS:
-        raise InputError(f"format '{format}' is unknown: use {', '.join(FORMATS)}")
-    if out is None and format == "table":
-        print_table(comparison, Console(), protocols)
+    if format == "json":
+        text = as_json(comparison)
+    elif format == "markdown":
+        text = as_markdown(comparison, protocols)
     else:
-        if format == "json":
-            text = as_json(comparison)
-        else:
-            text = (as_markdown if format == "markdown" else as_plain_table)(comparison, protocols)
-        if out is None:
-            sys.stdout.write(text)
-        else:
-            path = Path(out).expanduser()
-            write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-            print(f"written to {printable(str(path))}", file=sys.stderr)
+        text = as_plain_table(comparison, protocols) if out is not None else ""
+    if not text:
+        print_table(comparison, Console(), protocols)
+    elif out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(Path(out).expanduser(), text)
+        print(f"written to {printable(out)}", file=sys.stderr)
     for note in comparison.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
 
@@ -79,36 +74,18 @@ def as_plain_table(comparison: Comparison, protocols: bool = False) -> str:
 
 
 def print_table(comparison: Comparison, console: Console, protocols: bool = False) -> None:
-    """The table on a terminal; where it is too wide, one below the other with some columns each."""
+    """The table, and its footnotes. A file or a pipe has no width: nothing is folded there."""
     terminal = console.is_terminal
-    if not terminal:  # a file or a pipe has no width; cut nothing
+    if not terminal:
         console = Console(file=console.file, width=10_000, color_system=None)
-    rest = list(comparison.columns)
-    # a terminal narrower than one column folds the lines itself; rich would cut the numbers
-    console.width = max(console.width, *(_width(comparison, [column]) for column in rest))
-    while rest:
-        count = 1
-        while count < len(rest) and _width(comparison, rest[: count + 1]) <= console.width:
-            count += 1
-        room = console.width - _width(comparison, rest[:count])
-        console.print(make_table(comparison, rest[:count], room))
-        rest = rest[count:]
+    table = make_table(comparison)
+    # rich would cut the numbers; a terminal that is narrower still folds the lines itself
+    console.width = max(console.width, Measurement.get(console, console.options, table).minimum)
+    console.print(table)
     for line in gain_lines(comparison):
         console.print(Text(line), soft_wrap=not terminal)
     for mark, text in footnote_lines(comparison, protocols):
         console.print(Text(f"[{mark}] {text}"), soft_wrap=not terminal)
-
-
-def _column_width(comparison: Comparison, column: Column) -> int:
-    cells = [_cell(row, column) for row in comparison.rows]
-    lines = "\n".join([_heading(column), *cells]).split("\n")
-    return max(map(cell_len, lines))
-
-
-def _width(comparison: Comparison, columns: list[Column]) -> int:
-    """Width of the table with the narrowest names: 3 characters of frame a column, and one."""
-    widths = [NARROWEST, NARROWEST, *(_column_width(comparison, column) for column in columns)]
-    return sum(widths) + 3 * len(widths) + 1
 
 
 def _heading(column: Column) -> str:
@@ -120,22 +97,15 @@ def _cell(row: Row, column: Column) -> str:
     return "\n".join(f"{shown(n)} [{n.mark}]" for n in row.cells.get(column, [])) or "–"
 
 
-def make_table(comparison: Comparison, columns: list[Column], room: int) -> Table:
-    """A rich table of some of the columns. Text objects: nothing in a name is taken for markup.
-
-    room: characters that the names may take beyond their narrowest.
-    """
-    names = max(cell_len(printable(row.name)) for row in comparison.rows)
-    first = max(NARROWEST, min(names, NARROWEST + room))
-    room = max(0, room - (first - NARROWEST))
-    networks = max(cell_len(printable(row.network)) for row in comparison.rows)
-    second = max(NARROWEST, min(networks, NARROWEST + room))
+def make_table(comparison: Comparison) -> Table:
+    """A rich table. Text objects: nothing in a name is taken for markup."""
     table = Table()
-    table.add_column("backbone", overflow="fold", width=first)
-    table.add_column("network", overflow="fold", width=second)
-    for column in columns:
-        width = _column_width(comparison, column)
-        table.add_column(Text(_heading(column)), justify="right", no_wrap=True, width=width)
+    for name in ("backbone", "network"):
+        table.add_column(name, overflow="fold", min_width=NARROWEST)
+    for column in comparison.columns:
+        cells = [_heading(column), *(_cell(row, column) for row in comparison.rows)]
+        width = max(cell_len(line) for cell in cells for line in cell.split("\n"))
+        table.add_column(Text(cells[0]), justify="right", no_wrap=True, min_width=width)
     group = ""
     for row in comparison.rows:
         if group and row.group != group:
@@ -145,15 +115,15 @@ def make_table(comparison: Comparison, columns: list[Column], room: int) -> Tabl
         network = Text(printable(row.network))
         if row.weights:
             network.append(f"\n{printable(row.weights[:8])}", style="dim")
-        table.add_row(Text(printable(row.name)), network, *(Text(_cell(row, c)) for c in columns))
+        cells = [Text(_cell(row, column)) for column in comparison.columns]
+        table.add_row(Text(printable(row.name)), network, *cells)
     return table
 
 
 def as_markdown(comparison: Comparison, protocols: bool = False) -> str:
     """A GitHub table with raised marks, and the footnotes as a list under it."""
-    heads = [f"{_title(task)} {_title(metric)}" for task, metric in comparison.columns]
-    heads = ["backbone", "network", "weights", *(escaped(head) for head in heads)]
-    lines = [_line(heads), _line(["---"] * 3 + ["---:"] * len(comparison.columns))]
+    columns = [escaped(f"{_title(task)} {_title(metric)}") for task, metric in comparison.columns]
+    rows = []
     for row in comparison.rows:
         cells = [
             "<br>".join(f"{shown(n)} <sup>{n.mark}</sup>" for n in row.cells.get(column, [])) or "–"
@@ -162,16 +132,12 @@ def as_markdown(comparison: Comparison, protocols: bool = False) -> str:
         weights = row.weights[:8] if row.weights else row.group
         if row.group == "measured" and not row.weights:
             weights = "unknown"
-        lines.append(_line([*map(escaped, (row.name, row.network, weights)), *cells]))
-    lines += [""]
-    lines += [f"- {escaped(line)}" for line in gain_lines(comparison)]
+        rows.append([*map(escaped, (row.name, row.network, weights)), *cells])
+    lines = [f"- {escaped(line)}" for line in gain_lines(comparison)]
     notes = footnote_lines(comparison, protocols)
     lines += [f"- <sup>{mark}</sup> {escaped(text)}" for mark, text in notes]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    table = markdown_table(["backbone", "network", "weights", *columns], rows, words=3)
+    return "\n".join([table, "", *lines]) + "\n"
 
 
 def shown(number: Number) -> str:
@@ -314,14 +280,3 @@ def _value(value: Any, digits: int = 4) -> str:
 def _title(word: str) -> str:
     """The usual name of a task or metric."""
     return printable(TITLES.get(word, word))
-
-
-def _escape_one(found: re.Match[str]) -> str:
-    return {"<": "&lt;", ">": "&gt;"}.get(found[0], f"\\{found[0]}")
-
-
-def escaped(text: str) -> str:
-    """``text`` so that Markdown shows it as it is, in a table's cell too."""
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text))
-    escape: Callable[[re.Match[str]], str] = _escape_one
-    return re.sub(r"[\\`*_{}\[\]<>|#~$]", escape, text)

@@ -51,8 +51,8 @@ def speed(record: RunRecord, rows: list[dict[str, float]]) -> str:
         for name, part in parts.items()
         if part
     }
-    if not switch:
-        return f"{medians['two']} (median)"
+    if len(medians) == 1:
+        return f"{next(iter(medians.values()))} (median)"
     return ", ".join(f"{rate} in stage {name}" for name, rate in medians.items()) + " (medians)"
 
 

@@ -33,7 +33,6 @@ WORDS = {
     "detections": "Found objects beside the true ones.",
     "segmentations": "Predicted masks beside the true ones.",
     "davis": "Frames of videos with the true and the carried masks.",
-    "ladder": "Bars: results of several runs.",
 }
 """What a picture of this kind shows, for those who cannot see it and do not know it."""
 LEFT_OUT = ("curves",)
