@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import scale, timing
-from benchmarks import scale_model as model
-from benchmarks.timing import exponent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import scale, timing
+from benchmarks import scale_model as model
 from programs import forks
 
 REPOSITORY = Path(__file__).parents[2]

@@ -80,7 +80,8 @@ def print_table(comparison: Comparison, console: Console, protocols: bool = Fals
         console = Console(file=console.file, width=10_000, color_system=None)
     table = make_table(comparison)
     # rich would cut the numbers; a terminal that is narrower still folds the lines itself
-    console.width = max(console.width, Measurement.get(console, console.options, table).minimum)
+    unbounded = console.options.update(width=10_000)
+    console.width = max(console.width, Measurement.get(console, unbounded, table).minimum)
     console.print(table)
     for line in gain_lines(comparison):
         console.print(Text(line), soft_wrap=not terminal)
