@@ -120,8 +120,8 @@ def test_images_files_all_and_folders_evenly(photos: Path, tmp_path: Path) -> No
         (["--run", "x", "--alpha", "2"], "give a number from 0 to 1"),
         (["--run", "x", "--formats", "gif"], "use png, svg, pdf"),
         (["--run", "x", "--size", "1", "2", "3"], "give one side, or height and width"),
-        (["--run", "no/such/run", "--images", "x"], "no such run directory"),
-        (["--run", "x", "--what", "aim"], "no such run directory"),
+        (["--run", "no/such/run", "--images", "x"], "is no run directory"),
+        (["--run", "x", "--what", "aim"], "give images with known objects"),
     ],
 )
 def test_one_line_for_what_cannot_be(

@@ -116,8 +116,8 @@ def make_table(comparison: Comparison) -> Table:
         network = Text(printable(row.network))
         if row.weights:
             network.append(f"\n{printable(row.weights[:8])}", style="dim")
-        cells = [Text(_cell(row, column)) for column in comparison.columns]
-        table.add_row(Text(printable(row.name)), network, *cells)
+        numbers = (Text(_cell(row, column)) for column in comparison.columns)
+        table.add_row(Text(printable(row.name)), network, *numbers)
     return table
 
 
