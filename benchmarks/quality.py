@@ -1,17 +1,19 @@
 """Time to quality: k-NN and linear probe over the seconds of training, for us and for the others' own loops.
 
-    python -m benchmarks.quality --data imagenette/ --minutes 10 --seeds 3           # the same command goes on
-    python -m benchmarks.quality --data imagenette/ --contestants cmt_all,mae,distil --also dtd10/ rsscn7/
+    python -m benchmarks.quality --data imagenette/ --teacher FILE --minutes 6 --photos 200 --also dtd10/ rsscn7/
     python -m benchmarks.quality --quick --data DIR --work DIR --out DIR              # does it work?
 
-Every contestant trains the same student on the same images for the same minutes, one after another on a machine
-that should do nothing else; the encoder is kept at POINTS moments and measured afterwards. Contestants: any of our
-recipes by name, ``transformers`` (ViTMAE), ``lightly`` (its MAE; for this command alone: pip install --no-deps
-lightly lightly_utils), ``distil`` (a student that predicts the teacher's features of the whole crop, no masks).
+The same command goes on. Every contestant trains the same student on the same images for the same minutes, one
+after another on a machine (or a core of it: taskset) that should do nothing else; the encoder is kept at POINTS
+moments and measured afterwards. The seconds hold everything that a training needs after its start: reading of
+images, the teacher's looks at whole photos (recipe best), steps. Contestants: any of our recipes by name,
+``transformers`` (ViTMAE), ``lightly`` (its MAE; for this command alone: pip install --no-deps lightly
+lightly_utils), ``distil`` (a student that predicts the teacher's features of the whole crop, no masks).
 Writes quality.json, quality.md and quality.png into docs/results.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -37,6 +39,7 @@ from benchmarks.timing import Contestant as OwnProcess
 from benchmarks.timing import Step as Turn
 from cmt_mae.backbones import save_backbone
 from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
+from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json, write_text
 from cmt_mae.data.sources import open_split
 from cmt_mae.engine.schedules import learning_rate
@@ -48,7 +51,7 @@ from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.bench.build import frozen_backbone
 from cmt_mae.tools.pretrain import pretrain
 
-POINTS = 6
+POINTS = 8
 """Moments at which the encoder is kept, evenly over the training."""
 OTHERS = ("transformers", "lightly", "distil")
 RATES = (0.5, 1.0, 2.0)
@@ -59,7 +62,11 @@ def settings(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0
     """Of a run of ours; the others take student, decoder, mask ratio, batch and rate from those of ``mae``."""
     recipe = "mae" if name in OTHERS else name
     run = PretrainConfig.from_recipe(
-        f"{recipe},{given.scale}", data=given.data, teacher=given.teacher, seed=seed, batch_size=given.batch
+        f"{recipe},{given.scale}",
+        data=given.data,
+        teacher=given.teacher,
+        seed=seed,
+        batch_size=given.batch,
     )
     run.out, run.optim.blr = str(given.work / name / f"seed{seed}" / "run"), run.optim.blr * scale
     run.runtime.device, run.runtime.progress, run.data.workers = "cpu", False, 0
@@ -72,15 +79,14 @@ def settings(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0
 
 def train_ours(run: PretrainConfig, minutes: float) -> list[dict[str, Any]]:
     """Our own command's function. Its epochs are set by the seconds of its first steps; it resumes by itself."""
-    per_epoch = len(open_split(run.data.path, "train")) // run.batch_size
+    per_epoch = len(open_split(run.data.path, "train")) / run.batch_size
     known = Path(run.out).parent / "epochs.json"
     if not known.exists():
-        probe = PretrainConfig(**{**vars(run), "out": f"{run.out}_rate"})
-        probe.epochs, probe.runtime.log_every = max(4, per_epoch // 8) / per_epoch, 1
-        probe.optim.warmup_epochs = probe.epochs / 10
-        pretrain(probe)
-        seconds = statistics.median(row[1] for row in step_seconds(Path(probe.out), run.batch_size)[1:])
-        write_json(known, {"epochs": max(float(POINTS), minutes * 60 / seconds) / per_epoch})
+        # twice over the same images: the second time they are in the store of a teacher that looks at whole photos
+        cold, warm = (first_steps(run, per_epoch, number) for number in range(2))
+        looks = max(0.0, cold - warm) * per_epoch if run.teacher.view == "photo" else 0.0
+        steps = max(float(POINTS), (minutes * 60 - looks) / warm)
+        write_json(known, {"epochs": steps / per_epoch, "step_seconds": warm, "seconds_of_looks": looks})
     run.epochs = json.loads(known.read_text())["epochs"]
     run.optim.warmup_epochs, run.runtime.log_every = run.epochs / 10, 1
     run.runtime.keep_every = run.runtime.checkpoint_every = run.epochs / POINTS
@@ -100,6 +106,16 @@ def train_ours(run: PretrainConfig, minutes: float) -> list[dict[str, Any]]:
     return points
 
 
+def first_steps(run: PretrainConfig, per_epoch: float, number: int) -> float:
+    """Mean seconds of a step in a run of eight of them, the first two left out; half of them in stage two."""
+    probe = copy.deepcopy(run)
+    probe.out, probe.teacher.cache_folder = f"{run.out}_rate{number}", f"{run.out}_rate_store"
+    probe.epochs, probe.runtime.log_every = 8 / per_epoch, 1
+    probe.optim.warmup_epochs = probe.epochs / 10
+    pretrain(probe)
+    return statistics.mean(row[1] for row in step_seconds(Path(probe.out), run.batch_size)[2:])
+
+
 def step_seconds(run: Path, batch: int) -> list[tuple[int, float]]:
     """(step, seconds of it) from a run's own log; evaluations and checkpoints are not in it."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -117,7 +133,11 @@ class Distilled(nn.Module):
         self.teacher: Any = backbone.model.requires_grad_(False).eval()
         self.size, self.prefix = tuple(backbone.img_size), backbone.prefix_tokens
         self.head = nn.Linear(self.vit.embed_dim, self.teacher.embed_dim)
-        pairs = zip((*IMAGENET, backbone.mean, backbone.std), ("mean", "std", "t_mean", "t_std"), strict=True)
+        pairs = zip(
+            (*IMAGENET, backbone.mean, backbone.std),
+            ("mean", "std", "t_mean", "t_std"),
+            strict=True,
+        )
         for values, label in pairs:
             self.register_buffer(label, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
@@ -148,6 +168,8 @@ def image_batches(run: PretrainConfig) -> Iterator[Tensor]:
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *tensor])
     train = Path(run.data.path) / "train"
     data = ImageFolder(str(train if train.is_dir() else run.data.path), transform)
+    if len(data) < run.batch_size:
+        raise InputError(f"{len(data)} photos do not fill a batch of {run.batch_size}: give more, or --batch")
     while True:
         for images, _ in DataLoader(data, run.batch_size, shuffle=True, drop_last=True):
             yield images
@@ -237,8 +259,8 @@ def trained(name: str, run: PretrainConfig, minutes: float) -> list[dict[str, An
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def measured(backbone: str, sets: list[str], folder: Path, last: bool) -> dict[str, float]:
-    """k-NN (and, of the last point, the linear probe) of every data set, in percent."""
+def measured(backbone: str, sets: list[str], folder: Path, linear: bool) -> dict[str, float]:
+    """k-NN and, where wanted, the linear probe of every data set, in percent."""
     found = {}
     for data in sets:
         common: dict[str, Any] = {
@@ -247,21 +269,47 @@ def measured(backbone: str, sets: list[str], folder: Path, last: bool) -> dict[s
         }  # fmt: skip
         knn = evaluate_knn(KnnConfig(**common))
         found[f"knn {Path(data).name}"] = knn.metrics[knn.protocol["headline"]]
-        if last:
-            linear = evaluate_linear(LinearConfig(**common))
-            found[f"linear {Path(data).name}"] = linear.metrics[linear.protocol["headline"]]
+        if linear:
+            probe = evaluate_linear(LinearConfig(**common))
+            found[f"linear {Path(data).name}"] = probe.metrics[probe.protocol["headline"]]
     return found
 
 
 def one_run(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0) -> dict[str, Any]:
     """Train and measure; an entry of the JSON file."""
     points = trained(name, settings(given, name, seed, scale), given.minutes)
-    for number, point in enumerate(points):
-        sets = [given.data, *given.also]
-        folder = given.work / name / f"seed{seed}"
-        point |= measured(point["backbone"], sets, folder, number == len(points) - 1)
-        point["backbone"] = Path(point["backbone"]).name
-    return {"points": points, "scale_of_rate": scale}
+    folder = given.work / name / f"seed{seed}"
+    for point in points[:-1]:
+        point |= measured(point["backbone"], [given.data], folder, False)
+    points[-1] |= measured(points[-1]["backbone"], [given.data, *given.also], folder, True)
+    return {
+        "points": [p | {"backbone": Path(p["backbone"]).name} for p in points],
+        "scale_of_rate": scale,
+    }
+
+
+def untrained(given: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The student before its first step; an entry of the JSON file."""
+    run, folder = settings(given, "mae", seed), given.work / "untrained" / f"seed{seed}"
+    torch.manual_seed(seed)
+    file = save_encoder(build_student(run.student), run, folder / "step0")
+    point = {"seconds": 0.0, "steps": 0, "backbone": file.name}
+    return {"points": [point | measured(str(file), [given.data, *given.also], folder, True)]}
+
+
+def fewer_photos(data: Path, each: int, work: Path) -> Path:
+    """A folder with links to ``each`` training photos of a class, evenly chosen, and to all of val."""
+    folder = work / "data" / data.name
+    for split in ("train", "val"):
+        for label in sorted(path for path in (data / split).iterdir() if path.is_dir()):
+            files = sorted(label.iterdir())
+            chosen = files if split == "val" else [files[n * len(files) // each] for n in range(each)]
+            place = folder / split / label.name
+            place.mkdir(parents=True, exist_ok=True)
+            for file in chosen:
+                if not (place / file.name).exists():
+                    (place / file.name).symlink_to(file.resolve())
+    return folder
 
 
 def tuned(given: argparse.Namespace, book: Book, name: str) -> float:
@@ -284,8 +332,9 @@ def tuned(given: argparse.Namespace, book: Book, name: str) -> float:
 def curve(entries: dict[str, Any], name: str, key: str) -> list[tuple[float, float, float]]:
     """(seconds, mean, standard deviation over seeds) at every point."""
     runs = [e["points"] for k, e in entries.items() if k.startswith(f"run/{name}/") and "points" in e]
+    start = [e["points"][0] for k, e in entries.items() if k.startswith("run/untrained/") and "points" in e]
     rows = []
-    for points in zip(*runs, strict=False):
+    for points in [start, *zip(*runs, strict=False)] if runs and start else zip(*runs, strict=False):
         values = [p[key] for p in points if key in p]
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -294,42 +343,53 @@ def curve(entries: dict[str, Any], name: str, key: str) -> list[tuple[float, flo
 
 
 def reached(rows: list[tuple[float, float, float]], level: float) -> float:
-    """Seconds at which a curve reaches a level, between its points in a straight line; inf where it never does."""
-    for (s0, v0, _), (s1, v1, _) in itertools.pairwise([(0.0, 0.0, 0.0), *rows]):
+    """Seconds at which a curve reaches a level, between its points in a straight line; inf where it never does.
+
+    The first row counts as the start (the untrained student)."""
+    for (s0, v0, _), (s1, v1, _) in itertools.pairwise(rows):
         if v1 >= level:
             return s0 + (s1 - s0) * max(0.0, level - v0) / max(v1 - v0, 1e-9)
     return math.inf
 
 
+def at_the_end(entries: dict[str, Any], name: str, key: str) -> str:
+    """Mean and standard deviation of the last point."""
+    rows = curve(entries, name, key)
+    if not rows or (name != "untrained" and len(rows) < 2):
+        return ""
+    return f"{rows[-1][1]:.1f}" + ("" if math.isnan(rows[-1][2]) else f" ± {rows[-1][2]:.1f}")
+
+
 def page(content: dict[str, Any]) -> str:
-    """The table."""
-    entries, names, key = content["entries"], content["contestants"], f"knn {content['data']}"
+    """The tables."""
+    entries, key, measures = content["entries"], f"knn {content['data']}", content["measures"]
     goal = curve(entries, "mae", key)
-    table = []
-    for name in names:
+    ends, times = [], []
+    for name in ["untrained", *content["contestants"]]:
+        seeds = sum(k.startswith(f"run/{name}/") and "points" in e for k, e in entries.items())
+        ends.append([name, str(seeds), *(at_the_end(entries, name, m) for m in measures)])
         rows = curve(entries, name, key)
-        linear = curve(entries, name, f"linear {content['data']}")
-        if not rows:
-            table.append([name, "", "", "", str(content["absent"].get(name, "not run"))])
-            continue
-        when = reached(rows, goal[-1][1]) if goal else math.nan
-        further = [k for k in content["measures"] if not k.endswith(f" {content['data']}")]
-        others = [f"{k} {curve(entries, name, k)[-1][1]:.1f}" for k in further]
-        table.append(
-            [name, f"{rows[-1][1]:.1f} +- {rows[-1][2]:.1f}",
-             f"{linear[-1][1]:.1f} +- {linear[-1][2]:.1f}" if linear else "",
-             "never" if math.isinf(when) else f"{when:.0f} s of {rows[-1][0]:.0f}", ", ".join(others)]
-        )  # fmt: skip
-    head = ["contestant", "k-NN at the end", "linear at the end", "reaches MAE's final k-NN after", "other images"]
+        if not seeds:
+            ends[-1][1] = str(content["absent"].get(name, "not run"))
+        elif goal and name != "untrained":
+            when, steps = (
+                reached(rows, goal[-1][1]),
+                entries[f"run/{name}/0"]["points"][-1]["steps"],
+            )
+            share = "never" if math.isinf(when) else f"{when:.0f} s ({when / goal[-1][0]:.2f} of MAE's time)"
+            times.append([name, f"{rows[-1][0]:.0f}", str(steps), share])
     quick = ["**A quick run: it shows that it works. The numbers mean nothing.**", ""] if content["quick"] else []
     hardware = content["hardware"]
     return "\n".join([
         "# Time to quality", "", *quick,
-        f"Top-1 in percent (mean and standard deviation over {content['seeds']} seed(s)) on {content['data']}; "
-        f"every contestant trained {content['minutes']:g} minutes, `{content['scale']}`, batches of "
-        f"{content['batch']}, one after another. {hardware['processor']}, {hardware['cores']} cores. Command: "
-        f"`{content['command']}`.",
-        "", markdown(head, table), "", "![k-NN over seconds of training](quality.png)", "",
+        f"Every contestant trained {content['minutes']:g} minutes ({content['photos'] or 'all'} photos a class of "
+        f"{content['data']}, `{content['scale']}`, batches of {content['batch']}), one after another. Top-1, %, "
+        f"after that (mean ± standard deviation over n seeds). {hardware['processor']}, {content['threads']} of "
+        f"{hardware['cores']} cores. Command: `{content['command']}`.",
+        "", markdown(["contestant", "n", *measures], ends),
+        "", f"When the mean curve of k-NN on {content['data']} reaches what `mae` has at its end:",
+        "", markdown(["contestant", "seconds in all", "steps", "reached after"], times),
+        "", "![k-NN over seconds of training](quality.png)", "",
     ])  # fmt: skip
 
 
@@ -345,7 +405,14 @@ def picture(content: dict[str, Any], path: Path) -> None:
         rows = curve(content["entries"], name, f"knn {content['data']}")
         if rows:
             seconds, mean, spread = zip(*rows, strict=True)
-            axes.errorbar(seconds, mean, [0 if math.isnan(s) else s for s in spread], label=name, marker="o", ms=3)
+            axes.errorbar(
+                seconds,
+                mean,
+                [0 if math.isnan(s) else s for s in spread],
+                label=name,
+                marker="o",
+                ms=3,
+            )
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(f"k-NN top-1 on {content['data']}, %")
     axes.legend()
@@ -356,13 +423,12 @@ def picture(content: dict[str, Any], path: Path) -> None:
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
     """Train what is missing, measure it, write the three files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True, help="class folders with train and val")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="class folders with train and val")
+    parser.add_argument("--photos", type=int, default=0, help="training photos a class; 0: all")
     parser.add_argument("--also", nargs="*", default=[], help="further labelled folders, measured only")
     parser.add_argument("--teacher", default="embedded")
-    parser.add_argument("--contestants", default="cmt_all,cmt,mae,lightly,transformers,distil")
+    parser.add_argument("--contestants", default="best,mae,distil,cmt,transformers,lightly")
     parser.add_argument("--scale", default="micro64", help="recipe of the student's size")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, default=3)
@@ -376,19 +442,23 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         given.minutes, given.seeds = 0.01, 1
     names = given.contestants.split(",")
     absent = {"lightly": why_not_lightly()} if "lightly" in names and why_not_lightly() else {}
-    data = Path(given.data).name
-    book = Book(
-        given.out / "quality.json", command="python -m benchmarks.quality", quick=given.quick, data=data,
-        contestants=names, absent=absent, minutes=given.minutes, seeds=given.seeds, scale=given.scale,
-        batch=given.batch,
-    )  # fmt: skip
-    for name in names:
-        if name not in absent:
-            scale = tuned(given, book, name)
-            for seed in range(given.seeds):
-                book.measure(f"run/{name}/{seed}", 0, partial(one_run, given, name, seed, scale))
+    if given.photos:
+        given.data = fewer_photos(given.data, given.photos, given.work)
+    given.data = str(given.data)
     kinds = ("knn", "linear")
-    book.content["measures"] = [f"{kind} {Path(d).name}" for d in (given.data, *given.also) for kind in kinds]
+    book = Book(
+        given.out / "quality.json",
+        command="python -m benchmarks.quality " + " ".join(sys.argv[1:] if words is None else words),
+        quick=given.quick, data=Path(given.data).name, photos=given.photos, contestants=names, absent=absent,
+        minutes=given.minutes, seeds=given.seeds, scale=given.scale, batch=given.batch,
+        threads=torch.get_num_threads(),
+        measures=[f"{kind} {Path(d).name}" for d in (given.data, *given.also) for kind in kinds],
+    )  # fmt: skip
+    scales = {name: tuned(given, book, name) for name in names if name not in absent}
+    for seed in range(given.seeds):
+        book.measure(f"run/untrained/{seed}", 0, partial(untrained, given, seed))
+        for name, scale in scales.items():
+            book.measure(f"run/{name}/{seed}", 0, partial(one_run, given, name, seed, scale))
     book.write()
     write_text(given.out / "quality.md", page(book.content))
     picture(book.content, given.out / "quality.png")

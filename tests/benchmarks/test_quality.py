@@ -56,27 +56,32 @@ def test_curves_say_when_a_level_is_reached_and_the_page_says_it_in_words() -> N
     def run(values: list[float]) -> dict[str, Any]:
         return {
             "points": [
-                {"seconds": 10.0 * (n + 1), "knn d": v, "linear d": v + 1} for n, v in enumerate(values)
+                {"seconds": 10.0 * (n + 1), "steps": n + 1, "knn d": v, "linear d": v + 1}
+                for n, v in enumerate(values)
             ]
         }
 
     entries = {"run/mae/0": run([10, 20, 30]), "run/mae/1": run([12, 22, 32]), "run/fast/0": run([40, 50, 60])}
+    start = {"seconds": 0.0, "knn d": 5.0, "linear d": 6.0}
+    entries["run/untrained/0"] = {"points": [start]}
     rows = quality.curve(entries, "mae", "knn d")
-    assert [(s, v) for s, v, _ in rows] == [(10, 11), (20, 21), (30, 31)]
-    assert rows[0][2] == pytest.approx(math.sqrt(2))
+    assert [(s, v) for s, v, _ in rows] == [(0, 5), (10, 11), (20, 21), (30, 31)]
+    assert rows[1][2] == pytest.approx(math.sqrt(2))
     assert quality.reached(rows, 16) == pytest.approx(15)
-    assert quality.reached(rows, 5.5) == pytest.approx(5)
+    assert quality.reached(rows, 8) == pytest.approx(5)
     assert math.isinf(quality.reached(rows, 40))
     content = {
         "entries": entries, "contestants": ["mae", "fast", "lightly"], "data": "d",
         "measures": ["knn d", "linear d"], "absent": {"lightly": "not installed"}, "quick": False, "seeds": 2,
         "minutes": 1, "scale": "micro64", "batch": 8,
-        "hardware": {"processor": "p", "cores": 2}, "command": "c",
+        "hardware": {"processor": "p", "cores": 2}, "command": "c", "photos": 0, "threads": 1,
     }  # fmt: skip
     text = quality.page(content)
-    assert "| mae | 31.0 +- 1.4 | 32.0 +- 1.4 | 30 s of 30 |" in text
-    assert "| fast | 60.0 +- nan | 61.0 +- nan | 8 s of 30 |" in text
-    assert "not installed" in text
+    assert "| untrained | 1 | 5.0 | 6.0 |" in text
+    assert "| mae | 2 | 31.0 ± 1.4 | 32.0 ± 1.4 |" in text
+    assert "| fast | 1 | 60.0 | 61.0 |" in text
+    assert "| fast | 30 | 3 | 7 s (0.25 of MAE's time) |" in text
+    assert "| lightly | not installed |" in text
 
 
 def test_rates_are_tuned_on_seed_0_and_contestants_share_student_and_batch(tmp_path: Path) -> None:
