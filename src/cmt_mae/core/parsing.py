@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.recipes import read_settings
@@ -93,7 +93,10 @@ def pairs(program: str, kinds: Mapping[str, Any], words: list[str]) -> list[tupl
                     raise InputError(f"setting {one_line(inner, 60)} is unknown{near}")
             found += [(inner, as_word(one)) for inner, one in section.items()]
         else:
-            found.append((name, value))
+            one = get_origin(kinds[name.rstrip("+")]) is list and value[:1] not in ("", "[")
+            found.append(
+                (name, f"[{value}]" if one else value)
+            )  # a list of one: --student.img_size 128
     return found
 
 

@@ -38,7 +38,13 @@ from cmt_mae.method.masking import (
 )
 from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import Teacher, TeacherOutput
-from cmt_mae.method.vit import LastBlockInput, forward_to_last, gather_tokens
+from cmt_mae.method.vit import (
+    LastBlockInput,
+    forward_to_last,
+    gather_tokens,
+    num_prefix,
+    without_registers,
+)
 
 
 class FrozenNetworks(nn.Module):
@@ -336,4 +342,6 @@ class CachedForwards:
                 assert self.networks.teacher is not None
                 return self.networks.teacher.features(state, ids, class_token)
             run = mean_of_last if self.networks.target.momentum_last_k > 1 else finish
-            return run(self.networks.momentum_runs(), state, ids, with_prefix=class_token)
+            network = self.networks.momentum_runs()
+            found = run(network, state, ids, with_prefix=class_token)
+            return without_registers(found, num_prefix(network)) if class_token else found

@@ -5,11 +5,13 @@ teacher may also be timm's ``Eva`` (DINOv3, EVA-02) or ``Beit`` (BEiT, data2vec)
 """
 
 import copy
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -35,8 +37,9 @@ PRESETS: dict[str, tuple[int, int, int, str]] = {
 class StudentConfig:
     """The vision transformer that is trained."""
 
-    preset: Literal["micro", "tiny", "small", "base", "large"] = "base"
-    """micro (width 128, depth 6) | tiny | small | base | large."""
+    preset: Literal["micro", "tiny", "small", "base", "large", "init_from"] = "base"
+    """micro (width 128, depth 6) | tiny | small | base | large | init_from (everything but the size of its input
+    as in the network that `init_from` names)."""
     img_size: list[Count] = field(default_factory=lambda: [224])
     """Input size in pixels: one number (square) or height and width."""
     patch_size: Count = 16
@@ -51,6 +54,8 @@ class StudentConfig:
     """Attention heads; overrides the preset."""
     pos_embed: Literal["sincos", "learned"] = "sincos"
     """sincos (fixed, as MAE) | learned."""
+    network: str = ""
+    """Of preset init_from, filled by the program: timm's name of that network and its arguments, as JSON."""
     drop_path: PartOf = 0.0
     """Stochastic depth rate of the student in pre-training (MAE: 0)."""
 
@@ -75,6 +80,13 @@ class StudentConfig:
 
     def architecture(self) -> tuple[str, dict[str, Any]]:
         """Name and keywords with which ``timm.create_model`` builds this network."""
+        if self.preset == "init_from":
+            if not self.network:
+                raise InputError(
+                    "student.preset init_from: say which network, with --init_from NAME"
+                )
+            name, kwargs = json.loads(self.network)
+            return name, kwargs | {"img_size": list(self.size())}
         if self.preset not in PRESETS:
             raise InputError(f"student.preset '{self.preset}' is unknown: use {', '.join(PRESETS)}")
         if self.pos_embed not in ("sincos", "learned"):
@@ -103,10 +115,15 @@ class StudentConfig:
 def build_student(config: StudentConfig) -> VisionTransformer:
     """A timm ViT with class token and no head, initialised as MAE does (spec section 4).
 
+    Of preset init_from: as timm builds it; its weights come from that network.
     Raises InputError for unknown presets and sizes that do not divide.
     """
-    _, kwargs = config.architecture()
-    vit: Vit = VisionTransformer(num_classes=0, drop_path_rate=config.drop_path, **kwargs)
+    name, kwargs = config.architecture()
+    if config.preset == "init_from":
+        vit = timm.create_model(name, num_classes=0, drop_path_rate=config.drop_path, **kwargs)
+        assert isinstance(vit, VisionTransformer)
+        return vit
+    vit = VisionTransformer(num_classes=0, drop_path_rate=config.drop_path, **kwargs)
     initialise(vit)
     nn.init.xavier_uniform_(vit.patch_embed.proj.weight.view(vit.embed_dim, -1))
     nn.init.normal_(vit.cls_token, std=0.02)
@@ -161,13 +178,20 @@ def encode_visible(vit: Vit, images: Tensor, ids_keep: Tensor) -> Tensor:
     """MAE's encoder: only visible patches enter the blocks.
 
     images (B, C, H, W) normalised, ids_keep (B, K) -> latents (B, 1 + K, D) after the final norm, class
-    token first. Order: patch embedding and position of visible patches, class token, blocks, norm.
+    token first. Order: patch embedding and position of visible patches, class token, blocks, norm. Registers,
+    where the network has some, stand after the class token in the blocks and are left out at the end.
     """
-    positions = vit.pos_embed[:, 1:].expand(images.shape[0], -1, -1)
+    prefix = (
+        vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
+    )
+    places, count = vit.pos_embed, prefix.shape[1]
+    if not vit.no_embed_class:
+        prefix, places = prefix + places[:, :count], places[:, count:]
+    positions = places.expand(images.shape[0], -1, -1)
     tokens = embed_patches(vit, images, ids_keep) + gather_tokens(positions, ids_keep)
-    class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-    tokens = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
-    return vit.norm(vit.blocks(vit.norm_pre(tokens)))
+    tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+    latents = vit.norm(vit.blocks(vit.norm_pre(tokens)))
+    return without_registers(latents, count)
 
 
 def embed_patches(vit: Vit, images: Tensor, ids: Tensor) -> Tensor:
@@ -300,6 +324,11 @@ def _embed(model: Vit, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
 def num_prefix(model: Vit) -> int:
     """How many tokens stand before the patches (class token and registers)."""
     return int(getattr(model, "num_prefix_tokens", 1))
+
+
+def without_registers(tokens: Tensor, prefix: int) -> Tensor:
+    """tokens (B, prefix + N, D), class token first -> (B, 1 + N, D)."""
+    return tokens if prefix == 1 else torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1)
 
 
 def has_class_token(model: Vit) -> bool:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from cmt_mae.backbones import Backbone, load_backbone, resized
-from cmt_mae.backbones.backbone import network_facts
-from cmt_mae.core.backbone_facts import AssumedFacts
-from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings, channel_stats
 from cmt_mae.data.source import Source
@@ -104,74 +100,10 @@ def build_learner(
     heads = {name: target_width or widths[name] for name in names if widths[name]}
     learner = StudentWithDecoder(student, config.decoder, config.target, heads)
     if config.init_from:
+        from cmt_mae.pretraining.start import start_from
+
         start_from(learner, config, stats)
     return learner
-
-
-def start_from(
-    learner: StudentWithDecoder, config: PretrainConfig, stats: Statistics | None
-) -> None:
-    """Load ``init_from``: everything of a run with the same shapes, else the student alone."""
-    state = load_last(Path(config.init_from) / "checkpoints")
-    if state is not None and shapes(state["learner"]) == shapes(learner.state_dict()):
-        learner.load_state_dict(state["learner"])
-        data = (state.get("settings") or {}).get("data", {})
-        given_there = (tuple(data["mean"]), tuple(data["std"])) if data.get("mean") else None
-        warn_of_other(
-            config, stats, given_there or (IMAGENET if config.student.in_chans == 3 else None)
-        )
-        return
-    name, sizes = config.student.architecture()
-    # only the weights are taken, so what features depend on besides is the student's own
-    own_facts = AssumedFacts(
-        arch=name, heads=sizes["num_heads"], grid=list(config.student.grid()),
-        mean=[0.5] * config.student.in_chans, std=[0.5] * config.student.in_chans,
-    )  # fmt: skip
-    backbone = load_backbone(config.init_from, img_size=config.student.size(), facts=own_facts)
-    theirs, mine = network_facts(backbone.model), network_facts(learner.student)
-    if (theirs["heads"], theirs["activation"]) != (mine["heads"], mine["activation"]):
-        raise InputError(
-            f"init_from {config.init_from} computes something else than the student ({theirs}, here {mine}): "
-            "choose student.heads and so on of that network"
-        )
-    given = backbone.model.state_dict()
-    own = learner.student.state_dict()
-    if shapes(given) != shapes(own):
-        names = sorted(
-            k
-            for k in {*given, *own}
-            if k not in given or k not in own or given[k].shape != own[k].shape
-        )
-        raise InputError(
-            f"init_from {config.init_from} does not fit the student ({len(names)} tensors differ, first "
-            f"{', '.join(names[:3])}): choose student.preset, patch_size and pos_embed of that network"
-        )
-    learner.student.load_state_dict(given)
-    assumed = backbone.known_from.get("normalisation", "").startswith(own_facts.prefix)
-    warn_of_other(config, stats, None if assumed else (backbone.mean, backbone.std))
-
-
-def warn_of_other(
-    config: PretrainConfig, stats: Statistics | None, theirs: Statistics | None
-) -> None:
-    """One line on stderr where ``init_from`` saw images normalised in another way. theirs: None, not known."""
-    if stats is None or theirs is None or os.environ.get("RANK", "0") != "0":
-        return
-    same = (
-        round(a, 3) == round(b, 3) for i in (0, 1) for a, b in zip(stats[i], theirs[i], strict=True)
-    )
-    if not all(same):
-        print(
-            f"warning: init_from {config.init_from} was trained on images with mean {list(theirs[0])} and std "
-            f"{list(theirs[1])}, here they have {list(stats[0])} and {list(stats[1])}: "
-            "--data.mean and --data.std set them",
-            file=sys.stderr,
-        )
-
-
-def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def build_guides(

@@ -189,7 +189,8 @@ class PretrainConfig:
     seed: CountOrNone = 0
     """Of weights, order, crops and masks."""
     init_from: str = ""
-    """Start from a backbone (any that `evaluate` reads) or from a run directory (decoder and heads too)."""
+    """Start from a backbone (any that `evaluate` reads) or from a run directory (decoder and heads too); teacher:
+    from the teacher's own weights."""
 
     def __post_init__(self) -> None:
         """A text in place of a section: ``data="photos/"`` is its path, ``teacher="embedded"`` its name."""
@@ -227,6 +228,12 @@ class PretrainConfig:
                 "no images: give --data FOLDER (or tar shards, parquet, a packed folder)"
             )
         check_fields(self)
+        if self.student.preset == "init_from" and not self.student.network:
+            from cmt_mae.pretraining.start import (
+                take_shape,
+            )  # reads weights, which most runs need not
+
+            take_shape(self)
         if not 0.0 <= self.stage_one() <= self.epochs:
             raise InputError(
                 f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"

@@ -6,6 +6,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from cmt_mae.backbones import Backbone, save_backbone
+from cmt_mae.method.vit import num_prefix
 from cmt_mae.pretraining.settings import PretrainConfig
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,5 +35,5 @@ def as_backbone(config: PretrainConfig, vit: VisionTransformer, stats: Statistic
     return Backbone(
         model=vit, architecture=architecture, kwargs=kwargs, mean=stats[0], std=stats[1],
         img_size=config.student.size(), proj=None, source="running", licence=None, digest="",
-        has_cls=True, prefix_tokens=1,
+        has_cls=True, prefix_tokens=num_prefix(vit),
     )  # fmt: skip
