@@ -120,10 +120,10 @@ def build_student(config: StudentConfig) -> VisionTransformer:
     """
     name, kwargs = config.architecture()
     if config.preset == "init_from":
-        vit = timm.create_model(name, num_classes=0, drop_path_rate=config.drop_path, **kwargs)
-        assert isinstance(vit, VisionTransformer)
-        return vit
-    vit = VisionTransformer(num_classes=0, drop_path_rate=config.drop_path, **kwargs)
+        given = timm.create_model(name, num_classes=0, drop_path_rate=config.drop_path, **kwargs)
+        assert isinstance(given, VisionTransformer)
+        return given
+    vit: Vit = VisionTransformer(num_classes=0, drop_path_rate=config.drop_path, **kwargs)
     initialise(vit)
     nn.init.xavier_uniform_(vit.patch_embed.proj.weight.view(vit.embed_dim, -1))
     nn.init.normal_(vit.cls_token, std=0.02)

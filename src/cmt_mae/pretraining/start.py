@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -65,7 +66,8 @@ def take_shape(config: PretrainConfig) -> None:
             "teacher of a student of another shape (student.preset)"
         )
     student.network = json.dumps([backbone.architecture, backbone.kwargs])
-    student.patch_size, student.in_chans = int(vit.patch_embed.patch_size[0]), len(backbone.mean)
+    patches: Any = vit.patch_embed
+    student.patch_size, student.in_chans = int(patches.patch_size[0]), len(backbone.mean)
     if not config.data.mean and not config.data.std:
         config.data.mean, config.data.std = list(backbone.mean), list(backbone.std)
 
