@@ -19,11 +19,9 @@ from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.hog import hog_dim
 from cmt_mae.method.teacher import Teacher, TeacherConfig
 from cmt_mae.method.vit import Vit, block_number, build_student, grid_of
-from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.settings import IMAGENET, PretrainConfig, Statistics
+from cmt_mae.pretraining.start import start_from
 from cmt_mae.pretraining.teacher_store import TeacherStore
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def statistics(config: PretrainConfig, source: Source) -> Statistics:
@@ -100,8 +98,6 @@ def build_learner(
     heads = {name: target_width or widths[name] for name in names if widths[name]}
     learner = StudentWithDecoder(student, config.decoder, config.target, heads)
     if config.init_from:
-        from cmt_mae.pretraining.start import start_from
-
         start_from(learner, config, stats)
     return learner
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Annotated, Any, Literal, Self
 
+from cmt_mae.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.recipes import load_recipes, merge
 from cmt_mae.core.settings import (
@@ -30,6 +31,10 @@ from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.masking import GUIDED
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.method.vit import StudentConfig
+
+IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, for pixels in 0..1."""
 
 
 @dataclass
@@ -228,12 +233,6 @@ class PretrainConfig:
                 "no images: give --data FOLDER (or tar shards, parquet, a packed folder)"
             )
         check_fields(self)
-        if self.student.preset == "init_from" and not self.student.network:
-            from cmt_mae.pretraining.start import (
-                take_shape,
-            )  # reads weights, which most runs need not
-
-            take_shape(self)
         if not 0.0 <= self.stage_one() <= self.epochs:
             raise InputError(
                 f"stage1_epochs {self.stage1_epochs} is longer than epochs {self.epochs}"

@@ -16,8 +16,7 @@ from cmt_mae.core.backbone_facts import AssumedFacts, BackboneFacts
 from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.cmtmae import StudentWithDecoder
-from cmt_mae.pretraining.assembly import IMAGENET, Statistics
-from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.settings import IMAGENET, PretrainConfig, Statistics
 
 
 def start_name(config: PretrainConfig) -> str:
@@ -44,11 +43,14 @@ def start_facts(config: PretrainConfig) -> BackboneFacts:
 
 
 def take_shape(config: PretrainConfig) -> None:
-    """Write into the settings the shape, patch, channels and normalisation of the network to start from.
+    """With student.preset init_from: write into the settings the shape, patch, channels and normalisation of the
+    network to start from. To be called before ``PretrainConfig.check``.
 
     Raises InputError where none is named, or it is no vision transformer with a class token and positions that are
     added to its patches: only of these can some patches be left out as MAE does.
     """
+    if config.student.preset != "init_from" or config.student.network:
+        return
     if not config.init_from:
         raise InputError("student.preset init_from: say which network, with --init_from NAME")
     name, student = start_name(config), config.student

@@ -7,9 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from cmt_mae.backbones import Backbone, save_backbone
 from cmt_mae.method.vit import num_prefix
-from cmt_mae.pretraining.settings import PretrainConfig
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+from cmt_mae.pretraining.settings import PretrainConfig, Statistics
 
 
 def save_student(

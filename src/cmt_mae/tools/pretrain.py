@@ -34,6 +34,7 @@ from cmt_mae.pretraining.assembly import (
 )
 from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.start import take_shape
 from cmt_mae.pretraining.task import Images, Looks, Pretraining
 
 PICTURED = 6  # images in a picture
@@ -60,6 +61,7 @@ def pretrain(
     ``method.cmtmae.MaskRule``. target: what is predicted in place of pixels (``target.source`` must be pixel); see
     ``TargetFunction``. Both are recorded by name and source, and a run is continued with the same ones only.
     """
+    take_shape(config)
     config.check()
     runtime = config.runtime
     accelerator = make_accelerator(runtime.device, config.precision, runtime.deterministic)

@@ -17,6 +17,7 @@ from cmt_mae.core.recipes import load_recipes, merge
 from cmt_mae.core.runs import plain, refuse_changes
 from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.start import take_shape
 from cmt_mae.tools.ablate.grid import Grid
 
 FORMAT = 1
@@ -95,6 +96,7 @@ def make_plan(
         merge(content, variant.settings)
         merge(content, {"out": str(out), "data": {"path": data}, "runtime": {"progress": False}})
         config: PretrainConfig = parse(f"variant {variant.name}", PretrainConfig, [], content)
+        take_shape(config)
         config.check()
         config.runtime.keep_switch = config.needs_momentum()
         configs[variant.name] = config

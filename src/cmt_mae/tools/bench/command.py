@@ -25,6 +25,7 @@ from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method.masking import noise_length
 from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.start import take_shape
 from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.bench import measure
 from cmt_mae.tools.bench.build import frozen_backbone, make_task, synthetic_batches
@@ -60,6 +61,7 @@ class BenchConfig(PretrainConfig):
         run = PretrainConfig(**given)
         run.out = run.out or "bench"
         run.data.path = run.data.path or "synthetic images"
+        take_shape(run)
         run.check()
         check_fields(self)
         on_gpu = run.runtime.device == "cuda" or (

@@ -17,6 +17,7 @@ from cmt_mae.data.sources import open_split
 from cmt_mae.method.teacher import TeacherConfig
 from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
+from cmt_mae.pretraining.start import take_shape
 from cmt_mae.tools.diagnose.aim import SAMPLE, check_aim
 from cmt_mae.tools.diagnose.estimate import estimate
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
@@ -69,6 +70,7 @@ class DoctorConfig(PretrainConfig):
         run = PretrainConfig(**{name: copy.deepcopy(getattr(self, name)) for name in names})
         run.out = run.out or "run"
         run.data.path = run.data.path or "synthetic images"
+        take_shape(run)
         run.check()
         return run
 
