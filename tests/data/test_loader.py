@@ -89,37 +89,21 @@ def test_order_is_a_permutation(n: int, seed: int, epoch: int) -> None:
 
 
 @given(
-    st.sampled_from([1, 2, 3, 4]),
-    st.sampled_from([1, 2, 3]),
-    st.integers(1, 3),
-    st.integers(0, 20),
+    st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(0, 20),
     st.integers(0, 9),
-)
+)  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_ranks_share_out_the_same_global_batch(
     world: int, micro: int, accumulation: int, extra: int, start: int
 ) -> None:
     size = world * micro * accumulation
     source = Arrays(size + extra)
+    given = {"batch_size": size, "start_step": start, "world": world, "micro_batch": micro}
     whole = batches(source, 2, batch_size=size, micro_batch=size, start_step=start)
-    ranks = [
-        batches(
-            source,
-            2 * accumulation,
-            batch_size=size,
-            micro_batch=micro,
-            rank=rank,
-            world=world,
-            start_step=start,
-        )
-        for rank in range(world)
-    ]
+    ranks = [batches(source, 2 * accumulation, rank=rank, **given) for rank in range(world)]
     for step in range(2):
-        parts = [
-            ranks[rank][step * accumulation + a]
-            for a in range(accumulation)
-            for rank in range(world)
-        ]
+        first = step * accumulation
+        parts = [ranks[rank][first + a] for a in range(accumulation) for rank in range(world)]
         for key in ("images", "flip", "noise", "index"):
             assert torch.equal(torch.cat([part[key] for part in parts]), whole[step][key])
 
@@ -186,11 +170,9 @@ def test_the_noise_length_does_not_change_the_crops() -> None:
 def test_fixed_crops_stay_and_noise_moves() -> None:
     def by_image(fixed: bool) -> list[dict[int, Any]]:
         found = batches(Arrays(8), 2, crops=replace(CROPS, fixed=fixed))
+        names = ("images", "flip", "noise")
         return [
-            {
-                i: (b["images"][r], b["flip"][r], b["noise"][r])
-                for r, i in enumerate(b["index"].tolist())
-            }
+            {i: tuple(b[n][r] for n in names) for r, i in enumerate(b["index"].tolist())}
             for b in found
         ]
 
@@ -259,11 +241,8 @@ class Accident(Arrays):
         self.marks, self.times, self.hang, self.main = marks, times, hang, os.getpid()
 
     def read(self, index: int) -> np.ndarray | bytes:
-        if (
-            index == self.fatal
-            and os.getpid() != self.main
-            and len(list(self.marks.iterdir())) < self.times
-        ):
+        again = len(list(self.marks.iterdir())) < self.times
+        if index == self.fatal and os.getpid() != self.main and again:
             (self.marks / f"{time.time_ns()}").touch()
             if self.hang:
                 time.sleep(600)

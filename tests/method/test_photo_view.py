@@ -28,15 +28,6 @@ def image_of(values: Tensor, grid: tuple[int, int]) -> Tensor:
     return values.transpose(1, 2).unflatten(2, grid)
 
 
-@pytest.mark.parametrize("class_token", [False, True])
-def test_the_whole_photo_is_the_output_itself(class_token: bool) -> None:
-    given = output((6, 4), class_token=class_token)
-    found = at_crops(given, (6, 4), (6, 4), WHOLE)
-    torch.testing.assert_close(found.features, given.features)
-    torch.testing.assert_close(found.attention, given.attention)
-    assert torch.equal(found.mass, given.mass)
-
-
 def test_a_box_on_grid_lines_is_the_part_of_the_grid() -> None:
     given = output((8, 8))
     box = torch.tensor([[2 / 8, 1 / 8, 4 / 8, 6 / 8]])

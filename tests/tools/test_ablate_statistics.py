@@ -69,13 +69,6 @@ def test_a_missing_run_does_not_lend_its_seed_to_a_row() -> None:
     assert effects["lucky"].difference == pytest.approx(0.0)
 
 
-def test_only_the_far_group_is_marked() -> None:
-    """7 points at a spread of 1 are seen with three seeds, 0 are not."""
-    effects, _ = against_baseline(seeded(GROUPS), "base")
-    assert effects["far"].marked
-    assert not effects["same"].marked
-
-
 def test_too_few_values_give_no_p() -> None:
     """One seed: differences without a test; no baseline: nothing; no common seed: the means' difference alone."""
     assert against_baseline({"base": {0: 1.0}, "x": {0: 3.0}}, "base")[0]["x"].p is None

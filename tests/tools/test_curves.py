@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cmt_mae.core.run_reader import RunRecord, read_run
 from cmt_mae.pretraining.plan import alphas_at
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.tools.report.charts import alphas, charts, label_of, thinned
+from cmt_mae.tools.report.charts import alphas, charts, thinned
 from written_run import Write
 
 
@@ -84,16 +84,6 @@ def test_alpha_rises_at_the_recorded_switch_however_sparse_the_metrics(
     }
     assert {value for step, value in values.items() if step < switch} == {0}
     assert {value for step, value in values.items() if step > switch} == {0.3}
-
-
-def test_labels_are_words() -> None:
-    names = (
-        "loss", "loss_hog", "spread_prediction_teacher", "spread_student", "rank_target_momentum", "x_of_mine",
-    )  # fmt: skip
-    assert [label_of(name) for name in names] == [
-        "whole loss", "HOG loss", "predicted teacher targets", "student output", "momentum student targets",
-        "x of mine",
-    ]  # fmt: skip
 
 
 def test_one_long_run_stays_small(write: Write) -> None:

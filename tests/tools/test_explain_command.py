@@ -10,9 +10,9 @@ from PIL import Image
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.tools.inspect import canvas
-from cmt_mae.tools.inspect.command import MAKERS, explain
+from cmt_mae.tools.inspect.command import explain
 from cmt_mae.tools.inspect.images import Album
-from cmt_mae.tools.inspect.settings import KINDS, ExplainConfig
+from cmt_mae.tools.inspect.settings import ExplainConfig
 
 
 def names(folder: Path) -> set[str]:
@@ -24,10 +24,6 @@ def names(folder: Path) -> set[str]:
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few dots an inch, for speed."""
     monkeypatch.setattr(canvas, "DPI", 50)
-
-
-def test_every_kind_has_a_maker() -> None:
-    assert tuple(MAKERS) == KINDS
 
 
 def test_a_run_of_two_stages(

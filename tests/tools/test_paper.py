@@ -86,22 +86,3 @@ def test_every_doubt_stands_at_a_number():
         for table, method, size, epochs, task in doubt["of"]:
             assert (table, method, sizes[size], epochs, task) in places
     assert {n.task for n in numbers} == set(PROTOCOLS)
-
-
-@pytest.mark.parametrize(
-    ("value", "method", "word"),
-    [
-        (75.7, "AttMask", "ViT-S/16"),
-        (84.5, "SemMAE", "8x8"),
-        (79.5, "iBOT", "best of 45"),
-        (75.1, "MAE", "75.8"),
-        (50.3, "MAE", "not 12 epochs"),
-        (48.4, "MAE", "1600-epoch"),
-        (56.2, "I-JEPA", "never released"),
-        (52.9, "CMT-MAE", "dBOT"),
-        (51.0, "MAE", "37.9"),
-    ],
-)
-def test_doubts_of_the_specification(value, method, word):
-    (number,) = [n for n in paper_numbers() if n.value == value and n.method == method]
-    assert word in " ".join(number.doubts)
