@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.engine.optim import layer_decay_groups, layer_id, layer_scales
 from cmt_mae.evaluate.pyramid import (
     DeconvPyramid,
     RelativeBias,
@@ -142,25 +140,6 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
         taps(x)[-1].square().mean().backward()
         gradients.append(taps.vit.patch_embed.proj.weight.grad)
     torch.testing.assert_close(*gradients)
-
-
-def test_the_layers_of_a_tapped_network_get_their_scales() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = Taps(tiny(), (3, 5, 7, 11), relative_bias=(4, 4))
-            self.head = nn.Linear(3, 2)
-
-    groups = layer_decay_groups(Model(), 12, 0.5, 0.05)
-    scales = {n: (g["lr_scale"], g["weight_decay"]) for g in groups for n in g["names"]}
-    every = layer_scales(12, 0.5)
-    assert scales["backbone.vit.patch_embed.proj.weight"] == (every[0], 0.05)
-    assert scales["backbone.vit.pos_embed"] == (every[0], 0.0)
-    assert scales["backbone.vit.blocks.11.mlp.fc1.weight"] == (0.5, 0.05)
-    assert scales["head.weight"] == (1.0, 0.05)
-    assert scales["head.bias"] == (1.0, 0.0)
-    assert layer_id("other.blocks.3.weight", 12, "backbone.") == 13
-    assert layer_id("backbone.biases.3.table", 12, "backbone.") == 4  # as in BEiT's blocks
 
 
 def test_padding_reaches_multiples_at_the_right_and_bottom() -> None:

@@ -2,11 +2,14 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.result import Result, hardware, save_where, versions
 
@@ -62,6 +65,19 @@ def test_identity_names_what_was_measured():
     assert make(seed=4).identity() != base
     assert make(backbone={"digest": "other"}).identity() != base
     assert make(protocol={**make().protocol, "k": [10]}).identity() != base
+
+
+def test_the_network_is_the_one_that_was_built():
+    net = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3
+    )
+    backbone = SimpleNamespace(model=net, architecture="vit_tiny_patch16_224", img_size=(48, 48))
+    assert Backbone.network.fget(backbone) == "ViT 96 x 4, patch 8, 48 px"
+    old = make(backbone={"name": "runs/a", "architecture": "vit_small_patch16_224", "digest": "d"})
+    old.backbone["img_size"] = [48, 64]
+    assert old.network == "vit_small_patch16_224, 48 x 64 px"
+    old.backbone["network"] = "ViT 96 x 4, patch 8, 48 px"
+    assert old.network == "ViT 96 x 4, patch 8, 48 px"
 
 
 def test_where_it_is_saved(tmp_path):

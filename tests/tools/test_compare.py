@@ -6,16 +6,13 @@ import math
 import re
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import timm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.result import Result
 from cmt_mae.tools.report.compare import CompareConfig, compare, letters, tabulate
@@ -279,19 +276,6 @@ def test_the_teacher_of_an_older_result_is_that_of_its_run(tmp_path):
     content = compare(CompareConfig(runs=[str(run)]))
     (gain,) = content["student_minus_teacher"]
     assert (gain["student"], gain["teacher"], gain["difference"]) == (str(run), "embedded", -10.0)
-
-
-def test_the_network_is_the_one_that_was_built():
-    net = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=3
-    )
-    backbone = SimpleNamespace(model=net, architecture="vit_tiny_patch16_224", img_size=(48, 48))
-    assert Backbone.network.fget(backbone) == "ViT 96 x 4, patch 8, 48 px"
-    old = make()
-    old.backbone["img_size"] = [48, 64]
-    assert old.network == "vit_small_patch16_224, 48 x 64 px"
-    old.backbone["network"] = "ViT 96 x 4, patch 8, 48 px"
-    assert "ViT 96 x 4, patch 8, 48 px" in as_plain_table(table(old))
 
 
 def test_paper_rows_only_where_there_is_a_column(tmp_path, capsys):
