@@ -79,7 +79,7 @@ def page(content: dict[str, Any]) -> str:
     return "\n".join([
         "# Adapting a published network", "", *quick,
         f"Top-1 in percent on val ({counts}; the standard error of one number is 100 x sqrt(p (1 - p) / n)), mean "
-        f"± standard deviation over n seeds. {content['epochs']:g} epochs at {content['train_size']} px, base rate "
+        f"± standard deviation over n seeds. {content['epochs']:g} epochs at {content['train_size']} px, blr "
         f"{content['blr']:g}, measured at {content['size']} px. The last column reads class token, mean or both, "
         f"whichever cross-validation on train chose. {hardware['processor']}, {hardware['cores']} cores, "
         f"{content['hardware']['date']}. Command: `{content['command']}`.", "",

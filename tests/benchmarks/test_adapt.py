@@ -19,7 +19,7 @@ def test_rows_differ_in_start_and_loss_alone() -> None:
     assert {row: run.target.source for row, run in runs.items()} == {
         "adapted": "teacher", "collab": "collab", "mae": "pixel", "scratch": "teacher",
     }  # fmt: skip
-    assert len({(r.epochs, r.optim.blr, r.batch_size, r.seed, str(r.student.img_size)) for r in runs.values()}) == 1
+    assert len({(r.epochs, r.optim.blr, r.batch_size, r.seed, r.student.size()) for r in runs.values()}) == 1
 
 
 def test_the_table_gives_mean_and_spread_of_every_reading() -> None:
