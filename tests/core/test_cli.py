@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from cmt_mae.core.cli import COMMANDS, EVALUATIONS, SHORT, main
-from cmt_mae.core.parsing import expand, parse, take, with_positional
+from cmt_mae.core.parsing import expand, parse, take, with_lists, with_positional
 from cmt_mae.core.recipes import head_comment, load_recipes, recipe_names
 from cmt_mae.core.settings import walk
 from cmt_mae.data.loader import order
@@ -317,6 +317,9 @@ def test_bare_flags_and_positional_words() -> None:
         '--runs=["a", "b"]', "--paper", "--format=json",
     ]  # fmt: skip
     assert with_positional(["--help"], "runs") == ["--help"]
+    assert with_lists(["--tasks", "knn,linear", "davis", "--seed", "1"], (), ("tasks",)) == [
+        "--seed", "1", '--tasks=["knn", "linear", "davis"]',
+    ]  # fmt: skip
     config = parse("test", CompareConfig, ['--runs=["a"]', "--paper"], {})
     assert config.paper is True
     config = parse("test", CompareConfig, ["--paper", "false", '--runs=["a"]'], {})

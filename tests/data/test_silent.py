@@ -192,11 +192,18 @@ def test_limits_given_or_of_train_hold_for_val_packs_and_colours(tmp_path: Path)
     assert open_split(str(tmp_path / "p"), "val").read(0).max() > 240  # type: ignore[union-attr]
 
 
-def test_a_page_a_channel_and_what_cannot_be_scaled(tmp_path: Path) -> None:
+def test_a_page_a_channel_and_what_cannot_be_scaled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pages = np.stack([GREY, GREY * 2, GREY + 3, GREY], 0).astype(np.uint8)
     tifffile.imwrite(tmp_path / "1.tif", pages, photometric="minisblack")
     image = decode_image((tmp_path / "1.tif").read_bytes(), 4)
     np.testing.assert_array_equal(image, pages.transpose(1, 2, 0))
+    open_source(str(tmp_path))
+    assert "TIFFs of 4 pages: each is a channel where 4 are wanted, else the first" in caplog.text
+    tifffile.imwrite(tmp_path / "3.tif", pages[:3], photometric="minisblack")
+    three = decode_image((tmp_path / "3.tif").read_bytes(), 3)
+    np.testing.assert_array_equal(three, pages[:3].transpose(1, 2, 0))
     cv2 = pytest.importorskip("cv2")
     (tmp_path / "png").mkdir()
     cv2.imwrite(str(tmp_path / "png" / "1.png"), np.stack([GREY * 40] * 3, 2))

@@ -309,7 +309,9 @@ def test_every_preset_makes_settings(config, tmp_path):
     backbone = everything.load_backbone(config().backbone)
     for preset in ("quick", "paper"):
         for name, task in everything.TASKS.items():
-            job = everything.make_job(name, tmp_path, config(preset=preset), backbone, tmp_path)
+            given = config(preset=preset, zero_label="class")
+            job = everything.make_job(name, tmp_path, given, backbone, tmp_path)
+            assert getattr(job.config, "zero_label", "class") == "class"
             assert (job.config.device, job.config.seed) == ("cpu", 0)
             assert job.config.out == str(tmp_path) or task.trains
 

@@ -321,7 +321,7 @@ def run_evaluation(words: list[str]) -> None:
         print(help_page(name, EVALUATIONS[words[0]], "--help-all" in words))
         return
     settings, function = load(EVALUATIONS[words[0]])
-    as_json, rest = take_flag(words[1:], "--json")
+    as_json, rest = take_flag(with_lists(words[1:], (), ("tasks",)), "--json")
     result = function(parse(f"cmt-mae {name}", settings, rest, {}))
     if isinstance(result, list):  # of `all`
         for one in result:

@@ -289,7 +289,10 @@ def check_labels(data: Ade20k, train: np.ndarray, val: np.ndarray) -> None:
     for split, counts in (("training", train), ("validation", val)):
         if not counts[2:].any():
             only = "255" if data.zero_label == "class" else "0 or 255"
-            raise InputError(f"{data.root}: no labelled pixel in the {split} masks; all are {only}")
+            raise InputError(
+                f"{data.root}: no labelled pixel in the {split} masks; all are {only}, which never counts: save "
+                "the classes as numbers in a row"
+            )
     zeros, last = train[0] / train[1:].sum(), data.classes[-1]
     if data.zero_label is None and zeros >= FREQUENT and train[-1] == 0:
         raise InputError(

@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -96,7 +97,8 @@ def _decode(raw: bytes, channels: int, max_pixels: int) -> np.ndarray:
     with warnings.catch_warnings():
         # Pillow warns of broken EXIF and of size; both are dealt with here.
         warnings.simplefilter("ignore")
-        if _is_tiff(raw) and (channels not in (1, 3) or _is_wide_tiff(raw)):
+        paged = channels == 3 == _grey_pages(raw) and find_spec("tifffile") is not None
+        if _is_tiff(raw) and (channels not in (1, 3) or _is_wide_tiff(raw) or paged):
             return _decode_tiff(raw, channels, max_pixels)
         return _decode_pillow(raw, channels, max_pixels)
 
@@ -104,16 +106,18 @@ def _decode(raw: bytes, channels: int, max_pixels: int) -> np.ndarray:
 def measure_limits(source: Source) -> tuple[Limits | None, str]:
     """Limits of images of more than 8 bits, from the values of some of them, and a line about it for people.
 
+    The line also says where TIFFs have several pages, which are channels only for a network of as many.
     Of 99.9 % of the values the largest, rounded up to all ones in binary (4095, 65535), or to 1 for fractions; 0,
     or below it the same for negative ones. None: no such images, or they fill 16 bits.
     """
-    low, high, whole, size = 0.0, 0.0, True, 0
+    low, high, whole, size, pages = 0.0, 0.0, True, 0, 1
     for index in even(len(source), MEASURED):
         try:
             raw = source.read(index)
             if not isinstance(raw, bytes) or raw[:2] == b"\xff\xd8" or size > MEASURED_BYTES:
                 continue
             size += len(raw)
+            pages = max(pages, _grey_pages(raw))
             values = _decode(raw, 0 if raw[:2] in (b"II", b"MM") else 3, MAX_PIXELS)
         except Exception:  # it is named where it is used
             continue
@@ -129,16 +133,21 @@ def measure_limits(source: Source) -> tuple[Limits | None, str]:
         whole = whole and values.dtype.kind != "f"
         part = np.nanquantile(values[:: max(1, len(values) // 256)], (0.001, 0.999))
         low, high = min(low, float(part[0])), max(high, float(part[1]))
+    said = []
+    if pages > 1:
+        said.append(
+            f"TIFFs of {pages} pages: each is a channel where {pages} are wanted, else the first is read"
+        )
     if high == low:
-        return None, ""
+        return None, "".join(said)
     limits = (-_ones(-low, whole) if low < 0 else 0.0, _ones(high, whole))
     if limits == (0.0, 65535.0):
-        return None, ""
-    text = (
+        return None, "".join(said)
+    said.append(
         f"images of more than 8 bits hold values from {low:g} to {high:g}: {limits[0]:g} becomes black, "
         f"{limits[1]:g} white (--data.range sets others)"
     )
-    return limits, text
+    return limits, "; ".join(said)
 
 
 def _bits(value: float) -> int:
@@ -238,6 +247,16 @@ def _decode_npy(raw: bytes, max_pixels: int) -> np.ndarray:
 
 def _is_tiff(raw: bytes) -> bool:
     return raw[:4] in (b"II*\0", b"MM\0*")
+
+
+def _grey_pages(raw: bytes) -> int:
+    """Pages of a TIFF of one channel; 1 for all else."""
+    if not _is_tiff(raw):
+        return 1
+    with suppress(Exception), Image.open(io.BytesIO(raw), formats=("TIFF",)) as image:
+        if len(image.getbands()) == 1 and image.mode != "P":
+            return int(getattr(image, "n_frames", 1))
+    return 1
 
 
 def _is_wide_tiff(raw: bytes) -> bool:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
@@ -86,6 +87,10 @@ def iterate(
             )
         finally:
             found.close()
+
+
+# how many workers there are is a setting
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
 def few(names: Sequence[str]) -> str:

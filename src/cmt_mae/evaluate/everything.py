@@ -22,6 +22,7 @@ from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import write_json
 from cmt_mae.core.settings import check_fields, default_of
 from cmt_mae.core.text import printable
+from cmt_mae.data.ade20k import ZeroLabel
 from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.evaluate.features import FrozenSettings, start_processes
 from cmt_mae.evaluate.layouts import Found, find_data, folder_fingerprint
@@ -56,6 +57,8 @@ class EvaluateAllConfig(BackboneFacts):
     """Of everything random in the evaluations."""
     key: str | None = None
     """`momentum` evaluates the momentum student of a run."""
+    zero_label: ZeroLabel | None = None
+    """What label 0 is in ADE20K's layout, as in `evaluate ade20k`: ignored or class."""
 
 
 @dataclass
@@ -199,6 +202,7 @@ def make_job(
         "timeout_s": config.timeout_s,
         "seed": config.seed,
         "key": config.key,
+        "zero_label": config.zero_label,
         **{name: getattr(config, name) for name in FACTS},
     }
     known = {field.name for field in fields(kind)}  # not every task has loader processes
