@@ -5,13 +5,11 @@
 makes the images (packed at 96 px, 3000 of the training photos), works off the experiments one after the other (the
 same command again continues) and writes docs/results/ablations.json and the tables of ablations.md; the words in
 that file, above its first table, are by hand and stay. ``--only masks`` takes single experiments;
-``--tables`` runs nothing. A run that another experiment has made already (same settings, same seed) is taken from
-there: the settings of CMT-MAE itself stand in seven of them.
+``--tables`` runs nothing.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,40 +89,6 @@ def make_digits(work: Path) -> Path:
     return work / "digits"
 
 
-def adopt(work: Path, experiment: str) -> None:
-    """Copy runs of ``experiment`` that others below ``work`` have made with the same settings."""
-    from cmt_mae.tools.ablate.one import read_status
-    from cmt_mae.tools.ablate.plan import read_plan
-
-    known: dict[str, Path] = {}
-    for other in EXPERIMENTS:
-        if other == experiment or not (work / other / "plan.json").exists():
-            continue
-        for run in read_plan(work / other).runs:
-            if read_status(work / other, run.name).get("state") == "done":
-                known[key_of(run.settings, run.train)] = work / other / "runs" / run.name
-    for run in read_plan(work / experiment).runs:
-        source, target = (
-            known.get(key_of(run.settings, run.train)),
-            work / experiment / "runs" / run.name,
-        )
-        if source is not None and not target.exists():
-            print(f"{experiment}: {run.name} is {source}")
-            shutil.copytree(source, target.with_name(target.name + ".part"), dirs_exist_ok=True)
-            target.with_name(target.name + ".part").rename(target)
-
-
-def key_of(settings: dict[str, Any], train: bool) -> str:
-    """Equal for runs that differ in nothing but their place."""
-    from cmt_mae.core.parsing import flatten
-    from cmt_mae.core.settings import resume_safe_settings
-    from cmt_mae.pretraining.settings import PretrainConfig
-
-    safe = resume_safe_settings(PretrainConfig)
-    kept = {n: value for n, value in flatten(settings).items() if not n.startswith(safe)}
-    return json.dumps([train, kept], sort_keys=True)
-
-
 def write_page(work: Path) -> None:
     """ablations.json, and the tables below the words of ablations.md."""
     from cmt_mae.tools.ablate.text import markdown
@@ -158,10 +122,7 @@ def main() -> None:
     if not options.tables:
         images = make_images(options.data, options.work)
         for experiment in options.only:
-            command = command_of(experiment, options, images)
-            subprocess.run([*command, "--table_only", "true"], check=True)  # writes the plan
-            adopt(options.work, experiment)
-            subprocess.run(command, check=True)
+            subprocess.run(command_of(experiment, options, images), check=True)
     write_page(options.work)
 
 

@@ -1,24 +1,15 @@
-"""DAVIS: label propagation against the published loop (speed, equal results), and the memory of a long video.
+"""DAVIS: label propagation against the published loop, its speed and its results.
 
-    python -m benchmarks.davis speed --data DAVIS/ --backbone deit_tiny.safetensors [--backbone ...]
-    python -m benchmarks.davis memory --data DAVIS/ [--architecture vit_base_patch16_224]
-    python -m benchmarks.davis table --results OUT/results
+    python -m benchmarks.davis --data DAVIS/ --backbone deit_tiny.safetensors [--backbone ...]
 
-``speed`` extracts the features of one sequence once, then carries its first mask through it in both ways, in
-turns, in one process, with 1 and 2 threads: medians and ratios of at least 7 repetitions. ``memory`` evaluates a
-video of 90 frames with a ViT of random weights in a process of its own and reads that process's peak. Both
-write into docs/results/davis_speed.json.
+extracts the features of one sequence once, then carries its first mask through it in both ways, in turns, in one
+process, with 1 and 2 threads: medians and ratios of at least 7 repetitions, into docs/results/davis_speed.json.
 """
 
 import argparse
 import json
 import os
-import resource
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -29,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.backbones import load_backbone
 from cmt_mae.core.files import write_json
 from cmt_mae.data.davis import VideoSequence, open_davis, read_mask
 from cmt_mae.evaluate.result import hardware, versions
-from cmt_mae.evaluate.video.evaluate import DavisConfig, evaluate_davis
 from cmt_mae.evaluate.video.features import make_extractor, patch_of
 from cmt_mae.evaluate.video.propagate import Propagation, decide, first_labels
 from cmt_mae.evaluate.video.protocol import PRESETS, VideoProtocol, input_size
@@ -148,97 +138,28 @@ def compare(
     return row
 
 
-def measure_memory(data: str, architecture: str, frames: int) -> dict[str, Any]:
-    """Peak memory and seconds of a whole evaluation, run by a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        torch.manual_seed(0)
-        backbone = load_backbone(f"timm:{architecture}", pretrained=False)
-        file = root / f"random_{architecture}.safetensors"
-        save_backbone(
-            file, backbone.model, architecture=backbone.architecture, kwargs=backbone.kwargs,
-            mean=backbone.mean, std=backbone.std, img_size=backbone.img_size, licence=None, source="random",
-        )  # fmt: skip
-        long_video(open_davis(data)[0], root / "data", frames)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.davis",
-            "child",
-            "--data",
-            str(root / "data"),
-            "--backbone",
-            str(file),
-        ]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"architecture": architecture, "weights": "random", **json.loads(out.splitlines()[-1])}
-
-
-def long_video(sequence: VideoSequence, root: Path, frames: int) -> None:
-    """A DAVIS folder with one video of so many frames: the sequence to and fro."""
-    there = list(range(len(sequence)))
-    order = (there + there[-2:0:-1]) * (frames // len(there) + 1)
-    for kind, files in (("JPEGImages", sequence.frames), ("Annotations", sequence.masks)):
-        target = root / kind / "480p" / "long"
-        target.mkdir(parents=True)
-        for number, source in enumerate(order[:frames]):
-            shutil.copyfile(files[source], target / f"{number:05d}{files[source].suffix}")
-    listing = root / "ImageSets" / "2017" / "val.txt"
-    listing.parent.mkdir(parents=True)
-    listing.write_text("long\n")
-
-
-def child(data: str, backbone: str) -> None:
-    """Evaluate and print this process's peak memory."""
-    result = evaluate_davis(DavisConfig(backbone, data, device="cpu", progress=False))
-    row = result.details["sequences"][0]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    facts = {k: row[k] for k in ("frames", "size", "grid", "seconds")}
-    print(json.dumps({**facts, "threads": torch.get_num_threads(), "peak_GiB": round(peak, 2)}))
-
-
-def record(part: str, rows: list[dict[str, Any]]) -> None:
-    """Put the rows into docs/results/davis_speed.json, beside the other part."""
-    content = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
-    content[part] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": rows,
-        "versions": versions(),
-        "hardware": {k: v for k, v in hardware(torch.device("cpu")).items() if k != "threads"},
-    }
-    write_json(TARGET, content)
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["speed", "memory", "table", "child"])
-    parser.add_argument("--data", default="")
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--backbone", action="append", default=[])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--backbone", action="append", required=True)
     parser.add_argument("--sequence", default=None)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--architecture", default="vit_base_patch16_224")
     options = parser.parse_args()
-    if options.part == "child":
-        child(options.data, options.backbone[0])
-    elif options.part == "memory":
-        rows = [measure_memory(options.data, options.architecture, 90)]
-        print(json.dumps(rows[0]))
-        record("memory", rows)
-    elif options.part == "table":
-        from benchmarks.davis_table import table
-
-        table(options.results)
-    else:
-        names = None if options.sequence is None else [options.sequence]
-        sequence = open_davis(options.data, names)[0]
-        numbers = (options.frames, options.repetitions, options.threads)
-        record("speed", [compare(name, sequence, *numbers) for name in options.backbone])
+    names = None if options.sequence is None else [options.sequence]
+    sequence = open_davis(options.data, names)[0]
+    numbers = (options.frames, options.repetitions, options.threads)
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": [compare(name, sequence, *numbers) for name in options.backbone],
+        "versions": versions(),
+        "hardware": {k: v for k, v in hardware(torch.device("cpu")).items() if k != "threads"},
+    }
+    write_json(TARGET, {"speed": content})
 
 
 if __name__ == "__main__":

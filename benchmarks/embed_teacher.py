@@ -7,18 +7,34 @@ import argparse
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.ladder import RESULTS
-from benchmarks.ladder_table import measure, training_facts
+from benchmarks.timing import RESULTS
 from cmt_mae.backbones import load_backbone, save_backbone
 from cmt_mae.core.files import write_json
 from cmt_mae.core.runs import environment
+from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
+from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
 
 TARGET = Path(__file__).parents[1] / "src" / "cmt_mae" / "teachers" / "embedded.safetensors"
 MOST_BYTES = 3 * 2**20
+
+
+def measure(data: str, out: str) -> dict[str, float]:
+    """k-NN (k 20) and linear probe (MAE's protocol on cached centre crops), class token and mean."""
+    common: dict[str, Any] = {
+        "backbone": "embedded", "data": data, "out": out, "workers": 0, "pools": ("mean", "cls"),
+    }  # fmt: skip
+    knn, linear = evaluate_knn(KnnConfig(**common)), evaluate_linear(LinearConfig(**common, protocol="mae"))
+    return {
+        "knn_mean": round(knn.metrics["mean/k20/top1"], 2),
+        "knn_cls": round(knn.metrics["cls/k20/top1"], 2),
+        "linear_mean": round(linear.metrics["mean/top1"], 2),
+        "linear_cls": round(linear.metrics["cls/top1"], 2),
+    }
 
 
 def main() -> None:
@@ -59,8 +75,8 @@ def main() -> None:
             "what": "top-1 in percent on Imagenette's validation photos",
             "recipe": "embedded_teacher",
             "bytes": size,
-            **training_facts(run),
-            **measure("embedded", options.data, run.parent),
+            "steps": facts["plan"]["total_steps"],
+            **measure(options.data, str(run.parent / "measured")),
             **environment(),
         }
         write_json(RESULTS / "embedded_teacher.json", content)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import readings, steps
+from benchmarks import loaders, steps
 from benchmarks.speed_page import page
 from benchmarks.steps import describe, settings
 from benchmarks.timing import (
@@ -300,11 +300,7 @@ PARTS: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "profile": compare_profile,
     "cost": compare_cost,
     "memory": compare_memory,
-    "loader": readings.compare_loader,
-    "features": readings.compare_features,
-    "knn": readings.compare_knn,
-    "sweep": readings.compare_sweep,
-    "masks": readings.compare_masks,
+    "loader": loaders.compare_loader,
 }
 
 

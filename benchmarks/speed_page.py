@@ -9,10 +9,6 @@ TITLES = {
     "cost": "Cost against multiplications",
     "memory": "Memory",
     "loader": "Loading images",
-    "features": "Extracting features",
-    "knn": "k-NN",
-    "sweep": "Linear sweep",
-    "masks": "J and F of video masks",
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 IMPORTED = ("cmt_mae.evaluate.detection", "cmt_mae.evaluate.segmentation", "cmt_mae.evaluate.finetune",
             "cmt_mae.evaluate.knn", "cmt_mae.evaluate.linear", "cmt_mae.evaluate.video.evaluate",
-            "benchmarks.scale", "benchmarks.readings")  # fmt: skip
+            "benchmarks.scale", "benchmarks.loaders")  # fmt: skip
 
 
 def forks() -> Any:

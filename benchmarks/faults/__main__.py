@@ -1,7 +1,9 @@
 """The faults, one row each: set up, injected for real, and the promise that must hold.
 
-    python -m benchmarks.faults                     # all rows; about 40 minutes on 2 free cores
-    python -m benchmarks.faults --only 6.1 kill     # rows whose name has a word; the others keep their figures
+Here is what takes whole runs, signals, disks or many tries; what a test of tests/ shows is not shown again.
+
+    python -m benchmarks.faults                     # all rows; about half an hour on 2 free cores
+    python -m benchmarks.faults --only disk kill    # rows whose name has a word; the others keep their figures
     python -m benchmarks.faults --quick             # one trial of each, into runs/faults_quick
     python -m benchmarks.faults --list
 

@@ -1,12 +1,10 @@
-"""Hostile and broken files: images, shards, tables, annotations, pickles, YAML, names."""
+"""Hostile and broken files: images, shards, tables, annotations, pickles, names."""
 
-import html.parser
 import io
 import json
 import os
 import pickle
 import random
-import re
 import shutil
 import struct
 import tarfile
@@ -14,7 +12,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks.faults.lab import Broken, Lab, Row, tree
-from benchmarks.faults.launch import fork, in_fork, judged, wait
+from benchmarks.faults.launch import in_fork, judged
 
 # --- images --------------------------------------------------------------------------------------------------
 
@@ -35,31 +32,6 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def originals() -> dict[str, bytes]:
-    """A picture in the formats and variants that are read."""
-    rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((96, 72), 3)
-    grey, frames = small.convert("L"), [small.rotate(turn) for turn in (0, 90)]
-    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    array = io.BytesIO()
-    np.save(array, np.asarray(small))
-    return {
-        "jpeg": encode(small, "JPEG", quality=92),
-        "jpeg progressive": encode(small, "JPEG", progressive=True),
-        "jpeg cmyk": encode(small.convert("CMYK"), "JPEG"),
-        "png": encode(small, "PNG"),
-        "png palette": encode(small.quantize(60), "PNG", transparency=3),
-        "png 16 bit": encode(wide, "PNG"),
-        "gif animated": encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
-        "webp": encode(small, "WEBP"),
-        "bmp": encode(small, "BMP"),
-        "tiff lzw": encode(small, "TIFF", compression="tiff_lzw"),
-        "tiff jpeg": encode(small, "TIFF", compression="jpeg"),
-        "ppm": encode(small, "PPM"),
-        "npy": array.getvalue(),
-    }
 
 
 def mutate(raw: bytes, how: str, rng: random.Random) -> bytes:
@@ -84,36 +56,6 @@ def mutate(raw: bytes, how: str, rng: random.Random) -> bytes:
             number = rng.choice((0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF))
             data[at : at + 4] = struct.pack(rng.choice("<>") + "I", number)[: n - at]
     return bytes(data)
-
-
-def mutated_images(lab: Lab, rng: random.Random) -> None:
-    """Mutations of every format through the decoder, in forks with a limit on memory and time."""
-    from cmt_mae.data.decode import BadImage, decode_image
-
-    files = originals()
-    trials = [
-        (name, how, mutate(raw, how, rng))
-        for name, raw in files.items()
-        for how in MUTATIONS
-        for _ in range(lab.count(30, 2))
-    ]
-
-    def decode_all() -> None:
-        for name, how, raw in trials:
-            try:
-                array = decode_image(raw)
-            except BadImage as error:
-                if len(str(error).splitlines()) != 1:
-                    raise Broken(f"{name}, {how}: {error}") from None
-                continue
-            if array.dtype != np.uint8 or array.ndim != 3 or not array.size:
-                raise Broken(f"{name}, {how}: {array.dtype} {array.shape}")
-            if how == "cut" and not np.array_equal(array, decode_image(files[name])):
-                raise Broken(f"{name}, {how}: another picture")  # all that may be cut off is a trailer
-
-    log = lab.fresh() / "log"
-    if (status := wait(fork(decode_all, log), 300)) != 0:
-        raise Broken(f"status {status}: {log.read_text()[-300:]}")
 
 
 def png(width: int, height: int, depth: int, kind: int, body: bytes, *more: tuple[bytes, bytes]) -> bytes:
@@ -166,46 +108,6 @@ def exploding_images(lab: Lab, _: random.Random) -> None:
     lab.refused(["explain", f"--run={run}", f"--images={folder / 'one.png'}", f"--out={folder / 'x'}"], "one.png")
     if time.monotonic() - begin > 120:
         raise Broken(f"{time.monotonic() - begin:.0f} s")
-
-
-def broken_in_training(workers: int, lab: Lab, rng: random.Random) -> None:
-    """Cut, empty, unreadable and deleted images, pipes and loops of links: counted, named, replaced."""
-    folder = lab.fresh()
-    photos = folder / "photos"
-    shutil.copytree(Path(lab.packed).parent / "photos" / "train", photos)
-    good = sorted(photos.rglob("*.jpg"))
-    for path in rng.sample(good, 6):
-        raw = path.read_bytes()
-        path.write_bytes(rng.choice((b"", raw[:100], b"<html>not found</html>", raw[: len(raw) // 2])))
-    os.mkfifo(photos / "pipe.jpg")
-    (photos / "loop.jpg").symlink_to(photos / "loop.jpg")
-    (photos / "zero.jpg").symlink_to("/dev/zero")
-    words = lab.pretrain(folder / "run", f"--data.workers={workers}", data=str(photos))
-    ended = judged(words, lab.folder, 90)
-    if ended.status != 0 or ended.fault():
-        raise Broken(ended.fault() or f"status {ended.status}: {ended.line()}")
-    if not (folder / "run" / "bad_images.txt").read_text():
-        raise Broken("no broken image is named")
-    strict = [w for w in words if not w.startswith(("--data.max_bad", "--out"))]
-    lab.refused([*strict, "--data.max_bad=0.001", f"--out={folder / 'strict'}"])
-
-
-def broken_in_evaluation(lab: Lab, _: random.Random) -> None:
-    """One broken image stops an evaluation with its name."""
-    for task in ("knn", "finetune", "ade20k"):
-        folder = lab.fresh()
-        source = lab.files / ("segments" if task == "ade20k" else "photos")
-        shutil.copytree(source, folder / "data")
-        for path in (folder / "data").rglob("*.jpg"):
-            if path.stat().st_size == 200:  # broken on purpose by the laboratory
-                path.unlink()
-        part = "images/training" if task == "ade20k" else "train"
-        victim = sorted(p for p in (folder / "data" / part).rglob("*") if p.is_file())[3]
-        victim.write_bytes(victim.read_bytes()[:100])
-        words = {"finetune": lab.finetune, "ade20k": lab.segmentation}.get(task, lab.linear)(folder / "out")
-        linear_only = ("--epochs=150", "--protocol")
-        words = ["evaluate", task, *[w for w in words[2:] if not w.startswith(("--data=", *linear_only))]]
-        lab.refused([*words, f"--data={folder / 'data'}"], victim.name)
 
 
 # --- shards, tables, annotations ----------------------------------------------------------------------------
@@ -341,29 +243,6 @@ def code_in_weights(lab: Lab, _: random.Random) -> None:
             shutil.rmtree(out, ignore_errors=True)
 
 
-def code_in_settings(lab: Lab, _: random.Random) -> None:
-    """YAML tags and class paths in recipes, a run's config.yaml and on the command line: refused, never run."""
-    folder = lab.fresh()
-    marker = folder / "payload_was_here"
-    touch = f"touch {marker}"
-    values = [
-        f"!!python/object/apply:os.system ['{touch}']", f"!!python/object/new:os.system ['{touch}']",
-        f"!!python/object/apply:eval [\"open('{marker}', 'w')\"]", "!!python/name:os.system",
-        "!!python/object:subprocess.Popen {}",
-        json.dumps({"class_path": "subprocess.Popen", "init_args": {"args": touch}}),
-    ]  # fmt: skip
-    run = lab.copy_of_finished()
-    for value in values[: lab.count(len(values), 2)]:
-        (folder / "r.yaml").write_text(f"epochs: {value}\n")
-        lab.refused([*lab.pretrain(folder / "out"), f"--recipe={folder / 'r.yaml'}"])
-        (run / "config.yaml").write_text(f"epochs: {value}\n")
-        lab.refused(lab.pretrain(run), "config.yaml")
-        for name in ("mask", "mask.ratio", "data", "teacher"):
-            lab.refused([*lab.pretrain(folder / "out"), f"--{name}", value])
-    if marker.exists():
-        raise Broken("the payload ran")
-
-
 # --- names ----------------------------------------------------------------------------------------------------
 
 NASTY = (
@@ -371,46 +250,6 @@ NASTY = (
     "[link=https://x]y[/link]", "\x1b[2J\x1b]0;owned\x07", "`code` *b* ~~d~~", "](javascript:alert(1))",
     "$\\frac{", "{0} %s", "\u202eevil\u202c", "# head", "<!-- x", "</table>", "x" * 300, "'\"`",
 )  # fmt: skip
-
-
-class Tags(html.parser.HTMLParser):
-    """Tags and attributes of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found |= {tag, *(f"@{name}" for name, _ in attrs if name.startswith("on"))}
-
-
-def nasty_results(lab: Lab, _: random.Random) -> None:
-    """Names that are markup, paths or a terminal's commands, in every place of a result: shown as text."""
-    from markdown_it import MarkdownIt
-
-    from cmt_mae.evaluate.result import Result
-
-    render = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render
-    for name in (*NASTY, "../../climbs", "/abs", "..")[:: lab.count(1, 5)]:
-        out = lab.fresh()
-        result = Result(
-            task=name, metrics={name: 1.0, "b": 2.0}, seed=0, versions={name: name},
-            protocol={"name": name, "headline": name, "list": [name]},
-            backbone={"name": name, "architecture": name, "digest": name, "licence": name},
-            data={"path": name, "fingerprint": name},
-        )  # fmt: skip
-        path = result.save(out)
-        if path.parent != out / "results" or not re.fullmatch(r"[a-z0-9-]+\.json", path.name):
-            raise Broken(f"{name!a}: written to {path}")
-        for form in ("markdown", "table", "json"):
-            ended = judged(["compare", str(path), "--format", form], lab.folder)
-            if ended.status != 0 or ended.fault():
-                raise Broken(f"{name!a}, {form}: {ended.fault() or ended.line()}")
-            if form == "markdown":
-                tags = Tags(render(ended.out)).found
-                if bad := {t for t in tags if t in ("script", "img", "a", "b") or t.startswith("@")}:
-                    raise Broken(f"{name!a}: tags {bad}")
 
 
 def nasty_files(lab: Lab, _: random.Random) -> None:
@@ -486,19 +325,10 @@ def devices(lab: Lab, _: random.Random) -> None:
 
 LINE = "status 0, or 2 with one line; bounded time and memory"
 ROWS = [
-    Row("mutated images", "each gives a picture or one line; a cut file never another picture", mutated_images),
-    Row("exploding images", "6.9: refused or named in one line, in seconds", exploding_images),
-    *[
-        Row(f"broken images in training, {n} workers", "counted, named, replaced; too many stop the run",
-            partial(broken_in_training, n), 3)
-        for n in (0, 2)
-    ],
-    Row("a broken image in an evaluation", "it stops with the image's name", broken_in_evaluation),
+    Row("exploding images", "refused or named in one line, in seconds", exploding_images),
     Row("mutated shards, tables and packs", LINE, mutated_shards),
     Row("mutated annotations", LINE, mutated_annotations),
     Row("code in weights", "refused with one line at every place, never run", code_in_weights),
-    Row("code in settings", "refused with one line, never run", code_in_settings),
-    Row("hostile names in results", "shown as text, written inside their folder", nasty_results),
     Row("hostile names of files and members", "nothing is written or read outside the folders", nasty_files),
     Row("links in a run directory", "what they lead to is not changed", linked_run),
     Row("pipes and devices as files", "one line, at once", devices),

@@ -162,28 +162,6 @@ def fuzzed_words(kind: str, known: dict[str, list[str]], folder: Path, rng: rand
     return [*start_of("pretrain"), "--recipe", rng.choice(("r.yaml", "mae,r.yaml", "r.yaml,micro64"))]
 
 
-def fuzzed_results(lab: Lab, rng: random.Random) -> None:
-    """Result files with parts exchanged, and with broken bytes, through compare."""
-    from cmt_mae.evaluate.result import Result
-
-    whole = Result(
-        task="knn", metrics={"top1": 50.0}, protocol={"name": "k", "headline": "top1"}, backbone={"name": "b"},
-        data={"path": "p"}, seed=0,
-    )  # fmt: skip
-    content = json.loads(whole.to_json())
-    for _ in range(lab.count(400, 20)):
-        folder = lab.folder / "result"
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "results").mkdir(parents=True)
-        raw = json.dumps(exchanged(content, rng)).encode()
-        if rng.random() < 0.3:
-            raw = raw[: rng.randrange(len(raw))] + rng.randbytes(3)
-        (folder / "results" / "knn-x.json").write_bytes(raw)
-        form = rng.choice(("table", "markdown", "json"))
-        if fault := called(["compare", str(folder), "--format", form]).fault():
-            raise Broken(f"{form}, {raw!r:.400}: {fault}")
-
-
 def fuzzed_work(lab: Lab, rng: random.Random) -> None:
     """Settings near the right ones on real data: trained, or refused in one line, in bounded time and memory."""
     whole = ("batch_size", "student.depth", "student.width", "student.heads", "student.patch_size",
@@ -234,7 +212,6 @@ def tiny_data(lab: Lab, _: random.Random) -> None:
 ONE_LINE = "every failure is exit 2 with one line, never a traceback or a hang"
 ROWS = [
     *[Row(f"fuzzed {kind}", ONE_LINE, partial(fuzzed, kind)) for kind in ("settings", "words", "recipes")],
-    Row("fuzzed results", ONE_LINE, fuzzed_results),
     Row("fuzzed work", ONE_LINE, fuzzed_work, 3),
     Row("tiny data", "trained, or refused in one line", tiny_data),
 ]

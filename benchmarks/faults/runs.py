@@ -235,29 +235,6 @@ def clock(lab: Lab, rng: random.Random) -> None:
     lab.ends_as(whole, lab.pretrain(run), prepare=jump)
 
 
-def terminal_gone(lab: Lab, _: random.Random) -> None:
-    """nohup: SIGHUP is ignored and the terminal closed; the run ends with 0 and all of its steps."""
-    run = lab.fresh() / "run"
-    primary, secondary = os.openpty()
-
-    def ignore(_: int) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for number in (1, 2):
-            os.dup2(secondary, number)
-        os.close(secondary)
-        os.close(primary)
-        hooks.slow_steps(0.05)
-
-    launch = Launch(lab.pretrain(run), run.parent / "log", prepare=ignore).start()
-    os.close(secondary)
-    launch.until(lambda: len(steps_done(run)) >= 3)
-    os.close(primary)  # the terminal is closed
-    launch.kill(0, signal.SIGHUP)
-    statuses = launch.finish()
-    if statuses != [0] or len(steps_done(run)) != 20:
-        raise Broken(f"statuses {statuses}, {len(steps_done(run))} of 20 steps: {launch.last()}")
-
-
 def closed_pipe(command: str, lab: Lab, _: random.Random) -> None:
     """``COMMAND 2>&1 | true`` and ``| head -n 1``: trained to the end, or not 0."""
     for reader in ("true", "head -n 1"):
@@ -298,7 +275,6 @@ ROWS = [
     Row("a second signal", "the run leaves at once and the checkpoint before loads", impatient, 3),
     Row("SIGSTOP and SIGCONT", "the run goes on to the same bits", sigstop, 2),
     Row("a clock that jumps", EXACT, clock, 2),
-    Row("terminal gone, SIGHUP ignored", "the run trains to the end and exits 0", terminal_gone),
     *[
         Row(f"closed pipe: {c}", "a lost reader stops no training and never makes exit 0 of less",
             partial(closed_pipe, c))

@@ -1,24 +1,19 @@
-"""Faults inside a training: numbers, loader workers, numbers of processes, memory that grows."""
+"""Faults inside a training: numbers that are not finite, collapse, numbers of processes, memory that grows."""
 
-import json
 import math
-import os
 import random
 import re
-import signal
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from benchmarks.faults import hooks
-from benchmarks.faults.lab import STOPPED, Broken, Lab, NotHere, Row, rows_of
-from benchmarks.faults.launch import Launch, descendants, in_fork, judged
-from benchmarks.faults.same import differences, steps_done
+from benchmarks.faults.lab import STOPPED, Broken, Lab, Row, rows_of
+from benchmarks.faults.launch import Launch
 from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 
 PLAIN = "--student.drop_path=0"
@@ -148,107 +143,6 @@ def collapse(how: str, lab: Lab, _: random.Random) -> None:
         raise Broken(f"{statuses}, told {told[:1]}: {launch.last()}")
 
 
-def no_false_alarm(lab: Lab, rng: random.Random) -> None:
-    """Healthy runs of every method, and the recorded ones, sound no alarm."""
-    from cmt_mae.engine.collapse import signs
-
-    recorded = json.loads(Path(__file__).with_name("healthy_runs.json").read_text())["runs"]
-    runs = list(recorded.items())
-    for method, more in list(METHODS.items())[: lab.count(5, 1)]:
-        out = lab.fresh() / "run"
-        words = lab.pretrain(out, "--epochs=20", "--runtime.log_every=10", f"--seed={rng.randrange(9)}", *more)
-        Launch(words, out.parent / "log").start().finish()
-        runs.append((method, rows_of(out)))
-    for name, rows in runs:
-        if sounding := [(row["step"], signs(row)) for row in rows if signs(row)]:
-            raise Broken(f"{name}: {sounding[:2]}")
-
-
-def same_bits(lab: Lab, _: random.Random) -> None:
-    """The same command twice, once in an interpreter of its own, gives the same bits; another seed others."""
-    outs = {}
-    for name, more in (("a", []), ("real", []), ("other", ["--seed=1"])):
-        outs[name] = lab.fresh() / "run"
-        launch = Launch(lab.pretrain(outs[name], *more), outs[name].parent / "log", real=name == "real").start()
-        if any(launch.finish()) or f"seed {1 if more else 0}" not in launch.said():
-            raise Broken(f"{name}: {launch.statuses} {launch.last()}")
-    left_out = ("config.yaml", "pictures")
-    if found := [d for d in differences(outs["a"], outs["real"]) if not d.startswith(left_out)]:
-        raise Broken(f"the same seed: {found[:3]}")
-    if not [d for d in differences(outs["a"], outs["other"]) if d.endswith(".pt") or ".pt:" in d]:
-        raise Broken("another seed gives the same weights")
-
-
-def extreme_attention(lab: Lab, _: random.Random) -> None:
-    """Attention maps at activations up to 1e15 are finite and sum to one."""
-    from cmt_mae.method.attention import attention_map, normalise_map
-    from cmt_mae.method.vit import StudentConfig, build_student, forward_to_last
-
-    def look() -> None:
-        torch.manual_seed(0)
-        net = build_student(StudentConfig(preset="micro", img_size=[32], patch_size=8, depth=2)).double().eval()
-        images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-        for scale in (1.0, 1e2, 1e5, 1e15):
-            with torch.no_grad():
-                state: Any = forward_to_last(net, images)
-                block = net.blocks[-1]
-                block.attn.qkv.weight.mul_(scale)  # type: ignore[operator,union-attr]
-                raw, _ = attention_map(net, state)
-                map_ = normalise_map(raw)
-                block.attn.qkv.weight.div_(scale)  # type: ignore[operator,union-attr]
-            assert torch.isfinite(map_).all(), scale
-            assert torch.allclose(map_.sum(-1), torch.ones(4, dtype=map_.dtype), atol=1e-4), scale
-
-    in_fork(look, lab.fresh() / "log")
-
-
-# --- workers -----------------------------------------------------------------------------------------------
-
-
-def hurt_worker(command: str, lab: Lab, rng: random.Random) -> None:
-    """A loader worker killed or stopped: noticed in time, started again, every batch as undisturbed."""
-    words_in = {
-        "pretrain": lambda out: lab.pretrain(out, "--data.workers=2", "--data.timeout_s=2"),
-        "finetune": lambda out: lab.finetune(out, "--workers=2", "--timeout_s=2"),
-    }[command]
-    whole = lab.finished(f"{command}, workers hurt", words_in)
-    out = lab.fresh() / "run"
-    how = rng.choice((signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP))
-    slowly = (lambda _: hooks.slow_steps(0.1)) if command == "pretrain" else None
-    launch = Launch(words_in(out), out.parent / "log", prepare=slowly).start()
-    launch.until(lambda: len(steps_done(out)) >= rng.randint(1, 4))
-    below = descendants(launch.pids[0])
-    if below:
-        os.kill(rng.choice(below), how)
-    if any(launch.finish(90)):
-        raise Broken(f"{how.name}: {launch.statuses} {launch.last()}")
-    found = [d for d in differences(whole, out) if not d.startswith("config.yaml")]
-    if found:
-        raise Broken(f"{how.name}: other batches: {found[:3]}")
-
-
-def no_shared_memory(lab: Lab, _: random.Random) -> None:
-    """/dev/shm of 64 KiB, as in a container: one line that names it."""
-    import ctypes
-
-    if os.geteuid() != 0:
-        raise NotHere("a mount needs root")
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def shrink() -> None:
-        if libc.unshare(0x20000) != 0:  # a mount namespace of its own
-            raise OSError(ctypes.get_errno(), "unshare")
-        libc.mount(b"none", b"/", None, 0x44000, None)  # private, with all below
-        if libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=64k") != 0:
-            raise OSError(ctypes.get_errno(), "mount")
-
-    ended = judged(lab.pretrain(lab.fresh() / "run", "--data.workers=2", data=lab.photos), lab.folder, 120, shrink)
-    if "unshare" in ended.err or "Errno 1]" in ended.err:
-        raise NotHere("no mount namespace of its own is allowed")
-    if ended.fault() or ended.status != 2 or "/dev/shm" not in ended.line():
-        raise Broken(ended.fault() or f"status {ended.status}: {ended.line()}")
-
-
 # --- numbers of processes -----------------------------------------------------------------------------------
 
 
@@ -277,21 +171,6 @@ def other_processes(lab: Lab, rng: random.Random) -> None:
         raise Broken(f"{turns}: the curve is {gap:.2g} off")
 
 
-def same_evaluation(lab: Lab, _: random.Random) -> None:
-    """k-NN and the linear probe of 1 and 3 processes: the same numbers to the last bit."""
-    for task in ("knn", "linear"):
-        found = []
-        for count in (1, 3):
-            out = lab.fresh() / "out"
-            words = ["evaluate", task, f"--backbone={lab.backbone}", f"--data={lab.packed}", f"--out={out}"]
-            launch = Launch([*words, "--device=cpu", "--workers=0"], out.parent / "log", count).start()
-            if any(launch.finish()):
-                raise Broken(f"{task}, {count}: {launch.statuses} {launch.last()}")
-            found.append(json.loads(next((out / "results").glob("*.json")).read_text())["metrics"])
-        if found[0] != found[1]:
-            raise Broken(f"{task}: {found}")
-
-
 def long_run(lab: Lab, _: random.Random) -> None:
     """Thousands of steps with many checkpoints: memory, descriptors, threads and files do not grow."""
     out = lab.fresh() / "run"
@@ -318,19 +197,12 @@ def long_run(lab: Lab, _: random.Random) -> None:
 
 
 SKIPPED = "costs its step and no more, on every process alike; its first part is named"
-NOTICED = "noticed in time, started again; every batch is that of the undisturbed run"
 ROWS = [
     *[Row(f"not finite once: {place}", SKIPPED, partial(spoilt_once, place), 4) for place in hooks.PLACES],
     Row("not finite for good", "the run stops in one line, its checkpoint finite", spoilt_for_good, 3),
     Row("a weight turns to nan", "named, never saved; the run goes on from before it", spoilt_weight, 3),
     Row("images that say nothing", "finite, nothing skipped", dull_images, 2),
     *[Row(f"collapse: {how}", "the alarm sounds, names its number", partial(collapse, how)) for how in COLLAPSES],
-    Row("healthy runs", "no alarm", no_false_alarm),
-    Row("the same seed", "the same bits; another seed others", same_bits),
-    Row("attention at extreme activations", "finite maps that sum to one", extreme_attention),
-    *[Row(f"a loader worker hurt: {c}", NOTICED, partial(hurt_worker, c), 4) for c in ("pretrain", "finetune")],
-    Row("no room in /dev/shm", "one line that names it", no_shared_memory),
     Row("other numbers of processes, FSDP", "one process's loss curve", other_processes, 5),
-    Row("evaluations on 1 and 3 processes", "the same numbers to the last bit", same_evaluation),
     Row("a long run", "memory, descriptors and files do not grow", long_run),
 ]  # fmt: skip

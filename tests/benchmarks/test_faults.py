@@ -24,9 +24,7 @@ from cmt_mae.core.text import one_line, printable
 REPOSITORY = Path(__file__).parents[2]
 HELD = (
     "kill -9: pretrain, 2 processes", "kill -9 inside pack", "SIGTERM, SIGINT, SIGHUP: pretrain, 1",
-    "a second signal", "two trainings", "torn and flipped", "full disk", "code in weights", "mutated images",
-    "hostile names in results", "fuzzed settings", "fuzzed results", "tiny data", "not finite once: teacher",
-    "a loader worker hurt: pretrain",
+    "a second signal", "full disk", "code in weights", "fuzzed settings", "tiny data", "not finite once: teacher",
 )  # fmt: skip
 """Parts of names of rows; together they reach every module of the harness."""
 
@@ -48,14 +46,13 @@ def test_a_selection_of_rows_holds_and_is_written_down(tmp_path: Path) -> None:
 
 def test_the_table_covers_what_was_promised() -> None:
     names = [row.name for row in harness.TABLE]
-    assert len(names) == len(set(names)) > 60
+    assert len(names) == len(set(names)) > 45
     for part in (
-        "6.1", "6.2", "6.3", "6.4", "6.7", "6.8", "6.9", "SIGSTOP", "clock", "process group", "inside report",
-        "inside export", "two trainings", "closed pipe", "SIGHUP", "terminal gone", "full disk", "workers",
-        "processes", "fuzzed", "tiny", "collapse",
+        "SIGSTOP", "clock", "process group", "inside report", "inside export", "closed pipe", "SIGHUP",
+        "full disk", "workers", "processes", "fuzzed", "tiny", "collapse", "checkpoints deleted", "huge header",
     ):  # fmt: skip
         assert any(part in name for name in names), part
-    assert all(row.name[:3] in ("6.1", "6.2") for row in harness.chosen_rows(["6.1", "6.2"]))
+    assert {row.name for row in harness.chosen_rows(["full disk", "tiny"])} == {"full disk", "tiny data"}
 
 
 def test_a_broken_promise_an_error_of_the_harness_and_a_missing_machine_are_told_apart(
@@ -135,17 +132,7 @@ def test_a_crash_a_hang_and_too_much_memory_are_noticed(
     assert "a traceback" in inputs.called([]).fault()
 
 
-def test_code_that_runs_and_markup_that_comes_through_are_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cmt_mae.tools.report import comparison_text
-
-    lab = Lab(tmp_path, quick=True)
-    monkeypatch.setattr(files, "NASTY", ("<script>alert(1)</script>",))
-    files.nasty_results(lab, random.Random(0))
-    monkeypatch.setattr(comparison_text, "escaped", str)
-    with pytest.raises(Broken, match="tags"):
-        files.nasty_results(lab, random.Random(0))
+def test_code_in_weights_would_run(tmp_path: Path) -> None:
     made, marker = tmp_path / "made", tmp_path / "marker"
     made.mkdir()
     found = {path.name: path for path in files.containers(made, marker)}

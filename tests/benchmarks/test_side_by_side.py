@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.readings import clusters, ours, plain_head, timm_loader, torchvision_loader
+from benchmarks.loaders import ours, timm_loader, torchvision_loader
 from benchmarks.side_by_side import Options
 from benchmarks.speed_page import page
 from benchmarks.steps import naive_model, our_trainer, settings, transformers, transformers_model
@@ -17,8 +17,6 @@ from benchmarks.timing import OURS, Comparison, Contestant, Step, alternate, alt
 from PIL import Image
 
 from benchmarks import side_by_side, timing
-from cmt_mae.evaluate.features import Features
-from cmt_mae.evaluate.sweep import Head, Training, cached_steps, train_heads
 from cmt_mae.tools.bench.build import frozen_backbone
 from programs import forks
 
@@ -54,23 +52,6 @@ def test_transformers_has_our_parameters_and_learns() -> None:
     before = model.vit.layers[0].mlp.fc1.weight.clone()
     step.run()
     assert not torch.equal(before, model.vit.layers[0].mlp.fc1.weight)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_one_head_alone_ends_as_in_the_sweep(norm: bool) -> None:
-    x, labels = clusters(96, 16, 4, 0)
-    features, training = Features({"mean": x}, labels), Training("sgd", 3, 32, warmup_epochs=1)
-    heads = [Head("mean", 0.1, 1e-3, norm), Head("mean", 0.01, 0.0, norm)]
-    trained, _ = train_heads(
-        heads, training, cached_steps(features, training, 0), dims={"mean": 16}, classes=4, steps_per_epoch=3,
-        seed=0, device=torch.device("cpu"),
-    )  # fmt: skip
-    start = torch.empty(4, 16)
-    torch.nn.init.trunc_normal_(start, std=0.01, generator=torch.Generator().manual_seed(0))
-    for head, weight in zip(heads, trained.weights, strict=True):
-        alone = plain_head(head, training, features, 4)
-        torch.testing.assert_close(alone, weight.detach(), atol=1e-6, rtol=1e-5)
-        assert (weight - start).abs().max() > 1e-3  # both have learned
 
 
 def test_loaders_hand_over_equal_work(tmp_path: Path) -> None:
@@ -121,15 +102,18 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_parts_are_selected_and_earlier_numbers_stay(tmp_path: Path) -> None:
-    for part in ("knn", "sweep"):
-        side_by_side.main(["--quick", "--parts", part, "--out", str(tmp_path)])
+    for axis in ("image size", "width"):
+        chosen = {axis: side_by_side.COSTS[axis]}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(side_by_side, "COSTS", chosen)
+            patch.setattr(side_by_side, "STAGES", {"mae": "mae", "stage two": "two"})
+            side_by_side.main(["--quick", "--parts", "cost", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "speed.json").read_text())
-    assert set(content["comparisons"]) == {"knn", "sweep"}
-    assert content["comparisons"]["knn"]["facts"]["share_of_equal_answers"] == 1
-    assert content["comparisons"]["sweep"]["facts"]["largest_difference_of_weights"] < 1e-5
+    assert set(content["comparisons"]) == {"cost/small/stage", "cost/small/image size", "cost/small/width"}
+    assert content["comparisons"]["cost/small/stage"]["facts"]["stage_two_over_mae"]["flop"] > 1.5
     text = (tmp_path / "speed.md").read_text()
     assert "quick run" in text
-    assert "scikit-learn" in text
+    assert "| 96 px |" in text
 
 
 def test_a_quick_run_has_two_rounds_of_the_small_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,17 @@ def test_map_is_computed_in_fp32_under_autocast(family: str) -> None:
 # --- heads, scale and mixture ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [1e2, 1e5, 1e15])
+@torch.no_grad()
+def test_maps_stay_finite_at_extreme_activations(scale: float) -> None:
+    model = network(next(iter(WITH_CLASS)))
+    state = forward_to_last(model, pictures())
+    model.blocks[-1].attn.qkv.weight.mul_(scale)
+    shares = normalise_map(attention_map(model, state)[0])
+    assert torch.isfinite(shares).all()
+    assert torch.allclose(shares.sum(-1), torch.ones(len(shares), dtype=shares.dtype), atol=1e-4)
+
+
 def test_heads_by_hand() -> None:
     rows = torch.tensor([[[0.1, 0.2, 0.3], [0.6, 0.2, 0.1]]])
     close(reduce_heads(rows, "mean"), torch.tensor([[0.35, 0.2, 0.2]]))
