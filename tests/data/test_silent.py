@@ -3,6 +3,7 @@
 import importlib
 import io
 import multiprocessing
+import shutil
 import tarfile
 import time
 from pathlib import Path
@@ -10,19 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import same_fingerprint
 from cmt_mae.data import decode
-from cmt_mae.data.ade20k import open_ade20k
+from cmt_mae.data.ade20k import open_ade20k, read_image
+from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis
 from cmt_mae.data.decode import decode_image
 from cmt_mae.data.loader import load_image
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.packed import read_meta
-from cmt_mae.data.sample import write_ade20k, write_davis, write_imagefolder
+from cmt_mae.data.sample import write_ade20k, write_coco, write_davis, write_imagefolder
 from cmt_mae.data.sources import _told, open_source, open_split
+from cmt_mae.tools.embed import embed
+from cmt_mae.tools.inspect.images import Album
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(100)
 GREY = np.add.outer(np.arange(40), np.arange(48)).astype(np.uint16)  # 0..86
@@ -190,6 +195,34 @@ def test_limits_given_or_of_train_hold_for_val_packs_and_colours(tmp_path: Path)
     )
     assert read_meta(tmp_path / "p" / "val")["range"] == [0, 172]
     assert open_split(str(tmp_path / "p"), "val").read(0).max() > 240  # type: ignore[union-attr]
+
+
+def test_12_bits_are_not_black_where_files_are_listed_one_by_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ADE20K, COCO, `embed` of paths, `explain --images FILE`: 0..1952 in 16 bits, as from a camera."""
+    write_ade20k(tmp_path / "ade", 2, 1)
+    write_coco(tmp_path / "coco", 3, 2)
+    for jpg in [*tmp_path.rglob("*.jpg")]:
+        grey = np.asarray(Image.open(jpg).convert("L")).astype(np.uint16) * 8
+        Image.fromarray(grey).save(jpg.with_suffix(".png"))
+        jpg.unlink()
+    for notes in tmp_path.rglob("*.json"):
+        notes.write_text(notes.read_text().replace(".jpg", ".png"))
+    ade = open_ade20k(tmp_path / "ade")
+    brightest = read_image(ade.train.images[0], 3, ade.limits).max()
+    assert (ade.limits, brightest > 60) == ((0.0, 2047.0), True)
+    coco = open_coco(tmp_path / "coco", "train")
+    assert (coco.limits, coco.image(0).max() > 60) == ((0.0, 2047.0), True)
+    files = sorted((tmp_path / "coco").rglob("*.png"))[:3]
+    photos = list(Album([str(file) for file in files]).read(3, 3))
+    assert max(photo.pixels.max() for photo in photos) > 60
+    (tmp_path / "three").mkdir()
+    for file in files:
+        shutil.copy(file, tmp_path / "three")
+    listed, whole = (embed("embedded", images).mean for images in (files, tmp_path / "three"))
+    torch.testing.assert_close(listed, whole)
+    assert "hold values from 0 to" in caplog.text
 
 
 def test_a_page_a_channel_and_what_cannot_be_scaled(

@@ -19,6 +19,8 @@ from PIL import Image
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
 from cmt_mae.data.folder import is_litter, open_file, read_file, with_content
+from cmt_mae.data.source import Limits
+from cmt_mae.data.sources import limits_of
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
@@ -54,6 +56,8 @@ class Ade20k:
     """Of classes, names and sizes in bytes of all images and masks, and of what some of them hold."""
     zero_label: ZeroLabel | None = None
     """What label 0 is; None: ignored, as nothing else was said."""
+    limits: Limits | None = None
+    """Values of black and white in images of more than 8 bits, from the training images."""
 
 
 def open_ade20k(
@@ -78,9 +82,9 @@ def open_ade20k(
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; fix or remove it") from None
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    return Ade20k(
-        str(root), tuple(names), train, val, with_content(digest.hexdigest(), paths), zero_label
-    )
+    fingerprint = with_content(digest.hexdigest(), paths)
+    limits = limits_of(str(root), train.images)
+    return Ade20k(str(root), tuple(names), train, val, fingerprint, zero_label, limits)
 
 
 def _find_pairs(folder: Path, split: str) -> Pairs:
@@ -177,10 +181,10 @@ def _counted(names: list[str], where: str) -> list[str]:
     return names
 
 
-def read_image(path: str, channels: int) -> np.ndarray:
-    """uint8 (H, W, channels); grey images are repeated to RGB. Raises BadImage with the path."""
+def read_image(path: str, channels: int, limits: Limits | None = None) -> np.ndarray:
+    """uint8 (H, W, channels); grey ones repeated to RGB. limits: `Ade20k.limits`. Raises BadImage with the path."""
     try:
-        return decode_image(read_file(os.fsencode(path)), channels)
+        return decode_image(read_file(os.fsencode(path)), channels, limits=limits)
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from None
 

@@ -32,6 +32,7 @@ from cmt_mae.data.coco_masks import (
 from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
 from cmt_mae.data.detection_crops import Example
 from cmt_mae.data.folder import open_file, read_file, with_content
+from cmt_mae.data.sources import limits_of
 
 LARGEST_ID = 2**53
 """Ids from here on are not the same number in every JSON reader, and overflow in the evaluation."""
@@ -96,6 +97,8 @@ class CocoSplit:
             digest.update(f"{size}\n".encode())
         paths = [folder / name for name in self.names]
         self._fingerprint = with_content(digest.hexdigest(), paths)
+        self.limits = limits_of(str(folder), paths)
+        """Values of black and white in images of more than 8 bits; an evaluation gives val those of train."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -123,7 +126,7 @@ class CocoSplit:
         """(C, H, W) uint8, upright; grey and palette images become RGB. Raises InputError: broken file."""
         path = self.folder / self.names[index]
         try:
-            array = decode_image(read_file(os.fsencode(path)), channels)
+            array = decode_image(read_file(os.fsencode(path)), channels, limits=self.limits)
         except BadImage as error:
             raise InputError(
                 f"{path}: {error}; an evaluation skips no image, fix or remove it"

@@ -145,7 +145,7 @@ def measure_limits(source: Source) -> tuple[Limits | None, str]:
         return None, "".join(said)
     said.append(
         f"images of more than 8 bits hold values from {low:g} to {high:g}: {limits[0]:g} becomes black, "
-        f"{limits[1]:g} white (--data.range sets others)"
+        f"{limits[1]:g} white (the setting range says otherwise)"
     )
     return limits, "; ".join(said)
 
@@ -213,7 +213,7 @@ def _to_bytes(array: np.ndarray, limits: Limits | None) -> np.ndarray:
     if limits is None:
         if array.dtype.kind == "f" or array.min() < 0 or array.max() > 65535:
             raise BadImage(
-                f"{array.dtype} pixels have no known range; give --data.range, or save uint8 or uint16"
+                f"{array.dtype} pixels have no known range; give the setting range, or save uint8 or uint16"
             )
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     low, high = limits

@@ -12,9 +12,9 @@ import numpy as np
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import measure_limits
-from cmt_mae.data.folder import is_litter, left_out_of, open_folder
+from cmt_mae.data.folder import Files, is_litter, left_out_of, open_folder
 from cmt_mae.data.packed import open_packed
-from cmt_mae.data.source import Source
+from cmt_mae.data.source import Limits, Names, Source
 
 _ALIASES = {
     "train": ("train", "training"),
@@ -106,6 +106,12 @@ def _told_of(path: str, source: Source) -> Source:
         logging.getLogger(__name__).warning("%s%s", path, text)
     _told.add(path)
     return source
+
+
+def limits_of(where: str, files: Sequence[str | Path]) -> Limits | None:
+    """Values of black and white of images that are listed file by file, measured on some, with a line about it."""
+    listed = Names(str(file) for file in files)
+    return _limited(where, Source(listed, Files("", listed)), ()).limits
 
 
 def _limited(path: str, source: Source, limits: Sequence[float]) -> Source:

@@ -79,11 +79,11 @@ class TrainSample:
 
     def __init__(self, data: Ade20k, channels: int, crop: SegmentationCrop) -> None:
         self.pairs, self.channels, self.crop = data.train, channels, crop
-        self.labels = (len(data.classes), data.zero_label)
+        self.labels, self.limits = (len(data.classes), data.zero_label), data.limits
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """uint8 (C, S, S) and labels int16 (S, S). Raises BadImage, InputError."""
-        image = read_image(self.pairs.images[index], self.channels)
+        image = read_image(self.pairs.images[index], self.channels, self.limits)
         return self.crop(image, read_mask(self.pairs.masks[index], *self.labels), rng)
 
 
@@ -92,11 +92,11 @@ class TestSample:
 
     def __init__(self, data: Ade20k, channels: int, scale: tuple[int, int]) -> None:
         self.pairs, self.channels, self.scale = data.val, channels, scale
-        self.labels = (len(data.classes), data.zero_label)
+        self.labels, self.limits = (len(data.classes), data.zero_label), data.limits
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, Tensor]:  # noqa: ARG002
         """Index, uint8 (C, h, w), labels int16 (H, W). Raises BadImage, InputError."""
-        image = read_image(self.pairs.images[index], self.channels)
+        image = read_image(self.pairs.images[index], self.channels, self.limits)
         small = resize_image(image, resized_size(image.shape[0], image.shape[1], self.scale))
         mask = read_mask(self.pairs.masks[index], *self.labels)
         picture = torch.from_numpy(np.array(small)).permute(2, 0, 1)
@@ -141,6 +141,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
         "train": len(data.train),
         "val": len(data.val),
         "classes": len(data.classes),
+        **({"range": list(data.limits)} if data.limits else {}),
     }
     protocol = describe(config, recipe, backbone, task, accelerator, said)
     return train_and_measure(

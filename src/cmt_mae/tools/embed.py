@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from cmt_mae.core.text import one_line, printable
 from cmt_mae.data.crops import center_crop
 from cmt_mae.data.decode import BadImage, decode_image
 from cmt_mae.data.loader import load_image
-from cmt_mae.data.sources import Source, open_source
+from cmt_mae.data.source import Limits
+from cmt_mae.data.sources import Source, limits_of, open_source
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import start_processes
 
@@ -44,6 +45,8 @@ class EmbedConfig(BackboneFacts):
     """Folder of images, tar shards, parquet files or a packed folder."""
     out: str
     """FILE.npz (arrays name, cls, mean, patches), FILE.parquet or FILE.csv (a row an image)."""
+    range: list[float] = field(default_factory=list)
+    """Values of black and white in images of more than 8 bits, as `pretrain --data.range`. Default: measured."""
     patches: bool = False
     """Keep every patch's feature too: N times as much; npz and parquet only."""
     key: str | None = None
@@ -73,11 +76,15 @@ def embed(
     network = load_backbone(backbone) if isinstance(backbone, str) else backbone
     source = open_source(str(images)) if isinstance(images, str | Path) else None
     items: Sequence[Any] = range(len(source)) if source is not None else list(images)  # type: ignore[arg-type]
+    limits = None
+    if source is None:
+        limits = limits_of("images", [item for item in items if isinstance(item, str | Path)])
     if not len(items):
         raise InputError("no images to embed")
     parts: list[Embedding] = []
     for start in range(0, len(items), batch_size):
-        batch = [_pixels(item, source, network) for item in items[start : start + batch_size]]
+        some = items[start : start + batch_size]
+        batch = [_pixels(item, source, network, limits) for item in some]
         done = network(torch.stack(batch))
         parts.append(Embedding(*(None if v is None else v.cpu() for v in done)))  # type: ignore[arg-type]
     cls, mean, patches = (
@@ -89,15 +96,17 @@ def embed(
     return Embedding(cls, mean, patches)
 
 
-def _pixels(item: Any, source: Source | None, backbone: Backbone) -> torch.Tensor:
-    """One image of a source (by number), a path, PIL image or array, ready for the network."""
+def _pixels(
+    item: Any, source: Source | None, backbone: Backbone, limits: Limits | None
+) -> torch.Tensor:
+    """One image of a source (by number), a path (with these limits), PIL image or array, ready for the network."""
     channels = len(backbone.mean)
     name = str(item) if isinstance(item, str | Path | int) else type(item).__name__
     try:
         if source is not None:
             name, image = source.name(item), load_image(source, item, channels)
         elif isinstance(item, str | Path):
-            image = decode_image(Path(item).read_bytes(), channels)
+            image = decode_image(Path(item).read_bytes(), channels, limits=limits)
         elif hasattr(item, "convert") and channels == 3:
             image = np.asarray(item.convert("RGB"))
         else:
@@ -132,14 +141,14 @@ def embed_images(config: EmbedConfig) -> dict[str, Any]:
     if config.patches and out.suffix == ".csv":
         raise InputError("--patches does not fit into .csv: give --out a .npz or .parquet file")
     device = start_processes(config.device).device
-    source = open_source(config.images)
+    source = open_source(config.images, config.range)
     backbone = load_backbone(config.backbone, img_size=config.size, key=config.key, facts=config)
     about = {
         "backbone": config.backbone,
         "digest": backbone.digest,
         "facts": backbone.facts,
         "img_size": list(backbone.img_size),
-        "images": source.fingerprint(),
+        "images": [source.fingerprint(), source.limits],
         "patches": config.patches,
         "device": device.type,
     }

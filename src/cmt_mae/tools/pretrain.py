@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def pretrain(
         frozen = build_guides(config, teacher, stats)
         frozen.mask_rule, frozen.target_function = mask_rule, target
         width = target_width(config, target)
-        probe, sizes = open_probe(config, accelerator)
+        probe, sizes = open_probe(config, accelerator, source.limits or ())
         task = Pretraining(
             config,
             accelerator,
@@ -221,16 +221,19 @@ def keep_range(source: Source, run: RunDir) -> None:
         source.limits = (float(before[0]), float(before[1])) if before else None
 
 
-def open_probe(config: PretrainConfig, accelerator: Accelerator) -> tuple[Any, dict[str, int]]:
+def open_probe(
+    config: PretrainConfig, accelerator: Accelerator, limits: Sequence[float]
+) -> tuple[Any, dict[str, int]]:
     """(backbone -> k-NN accuracy in percent, images in train and val); (None, {}) without ``probe_data``.
 
+    limits: of the training images, if these have more than 8 bits: the probe's are read alike.
     Raises InputError for data without train, val or labels.
     """
     if not config.runtime.probe_data:
         return None, {}
     from cmt_mae.evaluate.online import OnlineProbe
 
-    probe = OnlineProbe.open(config.runtime.probe_data, config.data.range, config.data.val_share)
+    probe = OnlineProbe.open(config.runtime.probe_data, limits, config.data.val_share)
     assert probe is not None
 
     def measure(backbone: Backbone) -> float:

@@ -59,6 +59,7 @@ def evaluate_coco(config: CocoConfig) -> Result:
     accelerator = make_accelerator(config.device, config.precision, config.deterministic)
     train, val = open_coco(config.data, "train"), open_coco(config.data, "val")
     same_classes(train, val)
+    val.limits = train.limits
     if train.has_masks != val.has_masks:
         raise InputError(
             f"{config.data}: only one of train and val has masks: give both masks, or remove them all to train "
@@ -84,6 +85,7 @@ def evaluate_coco(config: CocoConfig) -> Result:
         "val": len(evaluated),
         "classes": len(train.classes),
         "boxes": int(train.counts.sum()),
+        **({"range": list(train.limits)} if train.limits else {}),
     }
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     described = describe(config, protocol, changed, precision, masks) | {"steps": task.total_steps}

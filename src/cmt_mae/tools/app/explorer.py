@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cmt_mae.core.backbone_facts import BackboneFacts, NoFacts
 from cmt_mae.core.errors import InputError
+from cmt_mae.data.sources import limits_of
 from cmt_mae.method.masking import Mask, count_masked
 from cmt_mae.tools.inspect.attention import attention_sheet, in_units
 from cmt_mae.tools.inspect.canvas import (
@@ -212,7 +213,8 @@ class Explorer:
 
     def _look(self, choice: Choice, image: str) -> Inspector:
         networks = self.networks(choice)
-        pixels = read_image(Path(image), networks.config.student.in_chans)
+        limits = limits_of("the image", [image])
+        pixels = read_image(Path(image), networks.config.student.in_chans, limits)
         return Inspector(networks, cut([Photo("image", pixels)], networks))
 
     def _tiles(

@@ -14,8 +14,8 @@ from cmt_mae.data.crops import center_crop, resized_crop
 from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
 from cmt_mae.data.folder import read_file
 from cmt_mae.data.loader import load_image
-from cmt_mae.data.source import Source, shown
-from cmt_mae.data.sources import open_source
+from cmt_mae.data.source import Limits, Source, shown
+from cmt_mae.data.sources import limits_of, open_source
 from cmt_mae.pretraining.assembly import crop_settings
 from cmt_mae.tools.inspect.networks import Networks
 
@@ -67,6 +67,7 @@ class Album:
                 self.files.append(file)
             else:
                 self.sources.append(open_source(path))
+        self.limits = limits_of("images", self.files)
 
     def read(self, channels: int, count: int) -> Iterator[Photo]:
         """Every file, and ``count`` images evenly over each folder; the next one in place of a broken one.
@@ -76,7 +77,7 @@ class Album:
         some = False
         for file in self.files:
             some = True
-            yield Photo(shown(file.name), read_image(file, channels))
+            yield Photo(shown(file.name), read_image(file, channels, self.limits))
         for source in self.sources:
             for photo in spread(source, channels, count):
                 some = True
@@ -85,10 +86,13 @@ class Album:
             raise InputError(f"no image of {', '.join(self.paths)} can be read: give others")
 
 
-def read_image(file: Path, channels: int) -> np.ndarray:
-    """One image file as uint8 (H, W, channels). Raises InputError where it is broken or not there."""
+def read_image(file: Path, channels: int, limits: Limits | None) -> np.ndarray:
+    """One image file as uint8 (H, W, channels). Raises InputError where it is broken or not there.
+
+    limits: values of black and white where it has more than 8 bits.
+    """
     try:
-        return decode_image(read_file(file), channels)
+        return decode_image(read_file(file), channels, limits=limits)
     except BadImage as error:
         raise InputError(f"{file}: {error}; give another image") from error
 
