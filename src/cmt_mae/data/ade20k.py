@@ -182,7 +182,7 @@ def _counted(names: list[str], where: str) -> list[str]:
 
 
 def read_image(path: str, channels: int, limits: Limits | None = None) -> np.ndarray:
-    """uint8 (H, W, channels); grey ones repeated to RGB. limits: `Ade20k.limits`. Raises BadImage with the path."""
+    """uint8 (H, W, channels); grey becomes RGB. limits: `Ade20k.limits`. Raises BadImage with the path."""
     try:
         return decode_image(read_file(os.fsencode(path)), channels, limits=limits)
     except BadImage as error:
