@@ -19,6 +19,12 @@ from cmt_mae.core.runs import plain
 from cmt_mae.pretraining.settings import PretrainConfig
 
 Make = Callable[..., PretrainConfig]
+EVERY: dict[str, Any] = {
+    "target__centre": True, "mask__other_image": True, "momentum__zero_head": True, "momentum__half_lives": 3.0,
+    "mask__student_map": "column_mean", "mask__student_block": -2, "teacher__attention_block": -2,
+    "target__tokens": "masked+cls",
+}  # fmt: skip
+"""Settings of the method that are off by default, by their names in tiny_run."""
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

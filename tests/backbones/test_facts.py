@@ -166,13 +166,6 @@ def test_what_is_given_must_agree_with_what_a_file_says(tmp_path: Path) -> None:
         load(saved(tmp_path / "m.pth", model.state_dict()), told(grid=[3, 4]))
 
 
-def test_embedded_teacher_and_timm_names_ask_nothing() -> None:
-    assert load_backbone("embedded").known_from["normalisation"] == "its header"
-    fresh = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32)
-    assert tokens(fresh.model, image()).shape == (2, 5, 192)
-    assert fresh.known_from["network"] == "timm's vit_tiny_patch16_224"
-
-
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_a_folder_of_timms_hub_says_everything(tmp_path: Path, name: str) -> None:
     sizes: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from cmt_mae.core.cli import COMMANDS, EVALUATIONS, SHORT, main
-from cmt_mae.core.parsing import expand, parse, take, with_lists, with_positional
+from cmt_mae.core.parsing import parse, with_lists, with_positional
 from cmt_mae.core.recipes import head_comment, load_recipes, recipe_names
 from cmt_mae.core.settings import walk
 from cmt_mae.data.loader import order
@@ -125,22 +125,6 @@ def test_recipes_join_and_later_ones_win(tmp_path: Path) -> None:
     assert merged["epochs"] == 3
     assert merged["mask"] == {"rule": "random", "ratio": 0.6}
     assert merged["student"]["preset"] == "micro"
-
-
-def test_short_names_and_dashes() -> None:
-    short = {"data": "data.path"}
-    assert expand("--batch-size", short) == "--batch_size"
-    assert expand("--data=a-b", short) == "--data.path=a-b"
-    assert expand("my-folder", short) == "my-folder"
-    assert take(["--recipe", "a", "--x"], "--recipe") == ("a", ["--x"])
-    assert take(["--recipe=a", "--x"], "--recipe") == ("a", ["--x"])
-
-
-def test_words_win_over_recipes() -> None:
-    config = parse(
-        "test", PretrainConfig, ["--epochs", "7", "--mask.ratio=0.5"], load_recipes("cmt,micro64")
-    )
-    assert (config.epochs, config.mask.ratio, config.batch_size) == (7, 0.5, 64)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -13,7 +13,6 @@ from cmt_mae.core.parsing import parse
 from cmt_mae.core.settings import (
     Count,
     PartOf,
-    Range,
     Share,
     check_fields,
     resume_safe_settings,
@@ -115,15 +114,6 @@ def test_settings_that_may_change_on_resume() -> None:
     assert not [name for name in affect if name.startswith(tuple(safe))]
     assert {"workers", "data", "progress"} <= set(resume_safe_settings(CocoConfig))
     assert not {"lr", "preset", "seed", "key", "precision"} & set(resume_safe_settings(CocoConfig))
-
-
-def test_words_of_an_annotated_type() -> None:
-    @dataclass
-    class Own:
-        port: Annotated[int, Range(1, 9)] = 3
-
-    with pytest.raises(InputError, match="--port is 10: give a whole number from 1 to 9"):
-        check_fields(Own(port=10))
 
 
 def test_no_setting_takes_what_is_no_value_of_it() -> None:

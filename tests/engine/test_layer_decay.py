@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from cmt_mae.engine.optim import layer_decay_groups, layer_id, layer_scales
+from cmt_mae.engine.optim import layer_decay_groups, layer_scales
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4}
 
@@ -38,24 +38,6 @@ def test_scales_of_spec_12_5() -> None:
     assert scales[-2:] == [0.65, 1.0]
     assert layer_scales(24, 0.75)[0] == pytest.approx(0.75**25)
     assert layer_scales(3, 1.0) == [1.0] * 5
-
-
-def test_ids_by_hand() -> None:
-    expected = {
-        "backbone.cls_token": 0,
-        "backbone.pos_embed": 0,
-        "backbone.reg_token": 0,
-        "backbone.patch_embed.proj.weight": 0,
-        "backbone.norm_pre.bias": 0,
-        "backbone.blocks.0.norm1.weight": 1,
-        "backbone.blocks.11.mlp.fc2.bias": 12,
-        "backbone.norm.weight": 13,
-        "backbone.fc_norm.weight": 13,
-        "backbone.head.weight": 13,
-        "head.blocks.0.weight": 13,
-        "neck.pos_embed": 13,
-    }
-    assert {name: layer_id(name, 12, "backbone.") for name in expected} == expected
 
 
 @pytest.mark.parametrize(

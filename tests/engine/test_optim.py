@@ -49,11 +49,6 @@ def test_heads_that_learn_later_are_in_the_groups_from_the_start() -> None:
     assert "heads.momentum.weight" in everything
 
 
-def test_without_decay_there_is_one_group() -> None:
-    (group,) = decay_groups(learner(), 0.0)
-    assert len(group["params"]) == len(list(learner().parameters())) - 2  # two tables of positions
-
-
 def test_a_step_is_adamws_written_out() -> None:
     """Loshchilov and Hutter's update: decay apart from the gradient, moments without bias."""
     layer = nn.Linear(3, 2)
@@ -77,17 +72,6 @@ def test_a_step_is_adamws_written_out() -> None:
         optimizer.step()
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(parameter.double(), expected[name], atol=1e-6, rtol=0)
-
-
-def test_parameters_without_gradient_are_left_alone() -> None:
-    model = learner()
-    optimizer = adamw(model, 0.1, (0.9, 0.95), 0.5)
-    before = copy.deepcopy(model.state_dict())
-    weight = model.get_parameter("heads.teacher.weight")
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    moved = [n for n, p in model.state_dict().items() if not torch.equal(p, before[n])]
-    assert moved == ["heads.teacher.weight"]
 
 
 def test_a_step_marked_not_finite_is_as_if_never_taken() -> None:

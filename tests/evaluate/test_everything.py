@@ -184,19 +184,6 @@ def test_layouts(tmp_path, pictures):
     assert itself.path == tmp_path / "d_labelled"
 
 
-def test_real_data_layouts(shared):
-    kinds = {p.name: layout_of(p) for p in (shared / "data").iterdir()}
-    assert kinds == {
-        "camvid": "ade20k",
-        "coco": "coco",
-        "davis": "davis",
-        "dtd10": "labelled",
-        "imagenette": "labelled",
-        "photos": None,
-        "rsscn7": "labelled",
-    }
-
-
 def test_fingerprint_of_a_folder(tmp_path):
     layout(tmp_path, "a/x.json", "a/y.png")
     before = folder_fingerprint(tmp_path)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from cmt_mae.core.errors import InputError
 from cmt_mae.data.loader import CropSettings
 from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method import frozen
@@ -118,10 +117,3 @@ def test_teachers_with_rotary_positions_run_in_bf16() -> None:
     means, bad = trainer.meters.read()
     assert not bad
     assert 0.5 < means["loss"] < 3
-
-
-def test_an_unknown_word_is_named() -> None:
-    run = PretrainConfig(out="x", frozen_precision="fp8")
-    run.data.path = "x"
-    with pytest.raises(InputError, match="frozen_precision is 'fp8': give one of auto, bf16"):
-        run.check()

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from cmt_mae.engine.trainer import Trainer
 from cmt_mae.pretraining.assembly import IMAGENET, Statistics
 from cmt_mae.pretraining.task import Pretraining
 from cmt_mae.tools.pretrain import pretrain
-from tiny import Make, as_words, assert_same_state, final_state, rows, start
+from tiny import EVERY, Make, as_words, assert_same_state, final_state, rows, start, tiny_run
 
 TIMES = ("images_per_second", "data_wait_share", "peak_memory_gb")
 
@@ -76,15 +77,32 @@ def test_momentum_student_and_its_head_start_at_the_switch(make: Make) -> None:
     assert not torch.equal(heads[1], heads[2])  # the learning rate is not 0 there
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 6, 9])
+@pytest.fixture(scope="module")
+def whole_runs(
+    images: Path, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool], Path]:
+    """Unbroken runs with accumulation, and with or without what is off by default; a window of meters is open
+    at most steps."""
+    done: dict[bool, Path] = {}
+
+    def whole(every: bool) -> Path:
+        if every not in done:
+            done[every] = tmp_path_factory.mktemp("whole") / f"run_{every}"
+            pretrain(tiny_run(done[every], images, teacher_file, **ODD, **(EVERY if every else {})))
+        return done[every]
+
+    return whole
+
+
+ODD = {"student__drop_path": 0.2, "runtime__log_every": 4, "runtime__micro_batch": 4}
+
+
+@pytest.mark.parametrize(("stop_at", "every"), [(1, False), (5, False), (9, False), (3, True), (6, True)])
 def test_a_stopped_run_continues_bit_for_bit(
-    make: Make, stop_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, broken = make("whole", student__drop_path=0.2), make("broken", student__drop_path=0.2)
-    # log_every 4 leaves a window of meters open at most stops; accumulation is on
-    for config in (whole, broken):
-        config.runtime.log_every, config.runtime.micro_batch = 4, 4
-    pretrain(whole)
+    make: Make, whole_runs: Callable[[bool], Path], stop_at: int, every: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    broken = make("broken", **ODD, **(EVERY if every else {}))
     real = Trainer.step
 
     def interrupted(self: Trainer, batches: object, step: int) -> None:
@@ -97,8 +115,8 @@ def test_a_stopped_run_continues_bit_for_bit(
         pretrain(broken)
     monkeypatch.undo()
     pretrain(broken)
-    assert_same_state(Path(whole.out), Path(broken.out))
-    assert comparable(Path(whole.out)) == comparable(Path(broken.out))
+    assert_same_state(whole_runs(every), Path(broken.out))
+    assert comparable(whole_runs(every)) == comparable(Path(broken.out))
 
 
 def test_kill_9_at_any_moment_changes_nothing(make: Make) -> None:

@@ -5,16 +5,9 @@ from typing import Any
 
 import pytest
 
-from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.engine.trainer import Trainer
+from cmt_mae.core.errors import InputError
 from cmt_mae.tools.pretrain import pretrain
-from tiny import Make, assert_same_state, rows
-
-EVERY: dict[str, Any] = {
-    "target__centre": True, "mask__other_image": True, "momentum__zero_head": True, "momentum__half_lives": 3.0,
-    "mask__student_map": "column_mean", "mask__student_block": -2, "teacher__attention_block": -2,
-    "target__tokens": "masked+cls",
-}  # fmt: skip
+from tiny import EVERY, Make, rows
 
 
 def test_what_every_run_logs_of_how_it_works(cmt_run: Path) -> None:
@@ -31,23 +24,6 @@ def test_what_every_run_logs_of_how_it_works(cmt_run: Path) -> None:
     assert metrics[-1]["half_lives"] == pytest.approx(5 * 0.002 / 0.693, abs=0.004)
 
 
-def test_the_loss_of_other_images_is_taken_at_one_step_of_each_line(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cmt_mae.method.cmtmae import StudentWithDecoder
-
-    calls = [0]
-    before = StudentWithDecoder.with_other_images
-
-    def counted(self: StudentWithDecoder, *given: Any) -> Any:
-        calls[0] += 1
-        return before(self, *given)
-
-    monkeypatch.setattr(StudentWithDecoder, "with_other_images", counted)
-    pretrain(make(runtime__log_every=5))
-    assert calls == [2]
-
-
 def test_half_lives_of_stage_two_and_a_head_that_starts_at_zero(make: Make, cmt_run: Path) -> None:
     """Nothing predicted costs 1 with layer_norm targets: what a momentum head at zero starts with."""
     config = make(momentum__half_lives=4.0, momentum__zero_head=True)
@@ -59,26 +35,8 @@ def test_half_lives_of_stage_two_and_a_head_that_starts_at_zero(make: Make, cmt_
     assert rows(cmt_run)[5]["loss_momentum"] > 1.05
 
 
-def test_all_of_them_continue_bit_for_bit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, parts = make("whole", **EVERY), make("parts", **EVERY)
-    pretrain(whole)
-    before, taken = Trainer.step, [0]
-
-    def step(self: Trainer, batches: Any, number: int) -> Any:
-        taken[0] += 1
-        if taken[0] == 8:
-            raise Stopped("as a kill, between two checkpoints")
-        return before(self, batches, number)
-
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(Stopped):
-        pretrain(parts)
-    pretrain(parts)
-    assert_same_state(Path(whole.out), Path(parts.out))
-
-
 def test_all_of_them_in_parts(make: Make) -> None:
-    """On two processes: test_loop.py."""
+    """Continued after a stop, and on two processes: test_loop.py."""
     one, parts = make("one", **EVERY), make("parts", **EVERY, runtime__micro_batch=2)
     pretrain(one)
     pretrain(parts)
@@ -92,21 +50,12 @@ def test_all_of_them_in_parts(make: Make) -> None:
         ({"target__momentum_last_k": 3}, r"momentum_last_k 3: the student has 2 blocks"),
         ({"mask__student_block": 2}, r"student_block 2: the student has 2 blocks, give -2 to 1"),
         ({"teacher__attention_block": -4}, r"attention block -4 is not there"),
-        (
-            {"teacher__feature": "last_k", "teacher__last_k": 9},
-            r"teacher\.last_k 9: the teacher has",
-        ),
-        (
-            {"mask__other_image": True, "runtime__micro_batch": 1},
-            r"takes 1 images at a time: give an even",
-        ),
-        (
-            {"target__source": "pixel", "target__tokens": "masked+cls"},
-            r"masked\+cls needs a network",
-        ),
+        ({"teacher__feature": "last_k", "teacher__last_k": 9}, r"teacher\.last_k 9: the teacher has"),
+        ({"mask__other_image": True, "runtime__micro_batch": 1}, r"takes 1 images at a time: give an even"),
+        ({"target__source": "pixel", "target__tokens": "masked+cls"}, r"masked\+cls needs a network"),
         ({"teacher__project_to": 99}, r"project_to 99: the features have 24 channels"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_work_is_refused_before_a_step(
     make: Make, changes: dict[str, Any], words: str
 ) -> None:

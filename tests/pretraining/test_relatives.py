@@ -80,23 +80,11 @@ def test_alpha_0_is_the_teacher_guided_run_bit_for_bit(make: Make) -> None:
         ("RGB", (40, 40), {"teacher__grid_align": "resample", "student__img_size": [40]}),
         ("RGB", (40, 40), {"data__crops": "fixed", "alpha_ramp_epochs": 1.0, "optim__clip": 0.5}),
         ("RGB", (40, 40), {"mask__rule": "mix_random", "mask__random_until_epoch": 1.0}),
-        (
-            "RGB",
-            (40, 40),
-            {
-                "target__tokens": "all+cls",
-                "target__momentum_last_k": 2,
-                "teacher__feature": "last_k",
-                "teacher__last_k": 2,
-            },
-        ),
-        (
-            "RGB",
-            (40, 40),
-            {"teacher__pixels": "resize", "mask__normalise": "rank", "mask__heads": "minmax_mean"},
-        ),
+        ("RGB", (40, 40), {"target__tokens": "all+cls", "target__momentum_last_k": 2, "teacher__feature": "last_k",
+                           "teacher__last_k": 2}),
+        ("RGB", (40, 40), {"teacher__pixels": "resize", "mask__normalise": "rank", "mask__heads": "minmax_mean"}),
     ],
-)
+)  # fmt: skip
 def test_other_shapes_and_options_run_both_stages(
     mode: str, shape: tuple[int, int], changes: dict[str, object], make: Make, tmp_path: Path
 ) -> None:

@@ -108,20 +108,19 @@ def test_of_a_photo_it_holds_what_the_teacher_puts_out_for_it(
 
 
 @BOTH
-@pytest.mark.parametrize("stopped_at", [3, 7])
-def test_a_stopped_run_continues_bit_for_bit(
-    make: Make, monkeypatch: pytest.MonkeyPatch, stopped_at: int, kept: dict[str, Any]
+def test_a_run_stopped_twice_continues_bit_for_bit(
+    make: Make, monkeypatch: pytest.MonkeyPatch, kept: dict[str, Any]
 ) -> None:
     """Also where pictures of steps that are taken again are there already, or are damaged."""
     whole, parts = make("whole", **kept), make("parts", **kept)
     pretrain(whole)
-    with monkeypatch.context() as patch:
-        stop_at(patch, stopped_at)
-        with pytest.raises(Stopped):
-            pretrain(parts)
+    for stopped_at in (3, 7):
+        with monkeypatch.context() as patch:
+            stop_at(patch, stopped_at)
+            with pytest.raises(Stopped):
+                pretrain(parts)
     outputs = folder_of(parts.out) / "outputs.bin"
-    if stopped_at == 7:
-        os.truncate(outputs, outputs.stat().st_size // 2)
+    os.truncate(outputs, outputs.stat().st_size // 2)
     pretrain(parts)
     assert_same_state(Path(whole.out), Path(parts.out))
     assert outputs.read_bytes() == (folder_of(whole.out) / "outputs.bin").read_bytes()
@@ -155,7 +154,7 @@ def test_another_run_reads_it(make: Make, tmp_path: Path, looks: list[Any]) -> N
     assert_same_state(Path(fresh.out), Path(config.out))
 
 
-@pytest.mark.parametrize("kept", [CROPS, PHOTO], ids=["crops", "photo"])
+@BOTH
 def test_what_changes_the_outputs_has_a_store_of_its_own(
     make: Make, images: Path, kept: dict[str, Any]
 ) -> None:
