@@ -1,11 +1,12 @@
-"""One NVIDIA GPU in under 9 minutes: does everything run, and how fast is a step.
+"""One NVIDIA GPU in under 9 minutes: does everything run, how fast is a step, what does the time left learn.
 
     PYTHONPATH=src python3 -m benchmarks.gpu --out runs/gpu.json                   # the same command goes on
+    PYTHONPATH=src python3 -m benchmarks.gpu --out runs/gpu.json --data imagenette_128/
     python -m benchmarks.gpu --dry-run --out runs/gpu_dry.json                     # on a CPU: does it work?
 
 In this order, each entry in the file as soon as it is made, and none measured twice: smoke (seconds each, failures
-listed, never fatal) and rates (images/s, MFU, memory, host waits a step; eager, compiled, plain, transformers).
-docs/gpu.md says what to look at. How good the result is: benchmarks/quality.py.
+listed, never fatal), rates (images/s, MFU, memory, host waits a step; eager, compiled, plain, transformers) and
+quality (cmt against mae for as long as time is left, by benchmarks/quality.py). docs/gpu.md says what to look at.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 NEEDED = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "rich", "PIL", "numpy", "cmt_mae")
-PARTS = ("smoke", "rates")
+PARTS = ("smoke", "rates", "quality")
 TARGETS = {"vitb16/two": 0.45}
 """MFU wanted on an H100 or H200."""
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
@@ -42,6 +43,7 @@ def options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--sizes", default="vitb16,vitl16")
     parser.add_argument("--batches", default="128,256,512")
+    parser.add_argument("--data", default="", help="packed at 128 px, with labels: for quality")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: no measurement")
     return parser.parse_args(words)
 
@@ -71,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 class Bench:
-    """What the two parts share."""
+    """What the three parts share."""
 
     def __init__(self, given: argparse.Namespace, book: Any) -> None:
         import torch
@@ -318,6 +320,33 @@ class Bench:
             if number:
                 seconds.append((time.perf_counter() - begin) / count)
         return {"images_per_second": spread([batch / s for s in seconds]), "step_seconds": spread(seconds)}
+
+    # --- quality ---
+
+    def quality(self) -> None:
+        """The time that is left, halved between cmt and mae (ViT-S/16 at 128 px), each measured at its end."""
+        if not self.given.data and not self.dry:
+            self.book.left.append("quality: give --data")
+            return
+        self.book.measure("quality", 60, self.learn)
+
+    def learn(self) -> dict[str, Any]:
+        """What ``benchmarks.quality`` finds in a share of the time that leaves some for starts and measuring."""
+        from benchmarks import quality
+
+        minutes = max(0.0, self.book.seconds_left() - 100) / 2 / 60
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            given = {
+                "data": colours(folder / "data", 24, classes=2) if self.dry else self.given.data,
+                "scale": "nano48" if self.dry else "imagenette_vits16,benchmarks/vits16_128.yaml",
+                "batch": 16 if self.dry else 256, "minutes": minutes, "seeds": 1, "points": 1,
+                "contestants": "cmt,mae", "device": self.device.type, "work": folder, "out": self.given.out.parent,
+                "workers": 0 if self.dry else min(14, (os.cpu_count() or 2) - 1),
+            }  # fmt: skip
+            words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+            found = quality.main([*words, *(["--quick"] if self.dry else [])])
+        return {key: entry for key, entry in found["entries"].items() if not key.startswith("tune")}
 
     def end(self) -> int:
         """Verdicts, the last words, the exit status."""

@@ -4,7 +4,7 @@
     python -m benchmarks.quality --quick --data DIR --work DIR --out DIR              # does it work?
 
 The same command goes on. Every contestant trains the same student on the same images for the same minutes, one
-after another on a machine (or a core of it: taskset) that should do nothing else; the encoder is kept at POINTS
+after another on a machine (or a core of it: taskset) that should do nothing else; the encoder is kept at --points
 moments and measured afterwards. The seconds hold everything that a training needs after its start: reading of
 images, the teacher's looks at whole photos (recipe best), steps. Contestants: any of our recipes by name,
 ``transformers`` (ViTMAE), ``lightly`` (its MAE; for this command alone: pip install --no-deps lightly
@@ -51,8 +51,6 @@ from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.bench.build import frozen_backbone
 from cmt_mae.tools.pretrain import pretrain
 
-POINTS = 8
-"""Moments at which the encoder is kept, evenly over the training."""
 OTHERS = ("transformers", "lightly", "distil")
 RATES = (0.5, 1.0, 2.0)
 """Multiples of the base learning rate that ``--tune`` tries."""
@@ -69,7 +67,7 @@ def settings(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0
         batch_size=given.batch,
     )
     run.out, run.optim.blr = str(given.work / name / f"seed{seed}" / "run"), run.optim.blr * scale
-    run.runtime.device, run.runtime.progress, run.data.workers = "cpu", False, 0
+    run.runtime.device, run.runtime.progress, run.data.workers = given.device, False, given.workers
     run.check()
     return run
 
@@ -77,7 +75,7 @@ def settings(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0
 # --- training ------------------------------------------------------------------------------------------------
 
 
-def train_ours(run: PretrainConfig, minutes: float) -> list[dict[str, Any]]:
+def train_ours(run: PretrainConfig, minutes: float, points_wanted: int) -> list[dict[str, Any]]:
     """Our own command's function. Its epochs are set by the seconds of its first steps; it resumes by itself."""
     per_epoch = len(open_split(run.data.path, "train")) / run.batch_size
     known = Path(run.out).parent / "epochs.json"
@@ -85,11 +83,11 @@ def train_ours(run: PretrainConfig, minutes: float) -> list[dict[str, Any]]:
         # twice over the same images: the second time they are in the store of a teacher that looks at whole photos
         cold, warm = (first_steps(run, per_epoch, number) for number in range(2))
         looks = max(0.0, cold - warm) * per_epoch if run.teacher.view == "photo" else 0.0
-        steps = max(float(POINTS), (minutes * 60 - looks) / warm)
+        steps = max(float(points_wanted), (minutes * 60 - looks) / warm)
         write_json(known, {"epochs": steps / per_epoch, "step_seconds": warm, "seconds_of_looks": looks})
     run.epochs = json.loads(known.read_text())["epochs"]
     run.optim.warmup_epochs, run.runtime.log_every = run.epochs / 10, 1
-    run.runtime.keep_every = run.runtime.checkpoint_every = run.epochs / POINTS
+    run.runtime.keep_every = run.runtime.checkpoint_every = run.epochs / points_wanted
     pretrain(run)
     spent, total = 0.0, {}
     for step, seconds in step_seconds(Path(run.out), run.batch_size):
@@ -175,7 +173,7 @@ def image_batches(run: PretrainConfig) -> Iterator[Tensor]:
             yield images
 
 
-def train_other(name: str, run: PretrainConfig, minutes: float) -> list[dict[str, Any]]:
+def train_other(name: str, run: PretrainConfig, minutes: float, points_wanted: int) -> list[dict[str, Any]]:
     """A plain loop: AdamW as MAE sets it, warm-up and cosine over the steps that fit; resumes at a point."""
     torch.manual_seed(run.seed)
     folder = Path(run.out)
@@ -211,8 +209,8 @@ def train_other(name: str, run: PretrainConfig, minutes: float) -> list[dict[str
         state["step"] += 1
         if not state["total"] and state["step"] == 4:
             fitting = round(minutes * 60 / statistics.median(early[1:]))
-            state["total"] = max(state["step"] + POINTS, fitting)
-        if state["total"] and state["step"] * POINTS // state["total"] > len(state["points"]):
+            state["total"] = max(state["step"] + points_wanted, fitting)
+        if state["total"] and state["step"] * points_wanted // state["total"] > len(state["points"]):
             place = keep_encoder(name, model, run, folder / f"point{len(state['points'])}")
             state["points"].append({"seconds": state["seconds"], "steps": state["step"], "backbone": str(place)})
             networks = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -243,15 +241,15 @@ def save_encoder(student: Any, run: PretrainConfig, place: Path) -> Path:
     return file
 
 
-def train(name: str, run: PretrainConfig, minutes: float) -> Turn:
+def train(name: str, run: PretrainConfig, minutes: float, points: int) -> Turn:
     """One contestant, trained when its process is made; its points are the facts that come back."""
-    points = train_other(name, run, minutes) if name in OTHERS else train_ours(run, minutes)
-    return Turn(lambda: None, {"points": points})
+    kept = train_other(name, run, minutes, points) if name in OTHERS else train_ours(run, minutes, points)
+    return Turn(lambda: None, {"points": kept})
 
 
-def trained(name: str, run: PretrainConfig, minutes: float) -> list[dict[str, Any]]:
+def trained(name: str, run: PretrainConfig, minutes: float, points: int) -> list[dict[str, Any]]:
     """The points of a contestant that trains in a process of its own, alone."""
-    own = {name: OwnProcess(partial(train, name, run, minutes))}
+    own = {name: OwnProcess(partial(train, name, run, minutes, points))}
     found: list[dict[str, Any]] = alternate_processes(own, rounds=0, warm=0).facts[name]["points"]
     return found
 
@@ -277,7 +275,7 @@ def measured(backbone: str, sets: list[str], folder: Path, linear: bool) -> dict
 
 def one_run(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0) -> dict[str, Any]:
     """Train and measure; an entry of the JSON file."""
-    points = trained(name, settings(given, name, seed, scale), given.minutes)
+    points = trained(name, settings(given, name, seed, scale), given.minutes, given.points)
     folder = given.work / name / f"seed{seed}"
     for point in points[:-1]:
         point |= measured(point["backbone"], [given.data], folder, False)
@@ -433,6 +431,9 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--points", type=int, default=8, help="moments at which the encoder is kept and measured")
+    parser.add_argument("--device", default="cpu", help="of our own contestants")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of our own contestants")
     parser.add_argument("--tune", action="store_true", help="choose each learning rate on seed 0 first")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -46,6 +46,8 @@ def test_the_dry_run_does_all_of_it_and_a_second_call_measures_nothing_again(
         assert row["mfu"] > 0
         rival = "transformers" if method == "mae" else "naive"
         assert entries[f"rates/micro/{method}/{rival}/b4"]["images_per_second"]["median"] > 0
+    for method in ("cmt", "mae"):
+        assert 0 <= entries["quality"][f"run/{method}/0"]["points"][0]["knn data"] <= 100
     assert content["verdicts"] == []
     monkeypatch.setattr(gpu.Bench, "one_step", None)  # nothing is called again
     assert gpu.main(["--dry-run", "--out", str(out), "--budget-s", "0"]) == 0

@@ -15,10 +15,7 @@ from cmt_mae.backbones import load_backbone
 
 
 @pytest.mark.parametrize("name", ["distil", "transformers"])
-def test_a_plain_loop_learns_keeps_encoders_and_goes_on_after_a_kill(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quality, "POINTS", 2)
+def test_a_plain_loop_learns_keeps_encoders_and_goes_on_after_a_kill(name: str, tmp_path: Path) -> None:
     data = colours(tmp_path / "data", 8)
     ends: list[Any] = []
     for stop in (False, True):
@@ -28,8 +25,8 @@ def test_a_plain_loop_learns_keeps_encoders_and_goes_on_after_a_kill(
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(quality, "keep_encoder", once(quality.keep_encoder))
                 with pytest.raises(KeyboardInterrupt):
-                    quality.train_other(name, run, 0)
-        points = quality.train_other(name, run, 0)
+                    quality.train_other(name, run, 0, 2)
+        points = quality.train_other(name, run, 0, 2)
         assert [p["steps"] for p in points] == [4, 6]
         ends.append(torch.load(Path(run.out) / "last.pt", weights_only=True))
         first, last = (load_backbone(p["backbone"]) for p in points)
@@ -86,7 +83,8 @@ def test_curves_say_when_a_level_is_reached_and_the_page_says_it_in_words() -> N
 
 def test_rates_are_tuned_on_seed_0_and_contestants_share_student_and_batch(tmp_path: Path) -> None:
     given = argparse.Namespace(
-        data="d", teacher="embedded", scale="micro64", batch=16, work=tmp_path, tune=False, minutes=1.0
+        data="d", teacher="embedded", scale="micro64", batch=16, work=tmp_path, tune=False, minutes=1.0,
+        device="cpu", workers=0,
     )
     mine, theirs = (quality.settings(given, name, 1) for name in ("cmt", "transformers"))
     assert mine.student == theirs.student
