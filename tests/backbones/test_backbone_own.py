@@ -29,9 +29,10 @@ from torch import nn
 
 from cmt_mae.backbones import load_backbone, save_backbone
 from cmt_mae.backbones.build import resize_positions
-from cmt_mae.backbones.export import ExportConfig, export
+from cmt_mae.backbones.export import EXPORT_LOCK, ExportConfig, export
 from cmt_mae.backbones.save import same_bytes
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.lock import only_one
 
 ARCH = "vit_base_patch16_224"
 
@@ -243,6 +244,19 @@ def test_export_writes_down_what_a_bare_file_does_not_say(tmp_path: Path) -> Non
     export(ExportConfig(backbone=path, out=str(tmp_path / "whole.safetensors"), **known))
     b = load_backbone(str(tmp_path / "whole.safetensors"))  # nothing more is asked
     assert (b.facts["heads"], b.mean, b.std) == (2, (0.1,) * 3, (0.2,) * 3)
+
+
+@pytest.mark.parametrize("form", ["timm", "hf"])
+def test_a_folder_takes_one_export_at_a_time(run: Path, tmp_path: Path, form: Any) -> None:
+    config = ExportConfig(backbone=str(run), out=str(tmp_path / "x"), format=form)
+    with (
+        only_one(tmp_path / "x", EXPORT_LOCK),
+        pytest.raises(InputError, match=r"x is in use by pid \d+ .*or choose another --out"),
+    ):
+        export(config)
+    assert list((tmp_path / "x").iterdir()) == []
+    export(config)
+    assert not (tmp_path / "x" / EXPORT_LOCK).exists()
 
 
 def test_export_to_one_file_for_timm(run: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import cmt_mae
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.lock import only_one
 from cmt_mae.data.sources import open_source
 from cmt_mae.evaluate.features import extract
 from cmt_mae.tools import embed as embedding
@@ -118,6 +119,26 @@ def test_a_stopped_run_goes_on_and_another_setting_starts_anew(
     assert one["patches"].shape == (7, 64, one["cls"].shape[1])
     for name in ("name", "cls", "mean", "patches"):
         np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_an_image_of_more_than_8_bits_in_memory_is_refused() -> None:
+    deep = Image.fromarray(np.full((64, 64), 900, np.uint16))
+    with pytest.raises(InputError, match=r"more than 8 bits \(mode I;16\): give its path"):
+        cmt_mae.embed("embedded", [deep])
+
+
+def test_a_second_process_loses_nothing_of_the_first(folder: Path, tmp_path: Path) -> None:
+    """When it ended it would take away the parts of the first, whose file would then lack images."""
+    config = embedding.EmbedConfig(
+        backbone="embedded", images=str(folder), out=str(tmp_path / "f.npz")
+    )
+    with (
+        only_one(tmp_path / "f.npz.parts", "embed.lock"),
+        pytest.raises(InputError, match="in use by pid"),
+    ):
+        embedding.embed_images(config)
+    embedding.embed_images(config)
+    assert [path.name for path in tmp_path.glob("f.npz*")] == ["f.npz"]
 
 
 def test_what_cannot_be_written_is_said_first(folder: Path, tmp_path: Path) -> None:

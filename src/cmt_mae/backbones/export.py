@@ -21,8 +21,12 @@ from cmt_mae.backbones.load import load_backbone
 from cmt_mae.backbones.save import plain_state, save_backbone, write_atomically
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.lock import only_one
 from cmt_mae.core.settings import check_fields
 from cmt_mae.core.text import printable
+
+EXPORT_LOCK = ".export.lock"
+"""Two exports at once into a folder would leave the weights of one with the configuration of the other."""
 
 
 @dataclass
@@ -52,9 +56,16 @@ def export(config: ExportConfig) -> dict[str, Any]:
     backbone = load_backbone(config.backbone, key=config.key, facts=config)
     out = Path(config.out)
     if config.format == "hf":
-        load = _export_hf(backbone, out)
+        _folder(out)
+        _hf_config(backbone)  # refused before the folder is made
+        with only_one(out, EXPORT_LOCK):
+            load = _export_hf(backbone, out)
+    elif config.format == "timm" and out.suffix != ".safetensors":
+        _folder(out)
+        with only_one(out, EXPORT_LOCK):
+            load = _export_timm(backbone, out)
     elif config.format == "timm":
-        load = _export_timm(backbone, out)
+        load = _export_timm_file(backbone, _with_suffix(out, ".safetensors"))
     else:
         load = _export_torch(backbone, _with_suffix(out, ".pth", ".pt"))
     for line in [*licence_lines(backbone), f"load it with: {load}"]:
@@ -102,12 +113,16 @@ def _arguments(backbone: Backbone) -> str:
     return ", ".join(f"{k}={v!r}" for k, v in {"num_classes": classes, **backbone.kwargs}.items())
 
 
-def _export_timm(backbone: Backbone, out: Path) -> str:
-    """A folder as timm reads it (weights, config.json), or the weights alone for FILE.safetensors."""
-    alone = out.suffix == ".safetensors"
-    if alone or out.exists():
-        _with_suffix(out, ".safetensors") if alone else _folder(out)
-    file = out if alone else out / "model.safetensors"
+def _export_timm_file(backbone: Backbone, out: Path) -> str:
+    """The weights alone."""
+    _save(backbone, out)
+    arguments = _arguments(backbone)
+    return (
+        f"timm.create_model({backbone.architecture!r}, checkpoint_path={str(out)!r}, {arguments})"
+    )
+
+
+def _save(backbone: Backbone, file: Path) -> None:
     save_backbone(
         file,
         backbone.model,
@@ -121,9 +136,11 @@ def _export_timm(backbone: Backbone, out: Path) -> str:
         extra={"teacher": backbone.teacher},
         proj=backbone.proj,
     )
-    if alone:
-        arguments = _arguments(backbone)
-        return f"timm.create_model({backbone.architecture!r}, checkpoint_path={str(out)!r}, {arguments})"
+
+
+def _export_timm(backbone: Backbone, out: Path) -> str:
+    """A folder as timm reads it: weights, config.json."""
+    _save(backbone, out / "model.safetensors")
     channels = len(backbone.mean)
     cfg = pretrained_cfg(backbone, channels)
     config = {
@@ -147,7 +164,6 @@ def _export_torch(backbone: Backbone, out: Path) -> str:
 
 
 def _export_hf(backbone: Backbone, out: Path) -> str:
-    _folder(out)
     config = _hf_config(backbone)
     state = _hf_state(plain_state(backbone.model, None))
     processor = {

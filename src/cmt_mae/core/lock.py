@@ -6,16 +6,18 @@ work on one machine only (Lustre with ``localflock``), a second start on another
 a warning, and the first one stops before its next checkpoint. Where there are none at all, the text decides.
 """
 
+import contextlib
 import fcntl
 import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.files import is_alive, writing
+from cmt_mae.core.files import is_alive, make_folder, writing
 from cmt_mae.core.text import printable
 
 OWNER = re.compile(r"pid (\d+) on (\S+) \(started at tick (\d*)\)")
@@ -106,6 +108,20 @@ class Lock:
         _open_locks.discard(self._file)
         self._file.close()
         self._file = None
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, name: str) -> Iterator[None]:
+    """One process at a time makes what goes into a folder; made if need be. InputError for a second one."""
+    with writing(folder):
+        make_folder(folder)
+    lock = Lock(folder / name)
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.path.unlink(missing_ok=True)
+        lock.give_back()
 
 
 def no_link(path: str, flags: int) -> int:

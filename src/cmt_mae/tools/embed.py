@@ -21,6 +21,7 @@ from cmt_mae.backbones.backbone import Embedding
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically, write_json
+from cmt_mae.core.lock import only_one
 from cmt_mae.core.settings import Count, CountOrNone, check_fields
 from cmt_mae.core.text import one_line, printable
 from cmt_mae.data.crops import center_crop
@@ -108,6 +109,10 @@ def _pixels(
         elif isinstance(item, str | Path):
             image = decode_image(Path(item).read_bytes(), channels, limits=limits)
         elif hasattr(item, "convert") and channels == 3:
+            if item.mode[0] in "IF":  # Pillow would cut values above 255 off
+                raise InputError(
+                    f"{name}: a PIL image of more than 8 bits (mode {item.mode}): give its path, or 8 bits"
+                )
             image = np.asarray(item.convert("RGB"))
         else:
             image = np.asarray(item)
@@ -154,12 +159,15 @@ def embed_images(config: EmbedConfig) -> dict[str, Any]:
     }
     parts = out.with_name(f"{out.name}.parts")
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    bad = _fill(config, source, backbone, device, parts / name)
-    arrays = _joined(parts / name)
-    if not len(arrays["name"]):
-        raise InputError(f"{config.images}: none of {len(source)} images can be read: check them")
-    _write(out, arrays, about)
-    shutil.rmtree(parts, ignore_errors=True)
+    with only_one(parts, "embed.lock"):  # a second one would delete these parts when it is done
+        bad = _fill(config, source, backbone, device, parts / name)
+        arrays = _joined(parts / name)
+        if not len(arrays["name"]):
+            raise InputError(
+                f"{config.images}: none of {len(source)} images can be read: check them"
+            )
+        _write(out, arrays, about)
+        shutil.rmtree(parts, ignore_errors=True)
     for image, reason in list(bad.items())[:20]:
         print(printable(f"left out: {image} ({reason})"), file=sys.stderr)
     more = f", {len(bad)} left out" if bad else ""
