@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from benchmarks.timing import RESULTS
-from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.backbones import load_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.files import write_json
 from cmt_mae.core.runs import environment
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn

@@ -37,12 +37,12 @@ from benchmarks.steps import LightlyMAE, transformers_model, why_not_lightly
 from benchmarks.timing import RESULTS, Book, alternate_processes, markdown
 from benchmarks.timing import Contestant as OwnProcess
 from benchmarks.timing import Step as Turn
-from cmt_mae.backbones import save_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.checkpoint import list_checkpoints, load_checkpoint
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json, write_text
 from cmt_mae.data.sources import open_split
-from cmt_mae.engine.schedules import learning_rate
+from cmt_mae.engine.optim import learning_rate
 from cmt_mae.evaluate.knn import KnnConfig, evaluate_knn
 from cmt_mae.evaluate.linear import LinearConfig, evaluate_linear
 from cmt_mae.method.vit import build_student

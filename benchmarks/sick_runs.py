@@ -17,7 +17,7 @@ import timm
 import torch
 from PIL import Image
 
-from cmt_mae.backbones import save_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.files import write_json, write_text
 from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes

@@ -48,7 +48,7 @@ COMPILED = "ours, compiled"
 RIVALS = ("transformers", "lightly", "naive, maps in last", "naive, maps in all")
 APART = (
     "Each runs in a process of its own, as its users start it: ours keeps freed memory for the next step "
-    "(engine/memory.py); 'memory kept' is the rival in such a process, 'ours, compiled' has "
+    "(engine/processes.py); 'memory kept' is the rival in such a process, 'ours, compiled' has "
     "--runtime.compile true."
 )
 SIZES = ("small", "vits16", "vitb16")

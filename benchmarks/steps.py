@@ -19,7 +19,7 @@ from benchmarks.timing import Step
 from cmt_mae.backbones import Backbone
 from cmt_mae.core.recipes import load_recipes
 from cmt_mae.data.loader import Batch
-from cmt_mae.engine.memory import keep_memory
+from cmt_mae.engine.processes import keep_memory
 from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method.vit import sincos_table
 from cmt_mae.pretraining import assembly

@@ -19,7 +19,7 @@ import timm
 
 from cmt_mae.backbones.licences import licence_of
 from cmt_mae.backbones.load import EMBEDDED
-from cmt_mae.backbones.save import HEADER
+from cmt_mae.backbones.own_file import HEADER
 from cmt_mae.core.recipes import load_recipes, recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 
-from cmt_mae.backbones import save_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.parsing import as_word, flatten
 from cmt_mae.core.runs import plain
 from cmt_mae.pretraining.settings import PretrainConfig

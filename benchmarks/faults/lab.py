@@ -171,7 +171,7 @@ def make_files(root: Path) -> None:
     import timm
     import torch
 
-    from cmt_mae.backbones import save_backbone
+    from cmt_mae.backbones.save import save_backbone
     from cmt_mae.data.pack import PackConfig, pack
 
     write_photos(root / "photos")

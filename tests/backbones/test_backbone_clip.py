@@ -16,9 +16,10 @@ import torch
 from backbone_nets import DEPTH, PATCH, SIZE, WIDTH, image, randomise, saved, tokens, told
 from torch import Tensor, nn
 
-from cmt_mae.backbones import Backbone, load_backbone, save_backbone
+from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.backbones.backbone import CLIP_MEAN, CLIP_STD
 from cmt_mae.backbones.clip import check_tower, quickgelu_name
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.errors import InputError
 
 EMBED = 24

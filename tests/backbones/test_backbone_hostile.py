@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.backbones import load_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 

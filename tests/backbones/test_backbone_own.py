@@ -27,10 +27,10 @@ from safetensors.torch import save as to_safetensors
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.backbones import load_backbone
 from cmt_mae.backbones.build import resize_positions
 from cmt_mae.backbones.export import EXPORT_LOCK, ExportConfig, export
-from cmt_mae.backbones.save import same_bytes
+from cmt_mae.backbones.save import same_bytes, save_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.lock import only_one
 

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.backbones import load_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.errors import InputError
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -15,8 +15,9 @@ from backbone_nets import image, load, same, saved, tiny, tokens, told
 from safetensors.torch import save_file
 
 from cmt_mae.backbones import facts as asking
-from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.backbones import load_backbone
 from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.backbones.shapes import fitting, native_grid
 from cmt_mae.core.backbone_facts import BackboneFacts, NoFacts
 from cmt_mae.core.cli import main

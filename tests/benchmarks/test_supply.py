@@ -97,7 +97,8 @@ def test_export_prints_the_licences(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_teacher_of_a_run_goes_with_its_backbone(tmp_path: Path) -> None:
-    from cmt_mae.backbones import load_backbone, save_backbone
+    from cmt_mae.backbones import load_backbone
+    from cmt_mae.backbones.save import save_backbone
 
     teacher = {
         "name": "some\x1bteacher",

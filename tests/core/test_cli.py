@@ -12,11 +12,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from cmt_mae.core.bare_words import with_lists, with_positional
 from cmt_mae.core.cli import COMMANDS, EVALUATIONS, SHORT, main
-from cmt_mae.core.parsing import parse, with_lists, with_positional
+from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import head_comment, load_recipes, recipe_names
 from cmt_mae.core.settings import walk
-from cmt_mae.data.loader import order
+from cmt_mae.data.steps import order
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.report.compare import CompareConfig
 from tiny import Make, as_words

@@ -1,13 +1,14 @@
 """The Python side of the settings: recipes, texts in place of sections, help and names."""
 
 import pydoc
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import cmt_mae
-from cmt_mae import InputError, KnnConfig, PretrainConfig
+from cmt_mae import InputError, PretrainConfig
 from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes
 from cmt_mae.pretraining.settings import MaskConfig
@@ -48,11 +49,12 @@ def test_wrong_types_say_the_right_form(settings: dict, line: str) -> None:
     assert str(error.value) == line
 
 
-def test_names_version_and_help() -> None:
+def test_names_version_and_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cmt_mae.core.cli", raising=False)  # commands make no docstrings
     assert {"pretrain", "PretrainConfig", "__version__"} <= set(dir(cmt_mae))
     assert cmt_mae.__version__ == version("cmt-mae")
     assert (Path(cmt_mae.__file__).parent / "py.typed").exists()
-    shown = pydoc.plain(pydoc.render_doc(PretrainConfig))
+    shown = pydoc.plain(pydoc.render_doc(cmt_mae.PretrainConfig))
     assert "mask.ratio = 0.75" in shown
     assert "Share of hidden patches, in (0, 1)." in shown
-    assert "Numbers of neighbours" in pydoc.plain(pydoc.render_doc(KnnConfig))
+    assert "Numbers of neighbours" in pydoc.plain(pydoc.render_doc(cmt_mae.KnnConfig))

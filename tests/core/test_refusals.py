@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import pytest
 
-from cmt_mae.core.cli import main, show_result
+from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import parse
 from cmt_mae.core.recipes import load_recipes, read_settings
+from cmt_mae.core.result_table import show_result
 from cmt_mae.evaluate.result import Result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cmt_mae.core.checkpoint import save_checkpoint
+from cmt_mae.core.continuing import refuse_other_settings
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import RunDir
@@ -147,7 +148,7 @@ def test_a_setting_that_a_run_is_older_than_had_its_default(tmp_path: Path) -> N
 
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     run = open_run(tmp_path, epochs=4, blr=0.1)
-    run.refuse_foreign({"step": 1})  # version 0.1 kept no settings in it
-    run.refuse_foreign({"step": 1, "settings": {"seed": 0, "blr": 0.1, "epochs": 2}})  # before --extend
+    refuse_other_settings(run, {"step": 1})  # version 0.1 kept no settings in it
+    refuse_other_settings(run, {"step": 1, "settings": {"seed": 0, "blr": 0.1, "epochs": 2}})  # before --extend
     with pytest.raises(InputError, match=r"belongs to another run, other, .*blr: 0.2 -> 0.1"):
-        run.refuse_foreign({"step": 1, "run": "other", "settings": {"seed": 0, "blr": 0.2}})
+        refuse_other_settings(run, {"step": 1, "run": "other", "settings": {"seed": 0, "blr": 0.2}})

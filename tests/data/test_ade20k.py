@@ -20,7 +20,7 @@ from cmt_mae.data.ade20k import (
     read_image,
     read_mask,
 )
-from cmt_mae.data.decode import BadImage
+from cmt_mae.data.source import BadImage
 
 REAL_HEAD = "Idx \tRatio \tTrain \tVal \tStuff\tName\n"
 

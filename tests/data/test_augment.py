@@ -14,7 +14,8 @@ from timm.data.transforms_factory import create_transform
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.augment import Augment, seeded
-from cmt_mae.data.crops import crop_box, cut, resize, sample_rng
+from cmt_mae.data.centre import resize
+from cmt_mae.data.crops import crop_box, cut, sample_rng
 
 MEAN = (0.485, 0.456, 0.406)
 PHOTO = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)

@@ -13,15 +13,8 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from cmt_mae.data.crops import (
-    center_crop,
-    crop_box,
-    cut,
-    resize,
-    resize_into,
-    resized_crop,
-    sample_rng,
-)
+from cmt_mae.data.centre import center_crop, resize, resized_crop
+from cmt_mae.data.crops import crop_box, cut, resize_into, sample_rng
 
 
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:

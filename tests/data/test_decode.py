@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cmt_mae.data.decode import BadImage, decode_image
+from cmt_mae.data.decode import decode_image
+from cmt_mae.data.source import BadImage
 
 RNG = np.random.default_rng(0)
 COLOUR = np.asarray(

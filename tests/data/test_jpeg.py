@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cmt_mae.data import jpeg
-from cmt_mae.data.crops import crop_box, cut, resize, sample_rng
-from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
+from cmt_mae.data.centre import resize
+from cmt_mae.data.crops import crop_box, cut, sample_rng
+from cmt_mae.data.decode import decode_image
 from cmt_mae.data.folder import open_folder
-from cmt_mae.data.loader import CropSettings, order, pretrain_batches
+from cmt_mae.data.loader import CropSettings, pretrain_batches
+from cmt_mae.data.source import MAX_PIXELS, BadImage
+from cmt_mae.data.steps import order
 
 pytestmark = pytest.mark.filterwarnings("error")
 DECODERS = ["simplejpeg", "Pillow"]

@@ -18,15 +18,10 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.loader import (
-    CropSettings,
-    channel_stats,
-    eval_batches,
-    order,
-    pretrain_batches,
-)
-from cmt_mae.data.workers import iterate
+from cmt_mae.data.centre import channel_stats, eval_batches
+from cmt_mae.data.loader import CropSettings, pretrain_batches
+from cmt_mae.data.source import BadImage
+from cmt_mae.data.steps import iterate, order
 
 CROPS = CropSettings((8, 8))
 
@@ -356,7 +351,7 @@ def test_a_program_that_ends_by_an_error_does_not_wait_for_its_workers() -> None
     """They do not hear the SIGTERM by which Python ends daemons before it waits for them."""
     program = (
         "import numpy as np\n"
-        "from cmt_mae.data.workers import iterate\n"
+        "from cmt_mae.data.steps import iterate\n"
         "class Zeros:\n"
         "    def __getitem__(self, key): return np.zeros(3)\n"
         "    def describe(self, key): return ''\n"

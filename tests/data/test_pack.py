@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.loader import load_image
+from cmt_mae.data.centre import load_image
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.sources import open_source, open_split
 

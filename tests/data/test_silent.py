@@ -18,10 +18,10 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import same_fingerprint
 from cmt_mae.data import decode
 from cmt_mae.data.ade20k import open_ade20k, read_image
+from cmt_mae.data.centre import load_image
 from cmt_mae.data.coco import open_coco
 from cmt_mae.data.davis import open_davis
 from cmt_mae.data.decode import decode_image
-from cmt_mae.data.loader import load_image
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.packed import read_meta
 from cmt_mae.data.sample import write_ade20k, write_coco, write_davis, write_imagefolder

@@ -9,8 +9,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import BadImage, decode_image
-from cmt_mae.data.sources import expand_braces, has_splits, open_source, open_split
+from cmt_mae.data.decode import decode_image
+from cmt_mae.data.shards import expand_braces
+from cmt_mae.data.source import BadImage
+from cmt_mae.data.sources import has_splits, open_source, open_split
 
 
 def put(path: Path, value: int = 0) -> Path:

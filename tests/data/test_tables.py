@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.loader import load_image
+from cmt_mae.data.centre import load_image
+from cmt_mae.data.source import BadImage
 from cmt_mae.data.sources import has_splits, open_source, open_split
 
 datasets = pytest.importorskip("datasets")

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import BadImage, decode_image
+from cmt_mae.data.decode import decode_image
+from cmt_mae.data.source import BadImage
 from cmt_mae.data.sources import open_source, open_split
 
 wds = pytest.importorskip("webdataset")

@@ -118,5 +118,3 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     toy(Path(sys.argv[1]), **json.loads(sys.argv[2]))
     leave_processes()
-    sys.stdout.flush()
-    os._exit(0)  # torch now and then aborts while the interpreter takes its threads down

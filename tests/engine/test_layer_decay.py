@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from cmt_mae.engine.optim import layer_decay_groups, layer_scales
+from cmt_mae.engine.layer_decay import layer_decay_groups, layer_scales
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4}
 

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from cmt_mae.engine.memory import keep_memory
+from cmt_mae.engine.processes import keep_memory
 if "keep" in sys.argv:
     print(keep_memory())
 for _ in range(12):

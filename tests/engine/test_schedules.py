@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.engine.schedules import learning_rate, momentum
+from cmt_mae.engine.optim import learning_rate, momentum
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.engine.optim import layer_decay_groups
+from cmt_mae.engine.layer_decay import layer_decay_groups
 from cmt_mae.evaluate.detection.detector import (
     Anchors,
     DetectionBatch,

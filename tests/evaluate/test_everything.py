@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.core.settings import docs_of
+from cmt_mae.core.help import docs_of
 from cmt_mae.data.sample import write_ade20k, write_coco, write_davis
 from cmt_mae.evaluate import everything, knn, linear
 from cmt_mae.evaluate.everything import EvaluateAllConfig, evaluate_all

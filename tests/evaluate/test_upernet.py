@@ -13,7 +13,7 @@ from transformers.models.upernet import modeling_upernet
 from cmt_mae.backbones import Backbone
 from cmt_mae.backbones.backbone import HALF
 from cmt_mae.core.errors import InputError
-from cmt_mae.engine.optim import layer_decay_groups, layer_scales
+from cmt_mae.engine.layer_decay import layer_decay_groups, layer_scales
 from cmt_mae.evaluate.upernet import (
     FCNHead,
     Segmenter,

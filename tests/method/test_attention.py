@@ -17,7 +17,7 @@ from method_nets import (
 from torch import Tensor, nn
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.method import attention as A
+from cmt_mae.method import other_attention as A
 from cmt_mae.method.attention import attention_map, mix_attention, normalise_map, reduce_heads
 from cmt_mae.method.last_block import asks_alone, finish
 from cmt_mae.method.masking import from_priority

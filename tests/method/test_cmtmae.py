@@ -205,8 +205,6 @@ def test_impossible_targets_are_refused() -> None:
     for source in ("pixel", "hog"):
         with pytest.raises(InputError, match="all\\+cls"):
             look(guides(target=TargetConfig(source, tokens="all+cls")))
-    with pytest.raises(InputError, match=r"target\.tokens 'hidden'"):
-        learner().decoder(torch.zeros(2, 4, 24), look(guides())[0], "hidden")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="'both' names no network"):
         shares("both", 0.3)
 

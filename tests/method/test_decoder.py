@@ -8,8 +8,9 @@ from method_nets import randomise
 from torch import Tensor, nn
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.method.decoder import Decoder, DecoderConfig, PromptingBlock
+from cmt_mae.method.decoder import Decoder, DecoderConfig
 from cmt_mae.method.masking import Mask, from_priority
+from cmt_mae.method.prompting import PromptingBlock
 from cmt_mae.method.vit import sincos_table
 
 GRID = (3, 4)
@@ -143,7 +144,6 @@ def test_head_width_is_32_by_default() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (DecoderConfig(kind="cross"), r"decoder\.kind 'cross'"),
         (DecoderConfig(width=30, heads=3), r"decoder\.width 30"),
         (DecoderConfig(width=32, heads=5), r"decoder\.width 32"),
     ],

@@ -18,12 +18,12 @@ from cmt_mae.method.masking import (
     GUIDED,
     RULES,
     Mask,
-    block_priority,
     count_masked,
     from_priority,
     noise_length,
     sample_mask,
 )
+from cmt_mae.method.other_masks import block_priority
 
 SHARE = (0.4, 0.3, 0.2, 0.1)
 DRAWS = 400_000

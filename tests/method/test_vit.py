@@ -167,7 +167,6 @@ def test_weights_start_as_maes() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"preset": "huge"}, "student.preset 'huge'"),
         ({"img_size": [30]}, "student.img_size 30x30 .* e.g. 32"),
         ({"img_size": [24, 30]}, "student.img_size 24x30"),
         ({"img_size": []}, "student.img_size"),
@@ -175,7 +174,6 @@ def test_weights_start_as_maes() -> None:
         ({"patch_size": 0}, "student.patch_size 0"),
         ({"heads": 5}, "student.heads 5"),
         ({"width": 51}, "multiple of 4"),
-        ({"pos_embed": "rope"}, "student.pos_embed 'rope'"),
     ],
 )
 def test_impossible_students_are_refused(change: dict[str, Any], named: str) -> None:

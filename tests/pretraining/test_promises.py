@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cmt_mae.core.checkpoint import load_last
 from cmt_mae.core.errors import InputError
+from cmt_mae.engine.optim import learning_rate, momentum
 from cmt_mae.engine.progress import Forecast
-from cmt_mae.engine.schedules import learning_rate, momentum
 from cmt_mae.tools.pretrain import pretrain
 from tiny import Make, as_words, assert_same_state, final_state, rows, start, write_teacher
 
@@ -156,7 +156,7 @@ def test_more_than_a_day_on_a_cpu_is_refused_before_it_starts(
 ) -> None:
     config = make()
     monkeypatch.setattr("cmt_mae.tools.pretrain.SURELY_A_DAY_LESS", 0.0)
-    monkeypatch.setattr("cmt_mae.tools.bench.peak.peak_flops", lambda *_: {"flops": 1.0})
+    monkeypatch.setattr("cmt_mae.tools.looks.peak_flops", lambda *_: {"flops": 1.0})
     with pytest.raises(InputError, match=r"about .* days: take a recipe of a smaller scale.*--yes"):
         pretrain(config)
     assert not Path(config.out).exists()

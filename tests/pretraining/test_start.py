@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from cmt_mae.backbones import load_backbone, save_backbone
+from cmt_mae.backbones import load_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.parsing import parse
 from cmt_mae.method.vit import StudentConfig, build_student, encode_visible

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.data.loader import load_image
+from cmt_mae.data.centre import load_image
 from cmt_mae.data.sources import open_split
 from cmt_mae.engine.trainer import Trainer
 from cmt_mae.method.teacher import Teacher

@@ -16,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-from cmt_mae.backbones import save_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.sample import pictures
 from cmt_mae.tools.app.command import AppConfig, app, find_runs, first_image, start

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmt_mae.core.parsing import with_lists
+from cmt_mae.core.bare_words import with_lists
 from cmt_mae.tools.inspect import canvas
 from cmt_mae.tools.inspect.attention import attention_sheet, in_units
 from cmt_mae.tools.inspect.canvas import (

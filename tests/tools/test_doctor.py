@@ -14,7 +14,7 @@ from benchmarks.sick_runs import HEALTHY, SICK, settings_of
 from PIL import Image
 from timm.layers import QuickGELU
 
-from cmt_mae.backbones import save_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.recipes import load_recipes

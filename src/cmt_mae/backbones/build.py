@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import CROP, Backbone, backbone_digest, learned_state
 from cmt_mae.backbones.selfcheck import check_features
-from cmt_mae.backbones.shapes import VIT_MODULES, pair, patch_of
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import one_line
 
+VIT_MODULES = ("vision_transformer", "deit", "eva", "beit")
+"""Modules of timm with plain vision transformers."""
 MAX_PIXELS = 8192
 """Largest accepted side of an input image: a bound on what a hostile file can make us allocate."""
 
@@ -43,7 +44,7 @@ TAKE = "take a timm VisionTransformer, Eva or Beit"
 
 
 @dataclass
-class Weights:
+class UnbuiltBackbone:
     """Weights of a headless ViT in timm's names, with what their file says of the network; None: it does not.
 
     `facts.complete` fills in or asks for what is missing before the model is built.
@@ -76,6 +77,20 @@ class Weights:
     """name, licence, ... of the network that taught it, where the file says so."""
     dropped: list[str] = field(default_factory=list)
     """Keys that the source's format is known to hold and that a backbone does not need."""
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from one number or two."""
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return height, width
+
+
+def patch_of(state: dict[str, Tensor], where: str) -> tuple[int, int]:
+    """Patch height and width. InputError where there is no patch embedding."""
+    conv = state.get("patch_embed.proj.weight")
+    if conv is None or conv.ndim != 4:
+        raise InputError(f"{where}: no patch embedding; this is no vision transformer we know")
+    return int(conv.shape[-2]), int(conv.shape[-1])
 
 
 def some(names: Iterable[str], limit: int = 6) -> str:
@@ -197,7 +212,7 @@ def check_size(size: tuple[int, int], patch: tuple[int, int], where: str) -> Non
         )
 
 
-def _check_claims(weights: Weights, patches: int, where: str) -> None:
+def _check_claims(weights: UnbuiltBackbone, patches: int, where: str) -> None:
     """InputError when the sizes asked of timm are far beyond the tensors: a hostile file."""
     kwargs, state = weights.kwargs, weights.state
     elements = sum(v.numel() for v in state.values())
@@ -212,7 +227,7 @@ def _check_claims(weights: Weights, patches: int, where: str) -> None:
         raise InputError(f"{where}: the sizes it claims do not fit its tensors; it is damaged")
 
 
-def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) -> Backbone:
+def build(weights: UnbuiltBackbone, img_size: int | Sequence[int] | None, where: str) -> Backbone:
     """The timm model filled with the weights, at another image size if one is asked for."""
     native = pair(weights.kwargs["img_size"])
     size = native if img_size is None else pair(img_size)
@@ -242,7 +257,7 @@ def build(weights: Weights, img_size: int | Sequence[int] | None, where: str) ->
 
 def resized(backbone: Backbone, img_size: int | Sequence[int]) -> Backbone:
     """The same backbone, weights copied to the CPU, with positions for another image size."""
-    weights = Weights(
+    weights = UnbuiltBackbone(
         {k: v.detach().cpu() for k, v in learned_state(backbone.model).items()}, backbone.source,
         backbone.architecture, dict(backbone.kwargs), backbone.mean, backbone.std, backbone.known_from,
         licence=backbone.licence, proj=backbone.proj, teacher=backbone.teacher,
@@ -250,7 +265,9 @@ def resized(backbone: Backbone, img_size: int | Sequence[int]) -> Backbone:
     return build(weights, img_size, backbone.source)
 
 
-def as_backbone(model: nn.Module, weights: Weights, kwargs: dict[str, Any], where: str) -> Backbone:
+def as_backbone(
+    model: nn.Module, weights: UnbuiltBackbone, kwargs: dict[str, Any], where: str
+) -> Backbone:
     """A finished model with its description, also as timm's own (`pretrained_cfg`)."""
     assert weights.architecture is not None
     assert weights.mean is not None

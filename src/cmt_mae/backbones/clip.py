@@ -15,11 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import CLIP_MEAN, CLIP_STD
-from cmt_mae.backbones.build import Weights
+from cmt_mae.backbones.build import UnbuiltBackbone, pair
 from cmt_mae.backbones.container import Container
 from cmt_mae.backbones.licences import if_published
 from cmt_mae.backbones.names import drop, rename, select
-from cmt_mae.backbones.shapes import infer_vit, pair
+from cmt_mae.backbones.shapes import infer_vit
 from cmt_mae.core.errors import InputError
 
 CLIP_NORM = (CLIP_MEAN, CLIP_STD)
@@ -51,7 +51,7 @@ OPENAI_RULES = (
 )
 
 
-def read_openai(state: dict[str, Tensor], container: Container) -> Weights:
+def read_openai(state: dict[str, Tensor], container: Container) -> UnbuiltBackbone:
     """OpenAI's archive or an open_clip file: names `visual.*` (spec section 10).
 
     OpenAI's code has QuickGELU and heads of 64 channels; an open_clip_config.json says both; other
@@ -65,7 +65,7 @@ def read_openai(state: dict[str, Tensor], container: Container) -> Weights:
     tower = with_batch_axis(rename(tower, OPENAI_RULES))
     settings, vision = open_clip_settings(container)
     openai = container.torchscript or "input_resolution" in state
-    weights = Weights(
+    weights = UnbuiltBackbone(
         tower, where, proj=None if proj is None else proj.t(), dropped=dropped, ask=GELU_OR_QUICK
     )
     if openai or settings:
@@ -91,7 +91,7 @@ def read_openai(state: dict[str, Tensor], container: Container) -> Weights:
     return weights
 
 
-def read_open_clip_trunk(state: dict[str, Tensor], container: Container) -> Weights:
+def read_open_clip_trunk(state: dict[str, Tensor], container: Container) -> UnbuiltBackbone:
     """open_clip with a timm network as image tower (SigLIP and others): names `visual.trunk.*`."""
     proj = state.get("visual.head.proj.weight")
     rest = r"^(visual\.head|text|logit_scale|logit_bias|transformer|token_embedding|ln_final"
@@ -102,7 +102,7 @@ def read_open_clip_trunk(state: dict[str, Tensor], container: Container) -> Weig
         None, None,
     )  # fmt: skip
     settings, vision = open_clip_settings(container)
-    weights = Weights(
+    weights = UnbuiltBackbone(
         state, f"{container.path} (open_clip, timm tower)", mean=mean, std=std, proj=proj,
         dropped=dropped + heads, known_from={"normalisation": "open_clip_config.json"},
     )  # fmt: skip

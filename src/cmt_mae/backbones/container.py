@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import pathlib
 import pickle
 import warnings
@@ -16,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cmt_mae.backbones.build import some
 from cmt_mae.backbones.names import without_wrappers
+from cmt_mae.backbones.own_file import read_safetensors, tensors_of
 from cmt_mae.backbones.torchscript import is_torchscript, read_torchscript
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import one_line
@@ -81,19 +80,6 @@ def read_container(path: Path) -> Container:
     return container
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a .safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}, (
-                file.metadata() or {}
-            )
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: damaged or no safetensors file ({one_line(error)}); copy or download it again"
-        ) from error
-
-
 def read_torch(path: Path) -> Mapping[Any, Any]:
     """The dict in a torch.save file, by torch.load(weights_only=True) and nothing else."""
     try:
@@ -142,19 +128,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
     return loaded if isinstance(loaded, dict) else {}
-
-
-def tensors_of(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """The entries that are tensors under a name; InputError when one claims more than it holds."""
-    tensors = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    for name, tensor in tensors.items():
-        if tensor.is_sparse or tensor.is_quantized or tensor.is_meta:
-            raise InputError(f"{path}: '{name}' is no plain tensor; save the weights as plain ones")
-        if math.prod(tensor.shape) * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise InputError(
-                f"{path}: '{name}' claims shape {tuple(tensor.shape)}, more than it holds"
-            )
-    return tensors
 
 
 def choose(

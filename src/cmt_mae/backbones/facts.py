@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +13,7 @@ import timm
 from torch import Tensor
 
 from cmt_mae.backbones.backbone import Backbone, network_facts, state_digest
-from cmt_mae.backbones.build import Weights, require_vit, some
+from cmt_mae.backbones.build import UnbuiltBackbone, patch_of, require_vit, some
 from cmt_mae.backbones.clip import GELU_OR_QUICK
 from cmt_mae.backbones.licences import if_published
 from cmt_mae.backbones.shapes import (
@@ -27,7 +25,6 @@ from cmt_mae.backbones.shapes import (
     is_just,
     meta_model,
     native_grid,
-    patch_of,
     positions_without_prefix,
     prefix_of,
     sizes_of,
@@ -36,7 +33,7 @@ from cmt_mae.backbones.shapes import (
 )
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.text import one_line, printable
+from cmt_mae.core.text import one_line
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -54,7 +51,7 @@ DINO_FILES = {
 ONE_PROJECT = re.compile("siglip|dinov2|dinov3")
 
 
-def complete(weights: Weights, given: BackboneFacts, path: Path) -> Weights:
+def complete(weights: UnbuiltBackbone, given: BackboneFacts, path: Path) -> UnbuiltBackbone:
     """The same weights with architecture, heads, grid, mean and std known.
 
     InputError in one line names everything that is unknown and the options that say it.
@@ -86,7 +83,7 @@ class _Asked:
         self.unknown.append(unknown)
         self.options += [self.prefix + option for option in options]
 
-    def for_all(self, where: str, names: list[str], weights: Weights) -> None:
+    def for_all(self, where: str, names: list[str], weights: UnbuiltBackbone) -> None:
         """One InputError for all that is unknown."""
         if not self.unknown:
             return
@@ -102,7 +99,9 @@ class _Asked:
         raise InputError(f"{where} does not say {', nor '.join(self.unknown)}: {way}{hint}")
 
 
-def _network(weights: Weights, given: BackboneFacts, where: str, asked: _Asked) -> list[str]:
+def _network(
+    weights: UnbuiltBackbone, given: BackboneFacts, where: str, asked: _Asked
+) -> list[str]:
     """Fill in architecture and arguments; returns timm's names with just these shapes, as far as needed."""
     state = weights.state
     patch = patch_of(state, where)
@@ -155,7 +154,7 @@ def _own_sizes(state: dict[str, Tensor], name: str, where: str) -> dict[str, Any
     return sizes_of(state, where)
 
 
-def _heads(weights: Weights, given: BackboneFacts, asked: _Asked) -> None:
+def _heads(weights: UnbuiltBackbone, given: BackboneFacts, asked: _Asked) -> None:
     """Heads of networks whose sizes were read off shapes, which do not show them."""
     kwargs = weights.kwargs
     if weights.architecture is None or "num_heads" in kwargs or "embed_dim" not in kwargs:
@@ -170,7 +169,7 @@ def _heads(weights: Weights, given: BackboneFacts, asked: _Asked) -> None:
 
 
 def _grid(
-    weights: Weights, given: BackboneFacts, where: str, names: list[str], asked: _Asked
+    weights: UnbuiltBackbone, given: BackboneFacts, where: str, names: list[str], asked: _Asked
 ) -> None:
     """Fill in img_size, and whether positions have rows for the tokens before the patches."""
     state, patch = weights.state, patch_of(weights.state, where)
@@ -214,7 +213,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _normalisation(
-    weights: Weights, given: BackboneFacts, path: Path, names: list[str], asked: _Asked
+    weights: UnbuiltBackbone, given: BackboneFacts, path: Path, names: list[str], asked: _Asked
 ) -> None:
     """Fill in mean and std, and the licence of weights that are known to be published ones."""
     named = given.arch if given.arch and given.arch.split(".")[0] in names else None
@@ -231,7 +230,7 @@ def _normalisation(
 
 
 def _find_normalisation(
-    weights: Weights,
+    weights: UnbuiltBackbone,
     given: BackboneFacts,
     path: Path,
     names: list[str],
@@ -329,22 +328,3 @@ def agree(backbone: Backbone, given: BackboneFacts, where: str, resized: bool = 
             raise InputError(
                 f"{where}: {given.prefix}{name} {wanted}, but {source} says {found}; leave it out, or correct that"
             )
-
-
-_SAID: set[str] = set()
-
-
-def announce(backbone: Backbone, name: str) -> None:
-    """One line on stderr, once a process and name: the network and where its facts are known from."""
-    facts, known = backbone.facts, backbone.known_from
-    mean, std = (
-        "/".join(f"{v:.3f}".rstrip("0") for v in values) for values in (backbone.mean, backbone.std)
-    )
-    line = (
-        f"{name}: {backbone.network}, {facts['heads']} heads, {facts['activation']}, eps {facts['eps']:g} "
-        f"from {known.get('network', 'its file')}; mean {mean}, std {std} from "
-        f"{known.get('normalisation', 'its file')}"
-    )
-    if line not in _SAID and os.environ.get("RANK", "0") == "0":
-        _SAID.add(line)
-        print(printable(line), file=sys.stderr)

@@ -14,7 +14,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN, IMAGENET_STD
-from cmt_mae.backbones.build import Weights, plain_kwargs
+from cmt_mae.backbones.build import UnbuiltBackbone, pair, plain_kwargs
 from cmt_mae.backbones.clip import quickgelu_name, read_open_clip_trunk, read_openai
 from cmt_mae.backbones.container import Container, choose
 from cmt_mae.backbones.facts import checked_hash, timm_normalisations
@@ -26,7 +26,6 @@ from cmt_mae.backbones.shapes import (
     fixed_positions,
     infer_beit,
     infer_vit,
-    pair,
     sizes_of,
 )
 from cmt_mae.core.errors import InputError
@@ -59,7 +58,7 @@ NON_COMMERCIAL = if_published("CC-BY-NC-4.0")
 IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "usual": True}
 
 
-def read_foreign(container: Container, key: str | None) -> Weights:
+def read_foreign(container: Container, key: str | None) -> UnbuiltBackbone:
     """Weights in timm's names from a file of any known kind; the kind is seen from its names.
 
     `key` picks another entry or prefix of a file with several ("student", "encoder", "momentum_encoder").
@@ -87,7 +86,7 @@ def of_kind(kind: str, project: str = "") -> dict[str, str]:
     return {"network": kind, "normalisation": project or kind, "grid": kind}
 
 
-def read_timm_names(state: dict[str, Tensor], container: Container, entry: str) -> Weights:
+def read_timm_names(state: dict[str, Tensor], container: Container, entry: str) -> UnbuiltBackbone:
     """MAE, DINO, iBOT, AttMask, I-JEPA, DeiT, DINOv2, BEiT, timm: names that are timm's already."""
     where = str(container.path)
     dropped: list[str] = []
@@ -127,7 +126,7 @@ def read_timm_names(state: dict[str, Tensor], container: Container, entry: str) 
     state = rename(with_registers(state), TIMM_RULES[:2])
     if not kind and (fixed_positions(state.get("pos_embed")) or "")[:1] == ("moco",):
         kind, licence = "MoCo v3 by its positions", NON_COMMERCIAL
-    weights = Weights(
+    weights = UnbuiltBackbone(
         state, f"{where} ({kind or 'names of timm'})", licence=licence, head=head,
         dropped=dropped + extras,
     )  # fmt: skip
@@ -149,20 +148,20 @@ def _is_dinov2(state: dict[str, Tensor]) -> bool:
     return "blocks.0.ls1.gamma" in state and token is not None and token.ndim == 2
 
 
-def read_moco(state: dict[str, Tensor], container: Container) -> Weights:
+def read_moco(state: dict[str, Tensor], container: Container) -> UnbuiltBackbone:
     """MoCo v3 checkpoint: base_encoder, momentum_encoder and predictor together; its ViT-S has 12 heads."""
     where = str(container.path)
     state, dropped = select(state, "base_encoder.", r"^(momentum_encoder|predictor)\.")
     state, heads_dropped = drop(state, r"^head\.")
     architecture, kwargs = infer_vit(state, where)
-    return Weights(
+    return UnbuiltBackbone(
         state, f"{where} (MoCo v3)", architecture, kwargs, **IMAGENET, square=True,
         known_from=of_kind("MoCo v3's code"), heads=PUBLISHED_HEADS | {(384, 12): 12},
         licence=NON_COMMERCIAL, dropped=dropped + heads_dropped,
     )  # fmt: skip
 
 
-def read_dinov3(state: dict[str, Tensor], container: Container) -> Weights:
+def read_dinov3(state: dict[str, Tensor], container: Container) -> UnbuiltBackbone:
     """Meta's own file of DINOv3: rotary positions, registers called storage tokens, biases with a mask.
 
     The ViT-L and the ViT-7B exist for photos and for satellite images, with another normalisation each.
@@ -187,7 +186,7 @@ def read_dinov3(state: dict[str, Tensor], container: Container) -> Weights:
     kwargs = sizes_of(state, where)
     width = int(kwargs["embed_dim"])
     heads = {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}.get(width)
-    weights = Weights(
+    weights = UnbuiltBackbone(
         state, f"{where} (DINOv3)", *dinov3_architecture(kwargs, gated, used),
         known_from=of_kind("DINOv3's code"), usual=True, licence=if_published("DINOv3 License"),
         dropped=dropped,
@@ -213,7 +212,7 @@ def read_beit(
     dropped: list[str],
     words: Tensor | None,
     clusters: bool,
-) -> Weights:
+) -> UnbuiltBackbone:
     """BEiT, or data2vec's fork of it, which regresses features where BEiT predicts 8192 words.
 
     words: the weight of that prediction, if there; clusters: BEiT v2's extra blocks are in the file.
@@ -231,19 +230,19 @@ def read_beit(
         kind, licence = "BEiT v2" if clusters else "BEiT", if_published("MIT")
         norm = (IMAGENET_MEAN, IMAGENET_STD) if clusters else (HALF, HALF)
     mean, std = norm or (None, None)
-    return Weights(
+    return UnbuiltBackbone(
         state, f"{where} ({kind})", architecture, kwargs, mean, std, of_kind(f"{kind}'s code"),
         usual=True, square=True, heads=PUBLISHED_HEADS, licence=licence, dropped=dropped + index,
     )  # fmt: skip
 
 
-def read_fairseq(state: dict[str, Tensor], container: Container) -> Weights:
+def read_fairseq(state: dict[str, Tensor], container: Container) -> UnbuiltBackbone:
     """fairseq's data2vec_vision: the student; its teacher lies beside it as `_ema`."""
     where = str(container.path)
     state, dropped = drop(state, r"^(mask_emb$|final_proj\.)|relative_position_index$")
     state = rename(state, FAIRSEQ_RULES)
     architecture, kwargs = infer_beit(state, where)
-    return Weights(
+    return UnbuiltBackbone(
         state, f"{where} (data2vec, fairseq; its LayerNorm eps 1e-5 is 1e-6 here)", architecture,
         kwargs, **IMAGENET, known_from=of_kind("fairseq's code"), square=True,
         heads=PUBLISHED_HEADS, licence=if_published("MIT"), dropped=dropped,
@@ -253,7 +252,7 @@ def read_fairseq(state: dict[str, Tensor], container: Container) -> Weights:
 # --- files that say which timm model they are ----------------------------------------------------
 
 
-def read_named(state: dict[str, Tensor], container: Container) -> Weights | None:
+def read_named(state: dict[str, Tensor], container: Container) -> UnbuiltBackbone | None:
     """Weights whose config.json, as timm writes it to the hub, names their model, else None."""
     config, where = container.config, str(container.path)
     architecture = config.get("architecture")
@@ -282,7 +281,7 @@ def read_named(state: dict[str, Tensor], container: Container) -> Weights | None
     kwargs["img_size"] = pair(kwargs["img_size"]) if kwargs.get("img_size") else size
     head = [state.get("head.weight"), state.get("head.bias")]
     bare, dropped = drop(state, r"^(head|head_dist|pre_logits)\.|relative_position_index$")
-    return Weights(
+    return UnbuiltBackbone(
         bare, f"{where} (timm {name})", name.split(".")[0], kwargs, mean, std,
         {"network": "config.json", "normalisation": source, "grid": "config.json"},
         licence=cfg.get("license") or if_published(known.license if "." in name else None),

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cmt_mae.backbones.backbone import HALF, IMAGENET_MEAN, IMAGENET_STD
-from cmt_mae.backbones.build import Weights
+from cmt_mae.backbones.build import UnbuiltBackbone, pair
 from cmt_mae.backbones.clip import CLIP_NORM, TEXT, normalisation, with_batch_axis
 from cmt_mae.backbones.container import Container
 from cmt_mae.backbones.names import drop, fuse_qkv, rename, with_registers
-from cmt_mae.backbones.shapes import infer_beit, infer_vit, pair, sizes_of
+from cmt_mae.backbones.shapes import infer_beit, infer_vit, sizes_of
 from cmt_mae.core.errors import InputError
 
 RULES = (
@@ -75,7 +75,7 @@ def is_hugging_face(state: dict[str, Tensor]) -> bool:
     )
 
 
-def read_hugging_face(state: dict[str, Tensor], container: Container) -> Weights:
+def read_hugging_face(state: dict[str, Tensor], container: Container) -> UnbuiltBackbone:
     """Weights of one of transformers' vision transformers, with what its config.json says."""
     where, config = str(container.path), container.config
     kind = str(config.get("model_type", ""))
@@ -89,7 +89,7 @@ def read_hugging_face(state: dict[str, Tensor], container: Container) -> Weights
         dropped += text
     state = with_batch_axis(rename(state, RULES))
     state = _attention_pool(state)
-    weights = Weights(
+    weights = UnbuiltBackbone(
         state, f"{where} (Hugging Face {kind or 'weights'})", ask=NO_CONFIG, proj=proj,
         dropped=dropped, known_from=dict.fromkeys(("network", "grid"), "config.json"),
     )  # fmt: skip
@@ -105,7 +105,7 @@ def read_hugging_face(state: dict[str, Tensor], container: Container) -> Weights
     return weights
 
 
-def _describe(weights: Weights, config: dict[str, Any], kind: str, where: str) -> None:
+def _describe(weights: UnbuiltBackbone, config: dict[str, Any], kind: str, where: str) -> None:
     """Fill in architecture and arguments from a config.json; without one the network is asked for."""
     state = weights.state
     if kind == "dinov3_vit":
@@ -148,7 +148,7 @@ def _describe(weights: Weights, config: dict[str, Any], kind: str, where: str) -
         weights.kwargs["img_size"] = pair(config["image_size"])
 
 
-def _describe_dinov3(weights: Weights, config: dict[str, Any], where: str) -> None:
+def _describe_dinov3(weights: UnbuiltBackbone, config: dict[str, Any], where: str) -> None:
     """DINOv3: rotary positions, an MLP with or without gate, biases of query and value."""
     gated = bool(config.get("use_gated_mlp", False))
     up = (r"\.mlp\.up_proj\.", ".mlp.fc1_x." if gated else ".mlp.fc1.")

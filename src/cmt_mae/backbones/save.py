@@ -1,4 +1,4 @@
-"""Our own file of a backbone: safetensors in timm's names, with a header that rebuilds it."""
+"""Writing our own file of a backbone; own_file.py reads it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import backbone_digest, learned_state, state_digest
-from cmt_mae.backbones.build import Weights, plain_kwargs
-from cmt_mae.backbones.container import Container, tensors_of
+from cmt_mae.backbones.build import pair, plain_kwargs
+from cmt_mae.backbones.own_file import HEADER
 from cmt_mae.backbones.selfcheck import features_of_fixed_picture
-from cmt_mae.backbones.shapes import pair
 from cmt_mae.core import files
-from cmt_mae.core.errors import InputError
-from cmt_mae.core.text import one_line
-
-HEADER = "cmt_mae"
-"""Name of our entry in the safetensors header; its value is JSON."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -113,36 +107,3 @@ def stored_digest(state: dict[str, Tensor], proj: Tensor | None) -> str:
         return state_digest(state)
     kept = {k: v for k, v in state.items() if not k.startswith("head.")}
     return state_digest({**kept, "proj": state["head.weight"]})
-
-
-def read_ours(container: Container) -> Weights:
-    """Weights from a file of `save_backbone`. InputError when its header is damaged or hostile."""
-    where = str(container.path)
-    try:
-        header = json.loads(container.metadata[HEADER])
-        architecture = str(header["architecture"])
-        kwargs = plain_kwargs(dict(header["kwargs"]), where)
-        kwargs["img_size"] = pair(header["img_size"])
-        mean = tuple(float(v) for v in header["mean"])
-        std = tuple(float(v) for v in header["std"])
-        licence = header.get("licence")
-        self_check = [float(v) for v in header.get("self_check", [])]
-        source = one_line(header.get("source") or where)
-        taught = header.get("teacher") or {}
-        taught = {"digest": taught} if isinstance(taught, str) else taught
-        teacher = {one_line(k): one_line(v) for k, v in taught.items() if v}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{where}: its header is damaged ({one_line(error)})") from error
-    state = tensors_of(container.tree, container.path)
-    proj = state.pop("head.weight", None) if header.get("proj") else None
-    if proj is not None:
-        state.pop("head.bias", None)
-    written = header.get("digest")
-    if written and written != state_digest(state if proj is None else {**state, "proj": proj}):
-        raise InputError(f"{where}: its weights are not those written (checksum); copy it again")
-    return Weights(
-        state, source, architecture, kwargs, mean, std,
-        dict.fromkeys(("network", "normalisation", "grid"), "its header"),
-        licence=None if licence is None else one_line(licence), proj=proj, self_check=self_check,
-        teacher=teacher,
-    )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,10 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cmt_mae.backbones.backbone import learned_state, network_facts
+from cmt_mae.backbones.build import VIT_MODULES, pair, patch_of
 from cmt_mae.core.errors import InputError
-
-VIT_MODULES = ("vision_transformer", "deit", "eva", "beit")
-"""Modules of timm with plain vision transformers."""
 
 # (width, depth) -> heads of the networks that MAE, DINO, iBOT, DINOv2, I-JEPA and BEiT have published code for.
 PUBLISHED_HEADS = {
@@ -31,20 +28,6 @@ SIZE_WORDS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 2
 SIZE_WORDS |= {(1280, 32): "huge", (1408, 40): "giant", (1664, 48): "gigantic"}
 
 POSITIONS = ("pos_embed", "relative_position_bias_table")
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one number or two."""
-    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    return height, width
-
-
-def patch_of(state: dict[str, Tensor], where: str) -> tuple[int, int]:
-    """Patch height and width. InputError where there is no patch embedding."""
-    conv = state.get("patch_embed.proj.weight")
-    if conv is None or conv.ndim != 4:
-        raise InputError(f"{where}: no patch embedding; this is no vision transformer we know")
-    return int(conv.shape[-2]), int(conv.shape[-1])
 
 
 def sizes_of(state: dict[str, Tensor], where: str) -> dict[str, Any]:

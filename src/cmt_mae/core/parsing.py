@@ -7,7 +7,7 @@ from typing import Any, get_origin
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.recipes import read_settings
-from cmt_mae.core.settings import check_fields, describe, refusal, walk
+from cmt_mae.core.settings import check_fields, walk
 from cmt_mae.core.text import hint, one_line
 
 
@@ -83,8 +83,10 @@ def pairs(program: str, kinds: Mapping[str, Any], words: list[str]) -> list[tupl
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                kind = kinds[name.rstrip("+")]
-                raise InputError(f"--{name} needs a value ({describe(kind)}); see {program} --help")
+                from cmt_mae.core.refusals import kind_in_words
+
+                takes = kind_in_words(kinds[name.rstrip("+")])
+                raise InputError(f"--{name} needs a value ({takes}); see {program} --help")
         if is_dataclass(kinds[name.rstrip("+")]) and value.startswith("{"):
             section = flatten(read_settings(value, f"--{name}"), f"{name}.")
             for inner in section:
@@ -102,6 +104,8 @@ def pairs(program: str, kinds: Mapping[str, Any], words: list[str]) -> list[tupl
 
 def complaint(kinds: Mapping[str, Any], name: str, value: str, of_recipe: bool) -> str:
     """Why a setting cannot have this value: what, where, how to fix it."""
+    from cmt_mae.core.refusals import refusal
+
     where = f"{name} of the recipe is" if of_recipe else f"--{name} is"
     kind = kinds[name.rstrip("+")]
     if is_dataclass(kind):
@@ -119,63 +123,6 @@ def bare_flags(kinds: Mapping[str, Any], words: list[str]) -> list[str]:
         f"{word}=true" if word in flags and after.startswith("--") else word
         for word, after in zip(words, following, strict=True)
     ]
-
-
-FLAGS = ("--paper", "--open")
-"""Yes-or-no settings of commands that take words without an option."""
-
-
-def with_positional(words: list[str], name: str, many: bool = True) -> list[str]:
-    """``a b --x 1 --flag`` -> ``--name=["a", "b"] --x 1 --flag``; a bare flag is one word.
-
-    many: a list of words; else one, ``--name=a``. Values of options follow them with a space or an equals
-    sign; those in FLAGS take none. Raises InputError for two words where one belongs.
-    """
-    kept: list[str] = []
-    found: list[str] = []
-    for word in words:
-        waiting = kept and kept[-1].startswith("--") and "=" not in kept[-1]
-        if word.startswith("-"):
-            kept.append(word)
-        elif waiting and kept[-1] not in FLAGS:
-            kept[-1] = f"{kept[-1]}={word}"
-        else:
-            found.append(word)
-    if not many and len(found) > 1:
-        raise InputError(f"'{one_line(found[1], 60)}' is one word too many: one {name} only")
-    if not found:
-        return kept
-    return [f"--{name}={json.dumps(found) if many else found[0]}", *kept]
-
-
-def with_lists(words: list[str], whole: Sequence[str], divided: Sequence[str]) -> list[str]:
-    """``--images a b`` -> ``--images=["a", "b"]`` for settings that are lists; a list in brackets stays.
-
-    divided: names whose values also end at a comma, ``--what heads,masks``. Numbers become numbers.
-    """
-    kept: list[str] = []
-    taking = ""
-    values: dict[str, list[str]] = {}
-    for word in words:
-        if not word.startswith("--"):
-            (values[taking] if taking else kept).append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        taking = name if name in (*whole, *divided) and not value.startswith("[") else ""
-        if taking:
-            values[taking] = [value] if equals else []
-            taking = "" if equals else taking
-        else:
-            kept.append(word)
-    for name, found in values.items():
-        if len(found) == 1 and found[0].startswith("["):
-            kept.append(f"--{name}={found[0]}")
-            continue
-        parts = found if name in whole else [p for one in found for p in one.split(",") if p]
-        plain = [int(p) if p.lstrip("-").isdecimal() and name in divided else p for p in parts]
-        kept.append(f"--{name}={json.dumps(plain)}")
-    return kept
 
 
 def as_word(value: Any) -> str:

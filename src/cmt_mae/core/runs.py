@@ -1,4 +1,7 @@
-"""Writing a run directory, the only interface between commands; run_reader.py reads it, lock.py locks it."""
+"""Writing a run directory, the only interface between commands.
+
+run_reader.py reads it, lock.py locks it, continuing.py refuses what is another run.
+"""
 
 import dataclasses
 import json
@@ -14,7 +17,6 @@ from typing import Any
 import torch
 import yaml
 
-from cmt_mae.core.checkpoint import list_checkpoints
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import (
     ASIDE,
@@ -27,9 +29,6 @@ from cmt_mae.core.files import (
     writing,
 )
 from cmt_mae.core.lock import Lock, no_link
-from cmt_mae.core.parsing import flatten
-from cmt_mae.core.recipes import read_settings
-from cmt_mae.core.run_reader import read_metrics
 
 LIBRARIES = (
     "cmt-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "simplejpeg",
@@ -46,17 +45,17 @@ class RunDir:
         self,
         out: str,
         settings: dict[str, Any],
-        indifferent: tuple[str, ...],
+        resume_safe: tuple[str, ...],
         writes: bool,
         defaults: dict[str, Any] | None = None,
     ) -> None:
-        """settings: nested plain values. indifferent: prefixes of keys that do not affect results. defaults: of
-        all settings; a run from before one of them existed had its default.
+        """settings: nested plain values. resume_safe: prefixes of keys that do not affect results.
+        defaults: of all settings; a run from before one of them existed had its default.
 
         Raises InputError where the folder holds something else, or a run with other settings.
         """
         self.path, self.writes, self.settings = Path(out), writes, settings
-        self._indifferent, self._defaults = indifferent, defaults or {}
+        self.resume_safe, self.defaults = resume_safe, defaults or {}
         self.checkpoints = self.path / "checkpoints"
         self._lock = Lock(self.path / "run.lock")
         try:
@@ -67,14 +66,10 @@ class RunDir:
             ) from error
 
     def _look(self) -> None:
-        config = self.path / "config.yaml"
-        if config.exists():
-            # else it never got anywhere: settings may change
-            if list_checkpoints(self.checkpoints):
-                before = read_settings(config.read_text(errors="replace"), str(config))
-                refuse_changes(self.path, before, self.settings, self._indifferent, self._defaults)
-            else:
-                self._refuse_to_lose()
+        if (self.path / "config.yaml").exists():
+            from cmt_mae.core.continuing import refuse_another
+
+            refuse_another(self)
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise InputError(
                 f"{self.path} is not empty and holds no run: choose a new folder for --out"
@@ -95,44 +90,16 @@ class RunDir:
                 sweep(self.path / part)
         write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
-    def _refuse_to_lose(self) -> None:
-        """Raise InputError where checkpoints are gone that this run has had: it would be trained anew."""
-        if any(self.checkpoints.glob("step_*.pt")):  # there, without checksums: loading says so
-            return
-        kept = [p.name for p in sorted(self.path.glob("*.safetensors"))]
-        rows = len(self.read_metrics())
-        # runs of version 0.1 did not note it
-        had = self.known_facts().get("has_checkpoint", bool(kept or rows))
-        if had and (kept or rows):
-            what = ", ".join([*kept, f"metrics.jsonl with {rows} lines"])
-            raise InputError(
-                f"{self.path} holds a run whose checkpoints are gone: it would be trained anew, and {what} lost; "
-                "bring its folder checkpoints back, delete the run to start over, or choose another --out"
-            )
-
-    def note_checkpoint(self) -> None:
-        """Put into run.json that this run has had a checkpoint, if that is not known."""
-        facts = self.known_facts()
-        if not facts.get("has_checkpoint"):
-            write_json(self.path / "run.json", {**facts, "has_checkpoint": True})
+    def note(self, **facts: Any) -> None:
+        """Put further facts into run.json, in place of those of the same name."""
+        known = self.known_facts()
+        if {**known, **facts} != known:
+            write_json(self.path / "run.json", {**known, **facts})
 
     def _foreign(self) -> bool:
         # a run killed at once leaves these two behind
         names = (p.name for p in self.path.iterdir())
         return any(name != "run.lock" and not ASIDE.fullmatch(name) for name in names)
-
-    def refuse_foreign(self, state: dict[str, Any]) -> None:
-        """Raise InputError for the state of a checkpoint that was written with other settings than this run's."""
-        # those of --extend are older than the settings that config.yaml has since; version 0.1 kept none
-        indifferent = (*self._indifferent, "epochs", "extended")
-        settings = state.get("settings") or self.settings
-        found = changes(settings, self.settings, indifferent, self._defaults)
-        if found:
-            raise InputError(
-                f"the checkpoint of step {state['step']} in {self.checkpoints} belongs to another run, "
-                f"{state.get('run')}, with other settings ({'; '.join(found)}): bring this run's own back from a "
-                "copy, or delete that one"
-            )
 
     def close(self) -> None:
         """Give the folder back."""
@@ -197,6 +164,8 @@ class RunDir:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl, oldest first; a torn one is left out."""
+        from cmt_mae.core.run_reader import read_metrics
+
         return read_metrics(self.path)
 
     def cut_metrics(self, step: int, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
@@ -204,43 +173,14 @@ class RunDir:
         for name in ("metrics.jsonl", "warnings.jsonl"):
             path = self.path / name
             if path.exists():
+                from cmt_mae.core.run_reader import read_metrics
+
                 kept = (
                     json.dumps(row) + "\n"
                     for row in read_metrics(self.path, name)
                     if row["step"] <= step and (keep is None or keep(row))
                 )
                 write_text(path, "".join(kept))
-
-
-def refuse_changes(
-    run: Path,
-    before: dict[str, Any],
-    now: dict[str, Any],
-    indifferent: tuple[str, ...],
-    defaults: dict[str, Any] | None = None,
-) -> None:
-    """Raise InputError with the differences where a setting that affects results has changed."""
-    found = changes(before, now, indifferent, defaults or {})
-    if found:
-        raise InputError(
-            f"{run} holds a run with other settings ({'; '.join(found)}): give the same settings to "
-            "continue it, or another --out"
-        )
-
-
-def changes(
-    before: dict[str, Any],
-    now: dict[str, Any],
-    indifferent: tuple[str, ...],
-    defaults: dict[str, Any],
-) -> list[str]:
-    """The settings that affect results and have changed, as "name: old -> new"."""
-    old, new = {**flatten(defaults), **flatten(before)}, flatten(now)
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not key.startswith(indifferent)
-    ]
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -5,16 +5,13 @@ Words are ``Literal``; a range is part of a number's type (``Count``, ``Share``,
 ``check`` of the dataclass, which begins with ``check_fields``.
 """
 
-import ast
-import inspect
 import math
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from textwrap import dedent
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import hint, one_line
@@ -33,14 +30,6 @@ class Range:
         """Whether the value lies in it."""
         over = value > self.low if self.above else value >= self.low
         return over and (value < self.high if self.below else value <= self.high)
-
-    def words(self) -> str:
-        """E.g. "from 0 to 1", "of 1 or more"."""
-        if math.isinf(self.high):
-            return f"above {self.low:g}" if self.above else f"of {self.low:g} or more"
-        low = f"above {self.low:g}" if self.above else f"from {self.low:g}"
-        end = "and below" if self.below else "up to" if self.above else "to"
-        return f"{low} {end} {self.high:g}"
 
 
 Count = Annotated[int, Range(1)]
@@ -61,13 +50,6 @@ Parallel = Literal["ddp", "fsdp"]
 TIMEOUT_S = 300.0
 """Default time limit of a loader process's answer: below the 10 minutes after which NCCL gives a process up."""
 
-NAMES = {float: "number", int: "whole number", str: "word"}
-SAMPLES = {float: "[0.2, 1.0]", int: "[10, 20]", str: "[one, two]"}
-
-
-T = TypeVar("T")
-OF_PRESET: Any = None
-"""Default of a field that a preset fills where it is not given (``filled``): None until then."""
 RESUME_SAFE = {"resume_safe": True}
 """Metadata of a field that does not affect the result: it may change when a run is continued."""
 
@@ -75,24 +57,6 @@ RESUME_SAFE = {"resume_safe": True}
 def resume_safe(default: Any) -> Any:
     """A field with this default that does not affect the result (``RESUME_SAFE``)."""
     return field(default=default, metadata=RESUME_SAFE)
-
-
-def filled(kind: type[T], preset: dict[str, Any], config: Any) -> T:
-    """The numbers of a protocol: those of ``config`` that are given, else the preset's.
-
-    kind: the dataclass of these numbers, of which the settings ``config`` are a child. Lists become tuples.
-    """
-    return kind(**preset | given_fields(config, kind))
-
-
-def given_fields(config: Any, kind: Any) -> dict[str, Any]:
-    """Of the fields of the dataclass ``kind``, those that the settings give: the others are the preset's."""
-    values = {one.name: getattr(config, one.name) for one in fields(kind)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
-        if value is not None
-    }
 
 
 def walk(settings: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
@@ -133,10 +97,12 @@ def check_fields(config: Any, prefix: str = "") -> None:
         if is_dataclass(kind) and isinstance(value, typing.cast(type, kind)):
             check_fields(value, f"{name}.")
             continue
-        for part in value if isinstance(value, list | tuple) else [value]:
-            refuse_meaningless(name, part)
-        if not fits(kind, value) and not (value is None and one.default is None):
-            raise InputError(refusal(f"--{name} is", value, kind))
+        parts = value if isinstance(value, list | tuple) else [value]
+        fine = fits(kind, value) or (value is None and one.default is None)
+        if not fine or not all(map(has_meaning, parts)):
+            from cmt_mae.core.refusals import refuse
+
+            refuse(name, value, kind)
 
 
 def build(settings: Any, nested: dict[str, Any], prefix: str = "") -> Any:
@@ -157,14 +123,13 @@ def build(settings: Any, nested: dict[str, Any], prefix: str = "") -> Any:
     return made
 
 
-def refuse_meaningless(name: str, value: Any) -> None:
-    """Raise InputError for what no setting can mean: nan, infinity, beyond 64 bits, a zero byte."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"--{name} is {value}: give a finite number")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise InputError(f"--{name} is {one_line(value, 40)}: give a number below 2^63")
-    if isinstance(value, str) and "\0" in value:
-        raise InputError(f"--{name} holds a zero byte, '{one_line(value, 60)}': remove it")
+def has_meaning(value: Any) -> bool:
+    """Whether a setting can mean this value: not nan, infinite, beyond 64 bits, or text with a zero byte."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not (isinstance(value, str) and "\0" in value)
 
 
 def fits(kind: Any, value: Any) -> bool:
@@ -190,58 +155,6 @@ def fits(kind: Any, value: Any) -> bool:
     return kind is Any or isinstance(value, origin or kind)
 
 
-def refusal(where: str, value: Any, kind: Any) -> str:
-    """One line: the setting, its value, what it can be. where: e.g. "--epochs is"."""
-    shown = f"{value:g}" if isinstance(value, float) else one_line(value, 60)
-    shown = f"'{shown}'" if isinstance(value, str) else shown
-    near = hint(str(value), words_of(kind))
-    return f"{where} {shown}: give {describe(kind)}{near}"
-
-
-def describe(kind: Any) -> str:
-    """What a setting of this type takes, in words."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return " ".join(
-            [describe(parts[0]), *(m.words() for m in parts[1:] if isinstance(m, Range))]
-        )
-    if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(part) if part is not type(None) else "null" for part in parts)
-    if origin in (list, tuple):
-        base, *marks = typing.get_args(parts[0]) or (parts[0],)
-        count = f"{len(parts)} " if origin is tuple and parts[-1] is not Ellipsis else ""
-        limits = "".join(f" {mark.words()}" for mark in marks if isinstance(mark, Range))
-        return f"a list of {count}{NAMES.get(base, 'value')}s{limits} such as {SAMPLES.get(base, '[...]')}"
-    if is_dataclass(kind):
-        return f"{getattr(kind, '__name__', 'a section')}(...), its settings by name"
-    return {str: "text", bool: "true or false"}.get(kind, f"a {NAMES.get(kind, 'value')}")
-
-
-def words_of(kind: Any) -> list[str]:
-    """The words that a setting may be, where they are listed; else nothing."""
-    if typing.get_origin(kind) is Literal:
-        return [str(choice) for choice in typing.get_args(kind)]
-    return [word for part in typing.get_args(kind) for word in words_of(part)]
-
-
 def default_of(one: Field[Any]) -> Any:
     """The value of a field that is not given; MISSING where it must be."""
     return one.default_factory() if one.default_factory is not MISSING else one.default
-
-
-@cache
-def docs_of(settings: Any) -> dict[str, str]:
-    """Field -> the docstring below it, on one line; of inherited fields too."""
-    found: dict[str, str] = {}
-    for kind in reversed(settings.__mro__):
-        if not is_dataclass(kind):
-            continue
-        (body,) = ast.parse(dedent(inspect.getsource(typing.cast(type, kind)))).body
-        assert isinstance(body, ast.ClassDef)
-        for here, after in zip(body.body, body.body[1:], strict=False):
-            if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr):
-                text = ast.literal_eval(after.value)
-                found[ast.unparse(here.target)] = " ".join(text.split())
-    return found

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import is_litter, open_file, read_file, with_content
-from cmt_mae.data.source import Limits
+from cmt_mae.data.decode import IMAGE_SUFFIXES, decode_image
+from cmt_mae.data.files import is_litter, open_file, read_file
+from cmt_mae.data.folder import with_content
+from cmt_mae.data.source import BadImage, Limits
 from cmt_mae.data.sources import limits_of
 
 IGNORED = -1

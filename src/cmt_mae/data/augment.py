@@ -18,7 +18,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.crops import crop_box, cut, resize
+from cmt_mae.data.centre import resize
+from cmt_mae.data.crops import crop_box, cut
 
 
 @contextmanager

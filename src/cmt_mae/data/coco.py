@@ -29,9 +29,11 @@ from cmt_mae.data.coco_masks import (
     mask_of,
     rle_of,
 )
-from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
+from cmt_mae.data.decode import decode_image
 from cmt_mae.data.detection_crops import Example
-from cmt_mae.data.folder import open_file, read_file, with_content
+from cmt_mae.data.files import open_file, read_file
+from cmt_mae.data.folder import with_content
+from cmt_mae.data.source import MAX_PIXELS, BadImage
 from cmt_mae.data.sources import limits_of
 
 LARGEST_ID = 2**53

@@ -1,4 +1,4 @@
-"""Random and centre crops of uint8 images, with randomness that belongs to the sample.
+"""Random crops of uint8 images, with randomness that belongs to the sample.
 
 Resizing is bicubic with antialiasing in torch's uint8 kernel, the same filter as Pillow's up to the
 rounding (seldom more than one grey level apart, no bias) and 2-3 times as fast on one core.
@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
@@ -79,51 +78,11 @@ def cut(image: np.ndarray, box: Box) -> torch.Tensor:
     return torch.from_numpy(piece).permute(0, 3, 1, 2)
 
 
-def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize (1, C, h, w) uint8 to (C, *size) uint8: bicubic, antialiased, rounded and clamped."""
-    if image.shape[-2:] == size:
-        return image[0]
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True)[0]
-
-
 def resize_into(image: torch.Tensor, row: torch.Tensor) -> None:
-    """As `resize`, written into `row` (1, C, *size) uint8, a row of a batch."""
+    """Resize (1, C, h, w) uint8 into `row` (1, C, *size) uint8 of a batch: bicubic, antialiased, rounded."""
     size = row.shape[-2:]
     if image.shape[-2:] == size:
         row.copy_(image)
         return
     # The operator behind F.interpolate, which cannot write into a given place.
     torch.ops.aten._upsample_bicubic2d_aa.out(image, list(size), False, None, None, out=row)
-
-
-def resized_crop(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Cut `box` out of `image` (H, W, C) uint8 and resize it to (*size, C) uint8."""
-    return resize(cut(image, box), size).permute(1, 2, 0).numpy()
-
-
-def center_crop(
-    image: np.ndarray, size: tuple[int, int], resize_ratio: float = 256 / 224
-) -> np.ndarray:
-    """The evaluation crop: shorter side to round(size * resize_ratio), then the centre `size`.
-
-    `image` (H, W, C) uint8 -> (*size, C) uint8. For a rectangular size the image is scaled so that
-    it just covers round(size * resize_ratio). Equals torchvision's Resize + CenterCrop.
-    """
-    height, width = image.shape[:2]
-    th, tw = round(size[0] * resize_ratio), round(size[1] * resize_ratio)
-    # A strip of 1 x 100000 would grow without bound: its far ends never reach the crop, drop them.
-    if width * th > 8 * height * tw:
-        keep = max(1, 8 * height * tw // th)
-        image = image[:, (width - keep) // 2 : (width - keep) // 2 + keep]
-    elif height * tw > 8 * width * th:
-        keep = max(1, 8 * width * th // tw)
-        image = image[(height - keep) // 2 : (height - keep) // 2 + keep]
-    height, width = image.shape[:2]
-    if th * width >= tw * height:
-        new = (th, max(tw, int(th * width / height)))
-    else:
-        new = (max(th, int(tw * height / width)), tw)
-    whole = resize(cut(image, (0, 0, height, width)), new)
-    top, left = round((new[0] - size[0]) / 2.0), round((new[1] - size[1]) / 2.0)
-    inner = whole[:, top : top + size[0], left : left + size[1]]
-    return np.ascontiguousarray(inner.permute(1, 2, 0).numpy())

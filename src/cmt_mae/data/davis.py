@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import is_litter, open_file, read_file, with_content
+from cmt_mae.data.decode import IMAGE_SUFFIXES, decode_image
+from cmt_mae.data.files import is_litter, open_file, read_file
+from cmt_mae.data.folder import with_content
+from cmt_mae.data.source import BadImage
 
 RESOLUTION = "480p"
 LIST_BYTES = 2**24

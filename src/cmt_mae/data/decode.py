@@ -20,10 +20,7 @@ from PIL import Image
 from cmt_mae.core.errors import InputError
 from cmt_mae.data import jpeg
 from cmt_mae.data.jpeg import orientation_of, read_header
-from cmt_mae.data.source import Limits, Source, even
-
-# What Pillow refuses by itself (twice its MAX_IMAGE_PIXELS): one limit, and no global is changed.
-MAX_PIXELS = 178_956_970
+from cmt_mae.data.source import MAX_PIXELS, BadImage, Limits, Source, even
 
 _SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .png .gif .webp .bmp .tif .tiff .ppm .pgm .pbm .jp2 .avif .tga .npy"
@@ -53,10 +50,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class BadImage(Exception):
-    """One image cannot be read; str() is the reason. The run goes on without it."""
 
 
 def decode_image(

@@ -1,28 +1,18 @@
 """Images as files under a folder."""
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
-from cmt_mae.data.source import Names, Source, shown
+from cmt_mae.data.decode import IMAGE_SUFFIXES
+from cmt_mae.data.files import is_litter, open_file, read_file
+from cmt_mae.data.source import BadImage, Names, Source, shown
 
-# An image file above this is not an image: memory stays bounded whatever lies in the folder.
-MAX_BYTES = 2**30
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test"))
-_LITTER = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "desktop.ini"))
-
-
-def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name is left out everywhere: hidden ones (.ipynb_checkpoints, the
-    ._NAME that a Mac puts beside each file) and what systems and archives leave behind."""
-    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _LITTER
 
 
 def open_folder(root: str | Path, classes: list[str] | None = None) -> Source:
@@ -88,6 +78,8 @@ def left_out_of(images: int, left_out: Counter[str]) -> str:
 class Files:
     """Files below a folder, by number (`source.Reader`)."""
 
+    encoded = True
+
     def __init__(self, root: str, names: Names) -> None:
         self.root, self.names = os.fsencode(root), names
 
@@ -120,30 +112,6 @@ def with_content(names: str, files: Sequence[str | Path]) -> str:
     """A fingerprint of ``files`` as `Source.fingerprint` has it. names: sha256 over their names and sizes."""
     listed = Names(str(file) for file in files)
     return f"{names[:32]}-{Source(listed, Files('', listed)).content()[:31]}"
-
-
-def open_file(path: str | bytes | Path) -> BinaryIO:
-    """A regular file, open for reading. Raises BadImage: gone, unreadable, a pipe or device."""
-    try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        file = os.open(os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            os.close(file)
-            raise BadImage("not a regular file")
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise BadImage(getattr(error, "strerror", None) or str(error)) from None
-    return open(file, "rb", buffering=2**16)
-
-
-def read_file(path: str | bytes | Path, limit: int = MAX_BYTES) -> bytes:
-    """A whole regular file. Raises BadImage as `open_file`, and where it is larger than `limit` bytes."""
-    with open_file(path) as file:
-        try:
-            if os.fstat(file.fileno()).st_size > limit:
-                raise BadImage(f"file larger than {limit / 2**20:g} MiB")
-            return file.read()
-        except OSError as error:
-            raise BadImage(error.strerror or type(error).__name__) from None
 
 
 def _walk(root: str) -> tuple[list[str], Counter[str]]:

@@ -7,28 +7,19 @@ samples make a step from (seed, step) alone. So ranks, workers and restarts cann
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data import jpeg
-from cmt_mae.data.crops import NO_EPOCH, Box, center_crop, crop_box, cut, resize_into, sample_rng
-from cmt_mae.data.decode import MAX_PIXELS, BadImage, decode_image
-from cmt_mae.data.source import Limits, Source
-from cmt_mae.data.steps import Steps, order
-from cmt_mae.data.workers import TIMEOUT_S, few, iterate
+from cmt_mae.core.settings import TIMEOUT_S
+from cmt_mae.data.crops import NO_EPOCH, Box, crop_box, cut, resize_into, sample_rng
+from cmt_mae.data.source import MAX_PIXELS, BadImage, Limits, Source
+from cmt_mae.data.steps import Steps, few, iterate
 
-__all__ = [
-    "Batch",
-    "CropSettings",
-    "channel_stats",
-    "eval_batches",
-    "load_image",
-    "order",
-    "pretrain_batches",
-]
+if TYPE_CHECKING:
+    from cmt_mae.data import jpeg
 
 # Broken images in a row, in place of one sample, after which the data itself is at fault.
 MAX_REPLACED = 20
@@ -89,15 +80,14 @@ class Batch(TypedDict):
     """Broken images met: (index, name, reason)."""
 
 
-def load_image(source: Source, index: int, channels: int) -> np.ndarray:
-    """Image `index` as uint8 (H, W, channels). Raises BadImage; InputError for a pack made with
-    other channels."""
-    return _pixels(source.read(index), channels, source.limits)
+def decoded(data: bytes | np.ndarray, channels: int, limits: Limits | None) -> np.ndarray:
+    """What a source read as uint8 (H, W, channels).
 
-
-def _pixels(data: bytes | np.ndarray, channels: int, limits: Limits | None) -> np.ndarray:
-    """What a source read as uint8 (H, W, channels)."""
+    Raises BadImage; InputError for a pack made with other channels.
+    """
     if isinstance(data, bytes):
+        from cmt_mae.data.decode import decode_image
+
         return decode_image(data, channels, limits=limits)
     have = data.shape[2]
     if have == 1 and channels == 3:
@@ -136,10 +126,10 @@ class _Micro:
 
     def _batch(self, epoch: int, indexes: np.ndarray) -> Batch:
         crops, count = self.crops, len(indexes)
-        images = _empty(count, crops.channels, crops.size)
+        images = empty_batch(count, crops.channels, crops.size)
         second = None
         if crops.second_size is not None:
-            second = _empty(count, crops.channels, crops.second_size)
+            second = empty_batch(count, crops.channels, crops.second_size)
         flip = np.empty(count, dtype=bool)
         noise = np.empty((count, self.noise_length), dtype=np.float32)
         used = np.empty(count, dtype=np.int64)
@@ -196,16 +186,18 @@ class _Micro:
         A JPEG is decoded only as far as needed; the box is the same as of the decoded picture.
         """
         data = self.source.read(index)
-        header = None
         if isinstance(data, bytes) and self.crops.channels == 3:
-            header = jpeg.read_header(data, MAX_PIXELS)
-        if isinstance(data, bytes) and header is not None:
+            from cmt_mae.data.jpeg import read_header
+
+            header = read_header(data, MAX_PIXELS)
             before = rng.bit_generator.state
-            sample = self._cut(rng, index, header.size, partial(self._decode, data, header))
+            sample = None
+            if header is not None:
+                sample = self._cut(rng, index, header.size, partial(self._decode, data, header))
             if sample is not None:
                 return sample
             rng.bit_generator.state = before  # as if this had not been tried
-        image = _pixels(data, self.crops.channels, self.source.limits)
+        image = decoded(data, self.crops.channels, self.source.limits)
         height, width = image.shape[:2]
         sample = self._cut(rng, index, (height, width), lambda box, _: cut(image, box))
         assert sample is not None
@@ -225,7 +217,7 @@ class _Micro:
             whole = read((0, 0, *size), [crops.photo_size])
             if whole is None:
                 return None
-            photo = _empty(1, crops.channels, crops.photo_size)
+            photo = empty_batch(1, crops.channels, crops.photo_size)
             resize_into(whole, photo)
         height, width = size
         return _Sample(
@@ -233,9 +225,11 @@ class _Micro:
         )
 
     def _decode(
-        self, data: bytes, header: jpeg.Header, box: Box, sizes: list[tuple[int, int]]
+        self, data: bytes, header: "jpeg.Header", box: Box, sizes: list[tuple[int, int]]
     ) -> torch.Tensor | None:
         """A box of a JPEG, (1, C, h, w) uint8; None where it has to be decoded by other means."""
+        from cmt_mae.data import jpeg
+
         shrink = jpeg.choose_shrink(box, sizes) if self.crops.shrink else 1
         piece = jpeg.decode(data, header, box, shrink, self.scratch)
         return None if piece is None else cut(piece, (0, 0, *piece.shape[:2]))
@@ -257,7 +251,7 @@ class _Sample:
 _Read = Callable[[Box, list[tuple[int, int]]], torch.Tensor | None]
 
 
-def _empty(count: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
+def empty_batch(count: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
     """A batch to be filled, in the layout that `resize` writes."""
     shape = (count, channels, *size)
     return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
@@ -320,99 +314,3 @@ def _run(
     for item in iterate(items, steps.after, workers, pin_memory, timeout_s):
         item["bad"] = [tuple(one) for one in item["bad"]]  # pinning makes lists of tuples
         yield item
-
-
-class _Centre:
-    """Item = one evaluation batch, given its indexes."""
-
-    def __init__(
-        self, source: Source, size: tuple[int, int], channels: int, resize_ratio: float
-    ) -> None:
-        self.source, self.size = source, size
-        self.channels, self.resize_ratio = channels, resize_ratio
-
-    def describe(self, key: np.ndarray) -> str:
-        return few([self.source.name(index) for index in key[:4].tolist()])
-
-    def __getitem__(self, indexes: np.ndarray) -> Any:
-        images = _empty(len(indexes), self.channels, self.size)
-        labels = torch.full((len(indexes),), -1, dtype=torch.int64)
-        for row, index in enumerate(indexes.tolist()):
-            try:
-                image = load_image(self.source, index, self.channels)
-            except BadImage as error:
-                return InputError(
-                    f"{self.source.name(index)}: {error}; evaluation counts every image, so fix "
-                    "or remove it"
-                )
-            except InputError as error:
-                return error
-            images[row] = torch.from_numpy(
-                center_crop(image, self.size, self.resize_ratio).transpose(2, 0, 1)
-            )
-            label = self.source.label(index)
-            labels[row] = -1 if label is None else label
-        return images, labels, torch.from_numpy(indexes)
-
-
-def eval_batches(
-    source: Source,
-    *,
-    size: tuple[int, int],
-    channels: int = 3,
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    resize_ratio: float = 256 / 224,
-    timeout_s: float = TIMEOUT_S,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Centre crops of every image exactly once over all ranks; rank r takes r, r + world, ...
-
-    Yields images uint8 (B, C, H, W), channels last in memory, labels int64 (B,) (-1: none) and
-    indexes int64 (B,); the last batch may be smaller, a rank without images yields nothing.
-    timeout_s as in pretrain_batches. Raises InputError naming the first image that cannot be read.
-    """
-    mine = np.arange(rank, len(source), world, dtype=np.int64)
-    keys = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    items = _Centre(source, size, channels, resize_ratio)
-    yield from iterate(items, lambda done: keys[done:], workers, timeout_s=timeout_s)
-
-
-def readable(source: Source, channels: int, count: int, looked_at: int = 1000) -> list[int]:
-    """The first `count` images of a source that can be read, out of its first `looked_at`."""
-    found: list[int] = []
-    for index in range(min(len(source), looked_at)):
-        if len(found) == count:
-            break
-        try:
-            load_image(source, index, channels)
-        except BadImage:
-            continue
-        found.append(index)
-    return found
-
-
-def channel_stats(
-    source: Source, channels: int, limit: int = 2000, seed: int = 0
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in 0..1, over at most `limit` images drawn by seed.
-
-    Every image weighs the same, whatever its size. Broken images are left out.
-    """
-    chosen = order(len(source), seed, 0)[:limit]
-    first, second, count = np.zeros(channels), np.zeros(channels), 0
-    for index in chosen.tolist():
-        try:
-            image = load_image(source, index, channels)
-        except BadImage:
-            continue
-        pixels = image.reshape(-1, channels).astype(np.float64) / 255
-        first += pixels.mean(axis=0)
-        second += (pixels**2).mean(axis=0)
-        count += 1
-    if not count:
-        raise InputError("no image can be read; check the data")
-    mean = first / count
-    std = np.sqrt(np.maximum(second / count - mean**2, 0))
-    return tuple(mean.tolist()), tuple(std.tolist())

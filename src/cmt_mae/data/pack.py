@@ -15,14 +15,12 @@ from rich.progress import track
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import flush_folder
 from cmt_mae.core.lock import Lock
-from cmt_mae.core.settings import Amount, Count, CountOrNone, check_fields
-from cmt_mae.data.crops import center_crop
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.loader import load_image
+from cmt_mae.core.settings import TIMEOUT_S, Amount, Count, CountOrNone, check_fields
+from cmt_mae.data.centre import center_crop, load_image
 from cmt_mae.data.packed import FORMAT, read_meta
-from cmt_mae.data.source import Source
+from cmt_mae.data.source import BadImage, Source
 from cmt_mae.data.sources import has_splits, open_source, open_split
-from cmt_mae.data.workers import TIMEOUT_S, few, iterate
+from cmt_mae.data.steps import few, iterate
 
 _CHUNK = 32
 FILES = ("images.npy", "labels.npy", "meta.json")

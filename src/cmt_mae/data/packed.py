@@ -10,9 +10,8 @@ import numpy as np
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import one_line
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.folder import open_file, read_file
-from cmt_mae.data.source import Names, Source
+from cmt_mae.data.files import open_file, read_file
+from cmt_mae.data.source import BadImage, Names, Source
 
 FORMAT = "cmt-mae pack 1"
 
@@ -92,6 +91,8 @@ def _mapped(folder: Path, name: str, mode: Literal["r", "c"]) -> np.ndarray:
 
 class Mapped:
     """Images of a pack, by number (`source.Reader`)."""
+
+    encoded = False
 
     def __init__(self, root: Path, meta: dict[str, Any]) -> None:
         self.root, self._meta = root, meta

@@ -5,18 +5,27 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
 
+SHARE_SEED = 0
+"""Of the held-out share: the same images in every command and run."""
 SAMPLED = 2000
 """Images whose content counts in a fingerprint, evenly over the set."""
 PIECE = 1024
 """Bytes of such an image at its beginning, middle and end each."""
 Limits = tuple[float, float]
 """Pixel values that become 0 and 255, for images of more than 8 bits."""
+MAX_PIXELS = 178_956_970
+"""What Pillow refuses by itself (twice its MAX_IMAGE_PIXELS): one limit, and no global is changed."""
+
+
+class BadImage(Exception):
+    """One image cannot be read; str() is the reason. The run goes on without it."""
 
 
 class Names:
@@ -51,6 +60,9 @@ def shown(name: str | bytes) -> str:
 
 class Reader(Protocol):
     """How the images of one kind of place are read; picklable."""
+
+    encoded: bool
+    """Whether they are files of some format; False: pixels."""
 
     def read(self, index: int) -> bytes | np.ndarray:
         """The encoded file, or pixels (H, W, C) uint8 from a pack. Raises BadImage."""
@@ -90,6 +102,11 @@ class Source:
         self.looked_for = looked_for
         self.limits: Limits | None = None
         """Values of black and white in images of more than 8 bits; None: all that the format can hold."""
+
+    @property
+    def encoded(self) -> bool:
+        """Whether ``read`` gives files; False: pixels."""
+        return self._reader.encoded
 
     def __len__(self) -> int:
         return len(self._names) if self._chosen is None else len(self._chosen)
@@ -174,3 +191,17 @@ def joined_fingerprint(train: Source, val: Source) -> str:
     content = " ".join(part.partition("-")[2] for part in parts)
     first, second = (hashlib.sha256(text.encode()).hexdigest() for text in (names, content))
     return f"{first[:32]}-{second[:31]}"
+
+
+def held_out(source: Source, split: Literal["train", "val"], share: float) -> Source:
+    """A share of each class (of all images where there are none), drawn by seed: val; or the others: train."""
+    labels = source.labels()
+    held = np.zeros(len(source), dtype=bool)
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([SHARE_SEED, label + 1]).permutation(members)
+        held[order[: max(1, round(share * len(members)))]] = True
+    chosen = np.flatnonzero(held if split == "val" else ~held)
+    if not len(chosen):
+        raise InputError(f"val_share {share:g} leaves no image for {split}")
+    return source.subset(chosen)

@@ -8,21 +8,15 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import measure_limits
-from cmt_mae.data.folder import Files, is_litter, left_out_of, open_folder
-from cmt_mae.data.packed import open_packed
-from cmt_mae.data.source import Limits, Names, Source
+from cmt_mae.data.files import is_litter
+from cmt_mae.data.source import Limits, Names, Source, held_out
 
 _ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "test"),
 }
 HUB = "hf://"
-SHARE_SEED = 0
-"""Of the held-out share: the same images in every command and run."""
 _told: set[str] = set()
 
 
@@ -55,7 +49,7 @@ def open_split(
     words, hub = _ALIASES[split], path.startswith(HUB)
     found = {} if hub else {name: _find_split(path, words) for name, words in _ALIASES.items()}
     if val_share and not hub and not found["val"]:
-        return _part(open_split(path, "train", limits), split, val_share)
+        return held_out(open_split(path, "train", limits), split, val_share)
     train = None
     if split == "val" and (hub or found["train"]):
         with suppress(InputError) if hub else nullcontext():
@@ -67,7 +61,9 @@ def open_split(
         path = str(here)
         source = _open(path, classes)
     elif here:
-        source = _open_files(path, here, classes)
+        from cmt_mae.data.shards import open_files
+
+        source = open_files(path, here, classes)
     elif (split == "train" and not found["val"]) or not Path(path).expanduser().exists():
         return open_source(path, limits)  # a missing path is named there
     else:
@@ -80,20 +76,6 @@ def open_split(
     return _told_of(path, source if train is not None else _limited(path, source, limits))
 
 
-def _part(source: Source, split: Literal["train", "val"], share: float) -> Source:
-    """The images that are held out, or the others."""
-    labels = source.labels()
-    held = np.zeros(len(source), dtype=bool)
-    for label in np.unique(labels).tolist():
-        members = np.flatnonzero(labels == label)
-        order = np.random.default_rng([SHARE_SEED, label + 1]).permutation(members)
-        held[order[: max(1, round(share * len(members)))]] = True
-    chosen = np.flatnonzero(held if split == "val" else ~held)
-    if not len(chosen):
-        raise InputError(f"val_share {share:g} leaves no image for {split}")
-    return source.subset(chosen)
-
-
 def has_splits(path: str) -> bool:
     """Whether the path holds both a training and a validation split, as `open_split` finds them."""
     return all(_find_split(path, words) for words in _ALIASES.values())
@@ -101,15 +83,23 @@ def has_splits(path: str) -> bool:
 
 def _told_of(path: str, source: Source) -> Source:
     """A line about files that were left out, once a path, by the first process."""
-    text = left_out_of(len(source), source.left_out)
-    if text and path not in _told and os.environ.get("RANK", "0") == "0":
-        logging.getLogger(__name__).warning("%s%s", path, text)
-    _told.add(path)
+    if source.left_out:
+        from cmt_mae.data.folder import left_out_of
+
+        _tell(path, path, left_out_of(len(source), source.left_out))
     return source
+
+
+def _tell(about: str, path: str, text: str) -> None:
+    if text and about not in _told and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s%s", path, text)
+    _told.add(about)
 
 
 def limits_of(where: str, files: Sequence[str | Path]) -> Limits | None:
     """Values of black and white of images that are listed file by file, measured on some, with a line about it."""
+    from cmt_mae.data.folder import Files
+
     listed = Names(str(file) for file in files)
     return _limited(where, Source(listed, Files("", listed)), ()).limits
 
@@ -123,10 +113,11 @@ def _limited(path: str, source: Source, limits: Sequence[float]) -> Source:
             )
         source.limits = (float(limits[0]), float(limits[1]))
         return source
-    source.limits, text = measure_limits(source)
-    if text and f"{path} " not in _told and os.environ.get("RANK", "0") == "0":
-        logging.getLogger(__name__).warning("%s: %s", path, text)
-    _told.add(f"{path} ")
+    if source.encoded:
+        from cmt_mae.data.decode import measure_limits
+
+        source.limits, text = measure_limits(source)
+        _tell(f"range of {path}", path, text and f": {text}")
     return source
 
 
@@ -139,22 +130,28 @@ def _open(
 
         return open_hub(path, words, classes)
     root = Path(path).expanduser()
-    if not root.exists():
-        return _open_pattern(path)
     if not root.is_dir():
-        return _open_files(path, [root], classes)
+        from cmt_mae.data.shards import open_files, open_pattern
+
+        return open_files(path, [root], classes) if root.exists() else open_pattern(path)
     kind = _kind(root)
     if kind == "packed":
+        from cmt_mae.data.packed import open_packed
+
         return open_packed(root)
     if kind == "saved":
         from cmt_mae.data.tables import open_saved
 
         return open_saved(root, classes)
     if kind == "shards":
-        return _open_files(path, _shards(root), classes)
+        from cmt_mae.data.shards import open_files
+
+        return open_files(path, _shards(root), classes)
     for word in (*_ALIASES["train"], *_ALIASES["val"]):
         if (root / word).is_dir() and _kind(root / word) != "images":
             raise InputError(f"{root}: holds splits; give {root / word}")
+    from cmt_mae.data.folder import open_folder
+
     return open_folder(root, classes)
 
 
@@ -189,63 +186,3 @@ def _kind(root: Path) -> Literal["packed", "saved", "shards", "images"]:
     if (root / "state.json").exists() and (root / "dataset_info.json").exists():
         return "saved"
     return "shards" if _shards(root) else "images"
-
-
-def _open_files(path: str, files: list[Path], classes: list[str] | None = None) -> Source:
-    """Tar or parquet files, by their suffix."""
-    special = [file for file in files if file.exists() and not file.is_file()]
-    if special:  # reading a pipe would wait for ever
-        raise InputError(f"{special[0]}: not a regular file; give a folder, .tar or .parquet file")
-    name = files[0].name.lower()
-    if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise InputError(f"{path}: a compressed tar cannot be read at random; unpack it to .tar")
-    if name.endswith(".tar"):
-        from cmt_mae.data.tar import open_tar
-
-        return open_tar(files)
-    if name.endswith(".parquet"):
-        from cmt_mae.data.tables import open_parquet
-
-        return open_parquet(files, classes)
-    raise InputError(f"{path}: not a folder, .tar or .parquet file; give one of these")
-
-
-def _open_pattern(path: str) -> Source:
-    """A path that does not exist as it stands: a brace or glob pattern of shards, or an error."""
-    import glob
-
-    if not set(path) & set("*?[{"):
-        raise InputError(f"{path}: no such file or folder; check the path")
-    files: list[Path] = []
-    for one in expand_braces(os.path.expanduser(path)):
-        matches = sorted(glob.glob(one)) if set(one) & set("*?[") else [one]
-        files += [Path(match) for match in matches]
-    files = list(dict.fromkeys(files))
-    if not files:
-        raise InputError(f"{path}: no file matches the pattern; check it")
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]}: named by the pattern {path} but no such file")
-    return _open_files(path, files)
-
-
-def expand_braces(text: str) -> list[str]:
-    """Shell braces: a{000..002}b -> a000b a001b a002b (zero-padded as written), {x,y} -> x y."""
-    match = re.search(r"\{([^{}]*)\}", text)
-    if match is None:
-        return [text]
-    inside = match.group(1)
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if span:
-        low, high = int(span[1]), int(span[2])
-        if abs(high - low) >= 1_000_000:
-            raise InputError(f"{text}: the pattern names over a million files; check it")
-        step = 1 if high >= low else -1
-        width = max(len(part) for part in span.groups()) if inside[0] == "0" else 1
-        choices = [str(i).zfill(width) for i in range(low, high + step, step)]
-    elif "," in inside:
-        choices = inside.split(",")
-    else:
-        raise InputError(f"{text}: {{{inside}}} is neither a range a..b nor a list a,b")
-    head, tail = text[: match.start()], text[match.end() :]
-    return [one for choice in choices for one in expand_braces(head + choice + tail)]

@@ -1,8 +1,16 @@
-"""Which samples make which optimizer step: it follows from (seed, step), for any rank count."""
+"""Which samples make which optimizer step, for any number of processes; and whole batches made in that order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import TIMEOUT_S
+
+MAX_WORKERS = 1024  # processes; far above what any machine feeds, far below what stops one
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -47,3 +55,53 @@ class Steps:
             accumulation += 1
             if accumulation == self.accumulation:
                 step, accumulation = step + 1, 0
+
+
+class Items(Protocol):
+    """What workers make: one whole batch for each key."""
+
+    def __getitem__(self, key: Any) -> Any: ...
+
+    def describe(self, key: Any) -> str:
+        """The images of a key in a few words, for messages."""
+        ...
+
+
+def iterate(
+    items: Items,
+    keys_from: Callable[[int], Iterable[Any]],
+    workers: int,
+    pin_memory: bool = False,
+    timeout_s: float = TIMEOUT_S,
+) -> Generator[Any, None, None]:
+    """items[key] for each key, in order, read ahead by `workers` processes (0: in this one).
+
+    keys_from(n): the keys from the n-th on. What holds for processes: `workers.read_ahead`. With 0 workers there
+    is no time limit. An item that is an InputError is raised here.
+    """
+    if timeout_s < 0:
+        raise InputError(f"timeout_s {timeout_s:g} must not be negative (0: no time limit)")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise InputError(f"workers {workers}: give 0 (in the main process) to {MAX_WORKERS}")
+    if workers:
+        from cmt_mae.data.workers import read_ahead
+
+        yield from read_ahead(items, keys_from, workers, pin_memory, timeout_s)
+        return
+    loader: DataLoader[Any] = DataLoader(
+        items,  # type: ignore[arg-type]  # a Dataset in all but name
+        batch_size=None,
+        sampler=keys_from(0),
+        collate_fn=lambda item: item,  # torch's own would turn tuples into lists
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # without it torch would draw from the run's global stream
+    )
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

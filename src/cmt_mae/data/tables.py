@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.folder import read_file
-from cmt_mae.data.source import Names, Source, shown
+from cmt_mae.data.files import read_file
+from cmt_mae.data.source import BadImage, Names, Source, shown
 
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
@@ -65,6 +64,8 @@ def table_source(data: Any, where: str, classes: list[str] | None = None) -> Sou
 
 class Rows:
     """Rows of a table with one image column, by number (`source.Reader`)."""
+
+    encoded = True
 
     def __init__(self, rows: Any, column: str) -> None:
         self._rows, self._column = rows, column

@@ -21,9 +21,10 @@ import numpy as np
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import one_line, printable
-from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage
-from cmt_mae.data.folder import MAX_BYTES, is_litter, left_out_of
-from cmt_mae.data.source import Names, Source
+from cmt_mae.data.decode import IMAGE_SUFFIXES
+from cmt_mae.data.files import MAX_BYTES, is_litter
+from cmt_mae.data.folder import left_out_of
+from cmt_mae.data.source import BadImage, Names, Source
 
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _LABEL_BYTES = 2**20  # a label file above this is not a label
@@ -73,6 +74,8 @@ def open_tar(shards: list[Path]) -> Source:
 
 class Members:
     """Members of tar shards, by number (`source.Reader`)."""
+
+    encoded = True
 
     def __init__(
         self, shards: list[str], where: np.ndarray, offsets: np.ndarray, sizes: np.ndarray

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.settings import TIMEOUT_S
 from cmt_mae.data.crops import sample_rng
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.steps import Steps
-from cmt_mae.data.workers import TIMEOUT_S, few, iterate
+from cmt_mae.data.source import BadImage
+from cmt_mae.data.steps import Steps, few, iterate
 
 Sample = Callable[[int, np.random.Generator], Any]
 """(index, the sample's own random stream) -> the sample. Raises InputError or BadImage."""

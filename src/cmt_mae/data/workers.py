@@ -1,4 +1,4 @@
-"""torch's DataLoader with whole batches as items, and with workers that cannot spoil the run."""
+"""torch's DataLoader with processes that cannot spoil the run."""
 
 import atexit
 import contextlib
@@ -14,19 +14,20 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import connection, queues
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.settings import TIMEOUT_S as TIMEOUT_S
 from cmt_mae.core.text import printable
 
-MAX_WORKERS = 1024  # processes; far above what any machine feeds, far below what stops one
+if TYPE_CHECKING:
+    from cmt_mae.data.steps import Items
+
 MAX_RESTARTS = 3
 """Restarts of the workers without an item in between, after which the run stops."""
 _PIPE_BYTES = 2**20
@@ -36,38 +37,28 @@ _SILENT = "DataLoader timed out"  # torch's words
 _LIVE: set[BaseProcess] = set()
 
 
+# how many workers there are is a setting
+warnings.filterwarnings("ignore", message="This DataLoader will create")
+
+
 class WorkerFailed(InputError):
     """A worker process died or was silent for too long."""
 
 
-class Items(Protocol):
-    """What workers make: one whole batch for each key."""
-
-    def __getitem__(self, key: Any) -> Any: ...
-
-    def describe(self, key: Any) -> str:
-        """The images of a key in a few words, for messages."""
-        ...
-
-
-def iterate(
-    items: Items,
+def read_ahead(
+    items: "Items",
     keys_from: Callable[[int], Iterable[Any]],
     workers: int,
-    pin_memory: bool = False,
-    timeout_s: float = TIMEOUT_S,
+    pin_memory: bool,
+    timeout_s: float,
 ) -> Generator[Any, None, None]:
-    """items[key] for each key, in order, read ahead by `workers` processes (0: in this one).
+    """items[key] for each key, in order, read ahead by `workers` processes.
 
     keys_from(n): the keys from the n-th on. Workers that die, or are silent for timeout_s (0: for
     ever), are started again where they were, so the items are those of an undisturbed run; after
-    MAX_RESTARTS times in a row an InputError names the images. With 0 workers there is no time limit.
+    MAX_RESTARTS times in a row an InputError names the images.
     An item that is an InputError is raised here. The workers are gone when the generator ends.
     """
-    if timeout_s < 0:
-        raise InputError(f"timeout_s {timeout_s:g} must not be negative (0: no time limit)")
-    if not 0 <= workers <= MAX_WORKERS:
-        raise InputError(f"workers {workers}: give 0 (in the main process) to {MAX_WORKERS}")
     done = failures = 0
     while True:
         found = once(items, keys_from(done), workers, pin_memory, timeout_s)
@@ -89,19 +80,10 @@ def iterate(
             found.close()
 
 
-# how many workers there are is a setting
-warnings.filterwarnings("ignore", message="This DataLoader will create")
-
-
-def few(names: Sequence[str]) -> str:
-    """The first three names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def once(
-    items: Items, keys: Iterable[Any], workers: int, pin_memory: bool, timeout_s: float
+    items: "Items", keys: Iterable[Any], workers: int, pin_memory: bool, timeout_s: float
 ) -> Generator[Any, None, None]:
-    """As `iterate`, but raises WorkerFailed, within 2 s of a worker's death or of its time limit."""
+    """As `read_ahead`, but raises WorkerFailed, within 2 s of a worker's death or of its time limit."""
     loader: DataLoader[Any] = DataLoader(
         items,  # type: ignore[arg-type]  # a Dataset in all but name
         batch_size=None,
@@ -110,9 +92,9 @@ def once(
         num_workers=workers,
         pin_memory=pin_memory,
         # torch looks after its workers only when its time limit ends: ours is kept by _fetch
-        timeout=min(_LOOK_S, timeout_s / 4 or _LOOK_S) if workers else 0,
-        worker_init_fn=_start_worker if workers else None,
-        prefetch_factor=4 if workers else None,
+        timeout=min(_LOOK_S, timeout_s / 4 or _LOOK_S),
+        worker_init_fn=_start_worker,
+        prefetch_factor=4,
         generator=torch.Generator(),  # without it torch would draw from the run's global stream
     )
     # torch answers a worker's death by raising from a signal handler, anywhere in the training
@@ -124,8 +106,7 @@ def once(
         signal.signal(signal.SIGCHLD, handler)
     processes: list[BaseProcess] = list(getattr(batches, "_workers", ()))
     _LIVE.update(processes)
-    if processes:
-        _widen(batches)
+    _widen(batches)
     deadline = _Deadline(processes, timeout_s)
     count = 0
     try:
@@ -138,8 +119,6 @@ def once(
             count += 1
             yield item
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        if not processes:
-            raise
         what = _failure(error, processes, count, deadline)
         if what is None:
             raise

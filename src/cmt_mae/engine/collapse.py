@@ -38,19 +38,3 @@ def limit_of(name: str) -> float | None:
 
 FIX = "lower optim.blr, or look at the images and the teacher"
 """What to do, in the words of the training, the report and the doctor."""
-
-
-class CollapseAlarm:
-    """Says once what shows collapse, until it is over."""
-
-    def __init__(self) -> None:
-        self._told: set[str] = set()
-
-    def text(self, row: dict[str, Any]) -> str:
-        """What to warn of after this line of metrics; "" where nothing is new."""
-        now = {sign.split()[0]: sign for sign in signs(row)}
-        new = [sign for name, sign in now.items() if name not in self._told]
-        self._told = set(now)
-        if not new:
-            return ""
-        return f"signs of collapse at step {row['step']}: {', '.join(new)}: {FIX}"

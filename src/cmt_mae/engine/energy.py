@@ -43,11 +43,11 @@ class GpuEnergy:
         used, self._before = (now - self._before) / 1000, now
         return used if used >= 0 else None  # the driver was loaded anew
 
-
-def joules_of_all(accelerator: Accelerator, own: float | None) -> float | None:
-    """Sum over the processes; None where one of them does not know. Called by all of them."""
-    if accelerator.num_processes == 1 or accelerator.device.type != "cuda":
-        return own
-    each = torch.tensor(float("nan") if own is None else own, device=accelerator.device)
-    total = float(accelerator.reduce(each))
-    return None if total != total else total
+    def read_all(self, accelerator: Accelerator) -> float | None:
+        """Sum of ``read`` over the processes; None where one of them does not know. Called by all of them."""
+        own = self.read()
+        if accelerator.num_processes == 1:
+            return own
+        each = torch.tensor(float("nan") if own is None else own, device=accelerator.device)
+        total = float(accelerator.reduce(each))
+        return None if total != total else total

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from cmt_mae.engine.meters import Bad
 from cmt_mae.engine.sharding import local
+from cmt_mae.engine.trainer import Trainer
 
 
 def of_target(name: str) -> tuple[str, ...]:
@@ -41,6 +44,30 @@ def first_part(bad: dict[str, Bad]) -> tuple[int, str, str]:
             if name in there:
                 return step, part, name
     return step, "step", there[0]
+
+
+def name_culprit(trainer: Trainer, bad: dict[str, Bad]) -> str:
+    """The first part of the first such step that was not finite, with the parameter where there is one.
+
+    Called by all processes.
+    """
+    step, part, number = first_part(bad)
+    gradient = trainer.bad_gradient_name()
+    networks = trainer.task.networks() | trainer.task.frozen()
+    weights = bad_weights_of_all(networks, trainer.accelerator)
+    of = f" of {gradient}" if part == "gradient" and gradient else ""
+    held = f", weight {weights[0]} ({len(weights)} in all)" if weights else ""
+    return f"{part}{of} at step {step} ({number}{held})"
+
+
+def bad_weights_of_all(
+    networks: Mapping[str, nn.Module | None], accelerator: Accelerator
+) -> list[str]:
+    """``bad_weights`` of any process, each name once. Called by all processes."""
+    names = bad_weights(networks)
+    if accelerator.num_processes > 1:
+        names = gather_object(names)
+    return list(dict.fromkeys(names))
 
 
 def bad_weights(networks: Mapping[str, nn.Module | None]) -> list[str]:

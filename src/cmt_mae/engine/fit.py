@@ -13,29 +13,17 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from cmt_mae.core.checkpoint import (
-    checkpoint_path,
-    forget_after,
-    load_last,
-    mark_best,
-    rotate,
-    save_checkpoint,
-)
 from cmt_mae.core.errors import InputError, Stopped
-from cmt_mae.core.files import same_fingerprint
 from cmt_mae.core.runs import RunDir
-from cmt_mae.engine import compiling
-from cmt_mae.engine.energy import GpuEnergy, joules_of_all
-from cmt_mae.engine.finiteness import bad_weights, first_part
-from cmt_mae.engine.messages import say, warn
 from cmt_mae.engine.meters import Bad
 from cmt_mae.engine.processes import (
     agree,
     any_process,
     peak_memory,
+    say,
     stopping_with_the_others,
+    warn,
 )
 from cmt_mae.engine.progress import Forecast, training_bar
 from cmt_mae.engine.signals import StopRequest
@@ -110,7 +98,11 @@ class _Fit:
         self.last, self.evaluated_at = Evaluation({}), -1
         self.row: dict[str, Any] = {}
         self.since = time.perf_counter()
-        self.energy = GpuEnergy(accelerator.device)
+        self.energy: Any = None  # of GPUs
+        if accelerator.device.type == "cuda":
+            from cmt_mae.engine.energy import GpuEnergy
+
+            self.energy = GpuEnergy(accelerator.device)
 
     def run_to_the_end(self) -> Outcome:
         """Resume or start, then step to the end."""
@@ -210,9 +202,9 @@ class _Fit:
             "data_wait_share": round(min(1.0, trainer.waited / elapsed), 4),
             "peak_memory_gb": round(peak_memory(self.accelerator.device), 3),
         }
-        joules = joules_of_all(self.accelerator, self.energy.read())
-        if joules is not None:
-            self.row["gpu_joules"] = round(joules, 1)
+        if self.energy is not None:
+            joules = self.energy.read_all(self.accelerator)
+            self.row |= {} if joules is None else {"gpu_joules": round(joules, 1)}
         self.since, trainer.waited = time.perf_counter(), 0.0
         tracking.write(self.row)
         self.check_numbers(nonfinite)
@@ -226,8 +218,11 @@ class _Fit:
     def check_numbers(self, nonfinite: dict[str, Bad]) -> None:
         """Name what was not finite and where it began; raise InputError where it does not end."""
         in_a_row = int(self.trainer.nonfinite_row.item())
-        culprit = self.culprit(nonfinite) if nonfinite else "gradient"
+        culprit = "gradient"
         if nonfinite:
+            from cmt_mae.engine.finiteness import name_culprit
+
+            culprit = name_culprit(self.trainer, nonfinite)
             numbers = ", ".join(f"{name} ({bad.count})" for name, bad in nonfinite.items())
             text = (
                 f"{self.row['skipped_steps']} step(s) up to step {self.step} skipped, not finite: first "
@@ -241,27 +236,13 @@ class _Fit:
                 "clip the gradient"
             )
 
-    def culprit(self, nonfinite: dict[str, Bad]) -> str:
-        """The first part of the first such step that was not finite, with the parameter where there is one."""
-        step, part, number = first_part(nonfinite)
-        gradient = self.trainer.bad_gradient_name()
-        weights = self.bad_weights(frozen=True)
-        of = f" of {gradient}" if part == "gradient" and gradient else ""
-        held = f", weight {weights[0]} ({len(weights)} in all)" if weights else ""
-        return f"{part}{of} at step {step} ({number}{held})"
-
-    def bad_weights(self, frozen: bool = False) -> list[str]:
-        """Weights that hold nan or inf, in any process. frozen: also of networks that checkpoints leave out."""
-        names = bad_weights(self.task.networks() | (self.task.frozen() if frozen else {}))
-        if self.accelerator.num_processes > 1:
-            names = gather_object(names)
-        return list(dict.fromkeys(names))
-
     def evaluate(self, tracking: Trackers) -> None:
         """Measure the model; where it is the best so far, this step's checkpoint will be marked."""
+        from cmt_mae.engine.compiling import uncompiled
+
         begin = time.perf_counter()
         self.task.model.eval()
-        with torch.no_grad(), compiling.uncompiled():
+        with torch.no_grad(), uncompiled():
             self.last = self.task.evaluate(self.step, self.run)
         self.task.model.train()
         self.evaluated_at = self.step
@@ -282,7 +263,10 @@ class _Fit:
 
         Raises InputError, and writes nothing, where a weight is not finite: it would stay so for ever.
         """
-        spoilt = self.bad_weights()
+        from cmt_mae.core.checkpoint import save_checkpoint
+        from cmt_mae.engine.finiteness import bad_weights_of_all
+
+        spoilt = bad_weights_of_all(self.task.networks(), self.accelerator)
         if spoilt:
             raise InputError(
                 f"{len(spoilt)} weight(s) were not finite at step {self.step} (first: {spoilt[0]}): no checkpoint "
@@ -305,25 +289,33 @@ class _Fit:
             }
             save_checkpoint(self.run.checkpoints, self.step, {**place, **state})
             if not self.has_checkpoint:
-                self.run.note_checkpoint()
+                self.run.note(has_checkpoint=True)
                 self.has_checkpoint = True
             self.tidy()
         self.accelerator.wait_for_everyone()
 
     def tidy(self) -> None:
         """What follows from a checkpoint, again at a start, as a kill may have come between: mark and rotate."""
+        from cmt_mae.core.checkpoint import checkpoint_path, mark_best, rotate
+
         if self.best_step == self.step:
             mark_best(checkpoint_path(self.run.checkpoints, self.step))
         rotate(self.run.checkpoints, self.settings.keep_last, self.task.keeps)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one, and write run.json."""
-        state = load_last(self.run.checkpoints)
+        state = None
+        if self.run.checkpoints.exists():
+            from cmt_mae.core.checkpoint import load_last
+
+            state = load_last(self.run.checkpoints)
         agree(self.accelerator, state["step"] if state else -1)
         known = self.run.known_facts()
         if state is not None:
-            self.run.refuse_foreign(state)
-            self.refuse_other(known)
+            from cmt_mae.core.continuing import refuse_other_facts, refuse_other_settings
+
+            refuse_other_settings(self.run, state)
+            refuse_other_facts(self.run.path, known, self.facts)
         self.accelerator.wait_for_everyone()  # every process has read before one writes
         # of a checkpoint of version 0.1's pre-training, which evaluated before it was written
         seen = state.get("evaluated_at", state["step"]) if state else -1
@@ -334,8 +326,15 @@ class _Fit:
             # an evaluation that its checkpoint does not know of is made, and written, again
             step = state["step"] if state else -1
             self.run.cut_metrics(step, lambda row: "lr" in row or row["step"] <= seen)
-        if state is None:
-            return
+        if state is not None:
+            self.take_up(state, seen, known.get("placement", {}), placement)
+
+    def take_up(
+        self, state: dict[str, Any], seen: int, before: dict[str, Any], placement: dict[str, Any]
+    ) -> None:
+        """Go on from a checkpoint, and say so. seen: step of its last evaluation; before: placement back then."""
+        from cmt_mae.core.checkpoint import forget_after
+
         self.has_checkpoint = True
         self.step, self.evaluated_at = state["step"], seen
         self.best, self.best_step = state["best"], state["best_step"]
@@ -346,7 +345,6 @@ class _Fit:
         self.trainer.load_state_dict(state)
         rows = self.run.read_metrics()
         self.row = rows[-1] if rows else {}
-        before = known.get("placement", {})
         changes = [
             f"{name} {before[name]} -> {now}"
             for name, now in placement.items()
@@ -358,29 +356,6 @@ class _Fit:
         of = state.get("run", name)
         taken = "" if of == name else f", by a checkpoint of run {of}"
         say(self.accelerator, f"continuing {self.run.path} at {place}{taken}{changed}")
-
-    def refuse_other(self, known: dict[str, Any]) -> None:
-        """Raise InputError where networks or data are not those that the run was started with."""
-        digests = (("backbone", "digest"), ("teacher", "digest"), ("data", "fingerprint"))
-        # a run from before there were facts is compared by its digests alone
-        for part, key in (*digests, ("backbone", "facts"), ("teacher", "facts")):
-            old = (known.get(part) or {}).get(key)
-            new = (self.facts.get(part) or {}).get(key)
-            if old is not None and new is not None and not same_fingerprint(str(old), str(new)):
-                name = (self.facts.get(part) or {}).get("path", part)
-                raise InputError(
-                    f"{self.run.path} was started with another {part} ({key} {str(old)[:150]}, now "
-                    f"{str(new)[:150]}: {name} has changed): give that one, or another --out"
-                )
-
-        old, new = known.get("functions") or {}, self.facts.get("functions") or {}
-        for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name):
-                raise InputError(
-                    f"{self.run.path} was started with {name} {old.get(name) or 'by name'}, now it is "
-                    f"{new.get(name) or 'by name'} (name and hash of the source): pass in the same function, or "
-                    "choose another --out"
-                )
 
     def placement(self) -> dict[str, Any]:
         """How the work lies on the machines; it may change when a run is continued."""

@@ -1,16 +1,12 @@
-"""Optimizer groups."""
+"""AdamW, and its schedules as pure functions of the position in training (spec section 5)."""
 
-import re
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-
-EMBEDDING = (
-    "patch_embed", "cls_token", "pos_embed", "reg_token", "dist_token", "norm_pre", "mask_token",
-)  # fmt: skip
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -35,55 +31,6 @@ def adamw(
     return torch.optim.AdamW(decay_groups(module, weight_decay), lr=lr, betas=betas, fused=True)
 
 
-def layer_scales(depth: int, decay: float) -> list[float]:
-    """Learning-rate scale of id 0 (embeddings), 1..depth (blocks) and depth + 1 (all behind them).
-
-    decay^(depth + 1 - id), BEiT's and MAE's layer-wise decay (spec 6.3; golden values in 12.5).
-    """
-    return [decay ** (depth + 1 - number) for number in range(depth + 2)]
-
-
-def layer_id(name: str, depth: int, prefix: str) -> int:
-    """Id of a parameter for ``layer_scales``: names below ``prefix`` are the backbone's, others depth + 1."""
-    if not name.startswith(prefix):
-        return depth + 1
-    inner = name[len(prefix) :]
-    # a block's table of relative positions (pyramid.Taps.biases) is part of the block, as in BEiT
-    block = re.search(r"(?:^|\.)(?:blocks|biases)\.(\d+)\.", inner)
-    if block:
-        return int(block[1]) + 1
-    return 0 if any(part in EMBEDDING for part in inner.split(".")) else depth + 1
-
-
-def layer_decay_groups(
-    module: nn.Module,
-    depth: int,
-    decay: float,
-    weight_decay: float,
-    *,
-    prefix: str = "backbone.",
-    no_decay: Iterable[str] = ("pos_embed", "cls_token"),
-) -> list[dict[str, Any]]:
-    """Groups of equal scale and weight decay; each holds ``lr_scale``, which ``fit`` multiplies its rate by.
-
-    depth: blocks of the backbone. prefix: of the backbone's parameter names in ``module``.
-    no_decay: last parts of names without weight decay, besides 1-D parameters and biases.
-    """
-    scales, bare = layer_scales(depth, decay), tuple(no_decay)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        flat = parameter.ndim <= 1 or name.endswith(".bias") or name.split(".")[-1] in bare
-        key = (scales[layer_id(name, depth, prefix)], 0.0 if flat else weight_decay)
-        group = groups.setdefault(
-            key, {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]}
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
-
-
 def skip_unless(
     optimizer: torch.optim.Optimizer, finite: Tensor, accelerator: Accelerator
 ) -> Tensor:
@@ -96,3 +43,34 @@ def skip_unless(
         skipped = accelerator.reduce(skipped).clamp_max(1.0)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     return skipped
+
+
+def learning_rate(
+    epoch: float, peak: float, warmup: float, total: float, lowest: float = 0.0
+) -> float:
+    """MAE's schedule, per iteration: linear from 0 over ``warmup`` epochs, then half a cosine to ``lowest``.
+
+    epoch: fractional epochs done, 0..total. Golden values in spec 12.5.
+    """
+    if epoch < warmup:
+        return peak * epoch / warmup
+    share = min(1.0, (epoch - warmup) / max(1e-12, total - warmup))
+    return lowest + (peak - lowest) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def momentum(share: float, start: float, end: float, shape: str = "cosine") -> float:
+    """m of the moving average at ``share`` 0..1 of stage two: start at 0, end at 1 (spec 5.2).
+
+    shape: cosine | linear | constant (always ``start``).
+    """
+    share = min(1.0, max(0.0, share))
+    if shape == "constant":
+        return start
+    if shape == "linear":
+        return start + (end - start) * share
+    return end - (end - start) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def half_lives(ms: Sequence[float]) -> float:
+    """How often the moving average has lost half of what it was, over steps with these m."""
+    return -sum(math.log2(max(m, 1e-6)) for m in ms)

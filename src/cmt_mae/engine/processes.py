@@ -1,10 +1,11 @@
-"""One place that knows accelerate: device, precision, processes."""
+"""The processes of a run: device and precision of each, what they agree on, what they say once for all."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import resource
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from cmt_mae.core.errors import InputError, LostProcess
-from cmt_mae.engine.memory import keep_memory
+from cmt_mae.core.runs import RunDir
+from cmt_mae.core.text import printable
 
 # What gloo and NCCL say when a process at the other end is gone, in lower case.
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused",
         "timed out", "timeout", "remote process exited", "socket closed", "no longer available")  # fmt: skip
-MEETING_S = 300.0
-"""How long the processes of a run may take to find each other at its start."""
+# Numbers of glibc's mallopt(3).
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 
 
 def make_accelerator(device: str, precision: str, deterministic: bool = False) -> Accelerator:
@@ -28,12 +30,8 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
 
     auto precision: bf16 on GPUs, fp32 on CPU. fp16 is not offered: it overflows in this method (peers.md).
     deterministic: see ``make_deterministic``. The process keeps freed memory from then on (``keep_memory``).
-    Raises InputError for unknown names and for a device that is not there.
+    Raises InputError for a device that is not there.
     """
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise InputError(f"device '{device}' is unknown: use auto, cpu, cuda or mps")
-    if precision not in ("auto", "bf16", "fp32"):
-        raise InputError(f"precision '{precision}' is unknown: use auto, bf16 or fp32")
     if deterministic:
         make_deterministic()
     keep_memory()
@@ -57,6 +55,15 @@ def make_accelerator(device: str, precision: str, deterministic: bool = False) -
         )
 
 
+def meeting(on_cpu: bool) -> contextlib.AbstractContextManager[None]:
+    """Around what brings the processes of a run together, where there are several."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return contextlib.nullcontext()
+    from cmt_mae.engine.meeting import together_in_time
+
+    return together_in_time("gloo" if on_cpu else "nccl")
+
+
 def steady_buckets() -> DistributedDataParallelKwargs:
     """DDP that adds gradients up in the same order in every step, the first after a start included.
 
@@ -66,66 +73,21 @@ def steady_buckets() -> DistributedDataParallelKwargs:
     return DistributedDataParallelKwargs(find_unused_parameters=True)
 
 
-@contextlib.contextmanager
-def meeting(on_cpu: bool) -> Iterator[None]:
-    """Around what brings the processes of a run together: after a restart too, and not for ever."""
-    with meeting_in_time(MEETING_S):
-        meet_after_restart("gloo" if on_cpu else "nccl")
-        yield
+def keep_memory() -> bool:
+    """Have glibc keep freed memory; returns whether it does: not where MALLOC_... is set, nor elsewhere.
 
-
-@contextlib.contextmanager
-def meeting_in_time(seconds: float) -> Iterator[None]:
-    """End this process, with a line and status 75, where the processes do not find each other in time.
-
-    gloo waits for ever for one that does not come. Ended, torchrun starts them again, or the user does.
+    By default what a step frees goes back to the system and comes back page by page, zeroed, in the next step
+    (tests/training/test_memory.py counts the faults). Kept is what the largest step so
+    far needed, as a GPU's allocator does.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized()
-
-    def give_up() -> None:
-        print(
-            f"cmt-mae: the processes of this run did not find each other within {seconds:g} s (process "
-            f"{os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}): run the same command again",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(75)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    if not alone:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def meet_after_restart(backend: str) -> None:
-    """Bring processes together that torchrun has started again on one machine; nothing else.
-
-    torchrun keeps one store for all starts of a job (torch 2.14), in which the addresses of processes that are
-    gone still stand: this start gets names of its own there. Over several machines the count of restarts is not
-    the same everywhere; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun does it (docs/scale.md).
-    """
-    place = os.environ
-    restarts, world = (
-        int(place.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        place.get("WORLD_SIZE", "1"),
-    )
-    shared = place.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not restarts or not shared or world != place.get("LOCAL_WORLD_SIZE"):
-        return
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.TCPStore(
-            place["MASTER_ADDR"], int(place["MASTER_PORT"]), int(world), is_master=False
-        )
-        torch.distributed.init_process_group(
-            backend,
-            store=torch.distributed.PrefixStore(f"start_{restarts}", store),
-            rank=int(place["RANK"]),
-            world_size=int(world),
-        )
+    if not sys.platform.startswith("linux") or any(n.startswith("MALLOC_") for n in os.environ):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # never trim; grow by 64 MiB; no mapping of its own for a large block, which would end with it
+        settings = ((TRIM_THRESHOLD, -1), (TOP_PAD, 1 << 26), (MMAP_MAX, 0))
+        return all(mallopt(number, value) == 1 for number, value in settings)
+    return False
 
 
 def make_deterministic() -> None:
@@ -157,8 +119,12 @@ def stopping_with_the_others(accelerator: Accelerator, run: Path) -> Iterator[No
 
 
 def leave_processes() -> None:
-    """Close the connections to the other processes before the interpreter tears them down in any order."""
+    """Close the connections to the other processes, and end their threads, before the interpreter ends.
+
+    Models that were wrapped for several processes hold the connections too: the caller has let go of them.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -189,3 +155,15 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """One line on stderr, from the main process."""
+    if accelerator.is_main_process:
+        print(printable(text), file=sys.stderr)
+
+
+def warn(accelerator: Accelerator, run: RunDir, step: int, text: str) -> None:
+    """One line on stderr, and in the run's warnings.jsonl for its report."""
+    say(accelerator, f"warning: {text}")
+    run.append_warning(step, text)

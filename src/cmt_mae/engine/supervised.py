@@ -1,6 +1,6 @@
 """Training with labels (fine-tuning, detection, segmentation) as a ``Task``: built of functions."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,3 +94,24 @@ def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(own, new, 1.0 - decay)
     for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)
+
+
+def warmed_up(step: int, peak: float, steps: int, ratio: float) -> float:
+    """Linear warm-up by steps, as the detection and segmentation protocols have it (spec 7, 8).
+
+    From ``ratio * peak`` at step 0 to ``peak`` at step ``steps``; ``peak`` from there on.
+    """
+    if step >= steps:
+        return peak
+    return peak * (ratio + (1.0 - ratio) * step / steps)
+
+
+def step_decay(step: int, peak: float, drops: Sequence[int], factor: float = 0.1) -> float:
+    """``peak`` times ``factor`` for every one of ``drops`` (steps) that is reached (spec 7)."""
+    return float(peak * factor ** sum(step >= drop for drop in drops))
+
+
+def poly(step: int, peak: float, total: int, power: float = 1.0, lowest: float = 0.0) -> float:
+    """``(peak - lowest) * (1 - step / total)^power + lowest`` (spec 8)."""
+    share = max(0.0, 1.0 - step / total)
+    return float((peak - lowest) * share**power + lowest)

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cmt_mae.engine import compiling, sharding
 from cmt_mae.engine.meters import Meters
 from cmt_mae.engine.optim import skip_unless
 from cmt_mae.engine.task import Task
@@ -36,11 +33,15 @@ class Trainer:
         self.nonfinite_row = torch.zeros((), device=self.device)
         """Steps in a row, up to now, that were not finite."""
         self.waited = 0.0  # seconds spent waiting for images since somebody set it to 0
-        self.no_compiler = compiling.why_not(self.device) if compiled else ""
+        self.no_compiler = ""
         """Why the blocks are not compiled although they should be."""
+        if compiled:
+            from cmt_mae.engine.compiling import why_not
+
+            self.no_compiler = why_not(self.device)
         self._compiled = compiled and not self.no_compiler
         self._sharded = parallel == "fsdp" and accelerator.num_processes > 1
-        self._mesh: DeviceMesh | None = None  # made at the first ``enter``; then networks are cut
+        self._mesh: Any = None  # of processes; made at the first ``enter``, then networks are cut
         self._bad_gradient = torch.full((), -1, device=self.device)
         """Number, among ``_learning``, of the parameter with the first bad gradient; -1: none."""
         self._learning: list[str] = []  # names of the parameters that the last step gave a gradient
@@ -55,8 +56,10 @@ class Trainer:
         self.task.enter(step)
         self.task.model.train()
         if self._compiled:
+            from cmt_mae.engine.compiling import compile_blocks
+
             networks = {**self.task.networks(), **self.task.frozen()}
-            compiling.compile_blocks(networks.values())
+            compile_blocks(networks.values())
         if self._sharded:
             self._shard()
         else:  # what DDP reduces is fixed when it wraps, so it wraps again
@@ -64,6 +67,8 @@ class Trainer:
 
     def _shard(self) -> None:
         """Cut model, optimizer state and followers into one piece a process, what is not cut yet."""
+        from cmt_mae.engine import sharding
+
         task = self.task
         if self._mesh is None:
             self._mesh = sharding.make_mesh(self.device, self.accelerator.num_processes)
@@ -109,8 +114,8 @@ class Trainer:
     @contextlib.contextmanager
     def _synchronised(self, now: bool) -> Iterator[None]:
         """Gradients are averaged over the processes in the last backward pass of a step alone."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(now)
+        if self._sharded:
+            self.model.set_requires_gradient_sync(now)  # type: ignore[operator]
             yield
         else:
             with contextlib.nullcontext() if now else self.accelerator.no_sync(self.model):
@@ -122,7 +127,9 @@ class Trainer:
         named = [(n, p) for n, p in self.task.model.named_parameters() if p.grad is not None]
         learning, self._learning = [p for _, p in named], [n for n, _ in named]
         gradients = [p.grad for p in learning if p.grad is not None]
-        norms = sharding.whole_tensor(torch.stack(torch._foreach_norm(gradients)))
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if self._sharded:
+            norms = norms.full_tensor()  # type: ignore[operator]
         norm = torch.linalg.vector_norm(norms)
         # gradients are made from the last parameter to the first, and a bad one spoils those after it
         places = torch.arange(len(learning), device=self.device)
@@ -146,8 +153,12 @@ class Trainer:
             for name, network in task.networks().items()
         }
         tensors = {**networks, "optimizer": task.optimizer.state_dict()}
+        if self._mesh is not None:
+            from cmt_mae.engine.sharding import gathered
+
+            tensors = gathered(tensors)
         return {
-            **(tensors if self._mesh is None else sharding.gathered(tensors)),
+            **tensors,
             "meters": self.meters.state_dict(),
             "nonfinite_row": float(self.nonfinite_row),
             **task.extra_state(),

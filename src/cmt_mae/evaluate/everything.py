@@ -20,10 +20,9 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.backbone_facts import FACTS, BackboneFacts
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import write_json
-from cmt_mae.core.settings import check_fields, default_of
+from cmt_mae.core.settings import TIMEOUT_S, check_fields, default_of
 from cmt_mae.core.text import printable
 from cmt_mae.data.ade20k import ZeroLabel
-from cmt_mae.data.workers import TIMEOUT_S
 from cmt_mae.evaluate.features import FrozenSettings, start_processes
 from cmt_mae.evaluate.layouts import Found, find_data, folder_fingerprint
 from cmt_mae.evaluate.result import Result, results_folder

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import sweep, write_atomically
-from cmt_mae.core.settings import Amount, Count, CountOrNone, Device, PartOf
-from cmt_mae.data.loader import eval_batches
-from cmt_mae.data.source import Source, joined_fingerprint
-from cmt_mae.data.sources import SHARE_SEED, open_split
-from cmt_mae.data.workers import TIMEOUT_S
+from cmt_mae.core.settings import TIMEOUT_S, Amount, Count, CountOrNone, Device, PartOf
+from cmt_mae.data.centre import eval_batches
+from cmt_mae.data.source import SHARE_SEED, Source, joined_fingerprint
+from cmt_mae.data.sources import open_split
 from cmt_mae.engine.processes import meeting
 
 if TYPE_CHECKING:

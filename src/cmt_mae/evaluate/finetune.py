@@ -27,13 +27,12 @@ from cmt_mae.core.settings import (
     resume_safe,
 )
 from cmt_mae.data.augment import Augment, seeded
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.loader import load_image
-from cmt_mae.data.source import Source
+from cmt_mae.data.centre import load_image
+from cmt_mae.data.source import BadImage, Source
 from cmt_mae.data.tasks import train_batches
-from cmt_mae.engine.optim import layer_decay_groups
+from cmt_mae.engine.layer_decay import layer_decay_groups
+from cmt_mae.engine.optim import learning_rate
 from cmt_mae.engine.processes import make_accelerator
-from cmt_mae.engine.schedules import learning_rate
 from cmt_mae.engine.supervised import SupervisedTask
 from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import TaskSettings

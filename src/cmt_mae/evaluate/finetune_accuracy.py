@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cmt_mae.backbones import Backbone
-from cmt_mae.data.loader import eval_batches
+from cmt_mae.data.centre import eval_batches
 from cmt_mae.data.source import Source
 from cmt_mae.evaluate.features import Where, gather_rows, normalise
 from cmt_mae.evaluate.finetune_model import Classifier

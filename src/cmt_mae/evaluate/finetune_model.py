@@ -13,8 +13,8 @@ from safetensors.torch import save as to_safetensors
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from cmt_mae.backbones import Backbone, save_backbone
-from cmt_mae.backbones.save import same_bytes
+from cmt_mae.backbones import Backbone
+from cmt_mae.backbones.save import same_bytes, save_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_atomically
 from cmt_mae.evaluate.finetune_protocols import Pool

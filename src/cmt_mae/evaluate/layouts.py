@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.folder import is_litter
+from cmt_mae.data.files import is_litter
 from cmt_mae.data.sources import has_splits
 from cmt_mae.evaluate.features import open_labelled
 from cmt_mae.evaluate.tasks import Layout

@@ -32,10 +32,9 @@ from cmt_mae.data.ade20k import (
 )
 from cmt_mae.data.segmentation_crops import SegmentationCrop, resize_image, resized_size
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.engine.optim import layer_decay_groups
+from cmt_mae.engine.layer_decay import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
-from cmt_mae.engine.schedules import poly, warmed_up
-from cmt_mae.engine.supervised import SupervisedTask
+from cmt_mae.engine.supervised import SupervisedTask, poly, warmed_up
 from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.features import normalise

@@ -6,18 +6,9 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.settings import (
-    OF_PRESET,
-    Amount,
-    Count,
-    CountOrNone,
-    Factor,
-    PartOf,
-    Positive,
-    check_fields,
-    given_fields,
-    refusal,
-)
+from cmt_mae.core.presets import OF_PRESET, given_fields
+from cmt_mae.core.refusals import refusal
+from cmt_mae.core.settings import Amount, Count, CountOrNone, Factor, PartOf, Positive, check_fields
 
 if TYPE_CHECKING:
     from cmt_mae.evaluate.segmentation import Ade20kConfig

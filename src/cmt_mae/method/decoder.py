@@ -1,8 +1,9 @@
 """The light decoder: MAE's (default) and MILAN's prompting decoder (spec section 4)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from timm.layers import LayerNorm
@@ -17,7 +18,6 @@ from cmt_mae.method.masking import Mask
 from cmt_mae.method.vit import gather_tokens, initialise, sincos_table
 
 Tokens = Literal["masked", "masked+cls", "all", "all+cls"]
-TOKENS: tuple[str, ...] = get_args(Tokens)
 
 
 @dataclass
@@ -39,8 +39,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, encoder_width: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        if config.kind not in ("mae", "prompting"):
-            raise InputError(f"decoder.kind '{config.kind}' is unknown: use mae or prompting")
         if config.width % config.heads or config.width % 4:
             raise InputError(
                 f"decoder.width {config.width} must be a multiple of 4 and of decoder.heads {config.heads}"
@@ -48,11 +46,12 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(sincos_table(config.width, grid)[None], requires_grad=False)
-        block = (
-            PromptingBlock
-            if config.kind == "prompting"
-            else partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
-        )
+        block: Callable[[int, int], nn.Module]
+        block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
+        if config.kind == "prompting":
+            from cmt_mae.method.prompting import PromptingBlock
+
+            block = PromptingBlock
         self.blocks = nn.ModuleList(
             [block(config.width, config.heads) for _ in range(config.depth)]
         )
@@ -65,10 +64,8 @@ class Decoder(nn.Module):
         """latents (B, 1 + K, D) with the class token first -> tokens (B, N, width) after the norm, in order.
 
         which: all+cls (N = 1 + L, class token first) | all (L) | masked (M: the hidden patches, for which alone
-        the last block then runs) | masked+cls (1 + M). Raises InputError for another word.
+        the last block then runs) | masked+cls (1 + M).
         """
-        if which not in TOKENS:
-            raise InputError(f"target.tokens '{which}' is unknown: use {', '.join(TOKENS)}")
         tokens = self._in_raster_order(self.embed(latents), mask) + self.pos_embed
         if which in ("all", "all+cls"):
             tokens = self._prompt(tokens, mask)[0] if self.prompting else self._through(tokens)
@@ -104,34 +101,3 @@ class Decoder(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, tokens, places)
         return tokens.scatter(1, places, hidden.to(tokens.dtype)), hidden
-
-
-class PromptingBlock(nn.Module):
-    """A block that updates hidden tokens only: queries are hidden tokens, keys and values all tokens.
-
-    norm1 is applied to the hidden tokens; the fixed visible ones enter keys and values as they are.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, hidden: Tensor, fixed: Tensor, places: Tensor) -> Tensor:
-        """hidden (B, M, W), fixed (B, 1 + L, W) raster order, places (B, M, W) int64 -> (B, M, W)."""
-        asked = self.norm1(hidden)
-        keys, values = self.key_value(fixed.scatter(1, places, asked.to(fixed.dtype))).chunk(
-            2, dim=-1
-        )
-        query, keys, values = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query(asked), keys, values)
-        )
-        mixed = F.scaled_dot_product_attention(query, keys, values)
-        hidden = hidden + self.proj(mixed.transpose(1, 2).flatten(2))
-        return hidden + self.mlp(self.norm2(hidden))

@@ -3,11 +3,11 @@
 import contextlib
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
@@ -27,7 +27,6 @@ from cmt_mae.method.cmtmae import (
     TargetFunction,
     takes_class_token,
 )
-from cmt_mae.method.hog import hog_targets
 from cmt_mae.method.last_block import finish, mean_of_last
 from cmt_mae.method.masking import (
     GUIDED,
@@ -36,7 +35,6 @@ from cmt_mae.method.masking import (
     of_other_images,
     sample_mask,
 )
-from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import Teacher, TeacherOutput
 from cmt_mae.method.vit import (
     LastBlockInput,
@@ -236,6 +234,8 @@ class FrozenNetworks(nn.Module):
         elif self.target.source == "pixel":
             patches = T.patchify(images, self.patch_size)
         else:
+            from cmt_mae.method.hog import hog_targets
+
             shown = images.float() * self.std + self.mean
             patches = hog_targets(shown, self.patch_size, gaussian=self.target.hog_window)
         return (
@@ -251,9 +251,9 @@ def as_shares(attention: Tensor) -> Tensor:
 
 
 def own_parts(network: nn.Module) -> list[Tensor]:
-    """The parameters' numbers; of a network sharded over processes those on this one."""
-    parts = [p.detach() for p in network.parameters()]
-    return [p.to_local() if isinstance(p, DTensor) else p for p in parts]
+    """The parameters' numbers; of a network sharded over processes (DTensors) those on this one."""
+    parts: list[Any] = [p.detach() for p in network.parameters()]
+    return [p.to_local() if hasattr(p, "to_local") else p for p in parts]
 
 
 def shares(source: str, alpha: float) -> dict[str, float]:
@@ -291,6 +291,8 @@ class CachedForwards:
                 self.given = self.teacher_output()
         elif self.given is None and teacher is not None and teacher.grid != self.networks.grid:
             # made for whole photos but given a crop, as for pictures: the crop is taken for a photo
+            from cmt_mae.method.photo_view import at_crops
+
             with_class = takes_class_token(self.networks.target)
             with self.networks.whole_precision():
                 whole = teacher.outputs(self.teacher_images, self.networks.mask.heads, with_class)

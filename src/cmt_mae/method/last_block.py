@@ -88,6 +88,11 @@ def project(attn: Any, tokens: Tensor, part: int) -> Tensor:
     return vectors if part == 2 else (attn.q_norm, attn.k_norm)[part](vectors)
 
 
+def attention_scale(attn: Any, query: Tensor) -> float:
+    """What products of queries (..., d) and keys are multiplied by: the network's own, or 1 / sqrt d."""
+    return float(getattr(attn, "scale", 0.0)) or query.shape[-1] ** -0.5
+
+
 def first_norm(block: Any, state: LastBlockInput) -> Tensor:
     """All tokens after the first norm of the last block, made once."""
     if state.normed is None:

@@ -1,4 +1,4 @@
-"""From scores to hidden patches (spec section 2).
+"""From scores to hidden patches (spec section 2): the paper's rule; those of the relatives are in other_masks.py.
 
 Every rule is a pure function of attention maps and of uniform numbers that come with the sample: nothing
 depends on the rank, the loader worker or the number of processes. All counts are exact.
@@ -13,16 +13,8 @@ from torch import Tensor
 from cmt_mae.core.errors import InputError
 
 Rule = Literal[
-    "random",
-    "block",
-    "square",
-    "sampled_high",
-    "high",
-    "low",
-    "hint",
-    "sampled_visible",
-    "mix_random",
-]
+    "random", "block", "square", "sampled_high", "high", "low", "hint", "sampled_visible", "mix_random"
+]  # fmt: skip
 RULES: tuple[str, ...] = get_args(Rule)
 UNGUIDED: tuple[str, ...] = ("random", "block", "square")
 GUIDED: tuple[str, ...] = tuple(rule for rule in RULES if rule not in UNGUIDED)
@@ -86,7 +78,7 @@ def sample_mask(
     Raises InputError for unknown rules, for a guided rule without scores and for impossible numbers.
     """
     n_patches = grid[0] * grid[1]
-    uniform, second = noise[:, :n_patches], noise[:, n_patches : 2 * n_patches]
+    uniform = noise[:, :n_patches]
     for name, value, fine, wanted in (
         ("temperature", temperature, temperature > 0, "a number above 0, e.g. 1"),
         ("square_side", square_side, square_side >= 1, "1 or more patches, e.g. 2"),
@@ -98,43 +90,22 @@ def sample_mask(
         raise InputError(
             f"mask.rule '{rule}' follows attention: set mask.source to teacher, momentum or collab"
         )
+    drawn = None if scores is None else perturbed(scores, uniform, temperature)
     if rule == "random":
         priority = uniform
-    elif rule == "block":
-        priority = block_priority(noise[:, 2 * n_patches :], grid, uniform)
-    elif rule == "square":
-        priority = square_priority(uniform, second, grid, square_side)
-    elif rule not in GUIDED:
-        raise InputError(f"mask.rule '{rule}' is unknown: use {', '.join(RULES)}")
+    elif rule == "sampled_high":
+        assert drawn is not None
+        priority = drawn
+    elif rule in RULES:
+        from cmt_mae.method.other_masks import priority_of
+
+        priority = priority_of(
+            rule, n_mask, noise, grid, scores, drawn, hint_share=hint_share, guided_share=guided_share,
+            square_side=square_side,
+        )  # fmt: skip
     else:
-        assert scores is not None
-        priority = _guided(
-            rule, n_mask, scores, uniform, second, temperature, hint_share, guided_share
-        )
+        raise InputError(f"mask.rule '{rule}' is unknown: use {', '.join(RULES)}")
     return from_priority(priority, n_mask)
-
-
-def _guided(
-    rule: str,
-    n_mask: int,
-    scores: Tensor,
-    uniform: Tensor,
-    second: Tensor,
-    temperature: float,
-    hint_share: float,
-    guided_share: float,
-) -> Tensor:
-    if rule == "high":
-        return scores
-    if rule == "low":
-        return -scores
-    if rule == "hint":
-        return hint_priority(scores, uniform, n_mask, hint_share)
-    if rule == "sampled_high":
-        return perturbed(scores, uniform, temperature)
-    if rule == "sampled_visible":
-        return -perturbed(scores, uniform, temperature)
-    return mixed_priority(perturbed(scores, uniform, temperature), second, n_mask, guided_share)
 
 
 def of_other_images(values: Tensor) -> Tensor:
@@ -168,67 +139,3 @@ def perturbed(scores: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     The same law as ``torch.multinomial`` (spec 2.3), and never fails on zeros.
     """
     return scores.float().clamp_min(SMALLEST).log() / temperature + gumbel(uniform.float())
-
-
-def hint_priority(scores: Tensor, uniform: Tensor, n_mask: int, share: float) -> Tensor:
-    """AttMask-Hint: the most attended patches are hidden but a few of the very top are revealed.
-
-    r = int(share * n_mask) random ones of the top int(share * L) are shown; the next r in line are hidden
-    instead, so the count stays (spec 2.3: 14 of the top 19 at 147 of 196).
-    """
-    n_patches = scores.shape[1]
-    top, revealed = int(share * n_patches), int(share * n_mask)
-    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
-    draw = uniform.masked_fill(rank >= top, -1.0)
-    shown = draw.argsort(dim=1, descending=True, stable=True)[
-        :, : min(revealed, top, n_patches - n_mask)
-    ]
-    return (-rank.float()).scatter(1, shown, -float(2 * n_patches))
-
-
-def mixed_priority(guided: Tensor, uniform: Tensor, n_mask: int, share: float) -> Tensor:
-    """The first int(share * n_mask) hidden patches by attention, the rest at random (HPM's ramp)."""
-    n_guided = int(share * n_mask)
-    rank = guided.argsort(dim=1, descending=True, stable=True).argsort(1)
-    return torch.where(rank < n_guided, 2.0, uniform)
-
-
-def square_priority(uniform: Tensor, second: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """SimMIM: squares of side x side patches are hidden whole; the last one is cut to the exact count."""
-    rows, columns = grid
-    cell_rows, cell_columns = -(-rows // side), -(-columns // side)
-    cells = uniform[:, : cell_rows * cell_columns].reshape(-1, cell_rows, cell_columns)
-    order = cells.flatten(1).argsort(1).argsort(1).reshape_as(cells).to(second.dtype)
-    spread = order.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :rows, :columns]
-    return spread.flatten(1) + second
-
-
-def block_priority(numbers: Tensor, grid: tuple[int, int], uniform: Tensor) -> Tensor:
-    """BEiT's block-wise rule, on the device and with an exact count.
-
-    Rectangles are drawn one after another (area 16 patches up to 40 % of the grid, aspect 0.3 to 1/0.3) and
-    hidden in this order; the one that passes the count is hidden in part, at random. (BEiT instead skips a
-    rectangle that would pass it.) numbers: (B, 5 * BLOCKS) uniform.
-    """
-    rows, columns = grid
-    area_u, aspect_u, top_u, left_u, _ = numbers.unflatten(1, (5, BLOCKS)).unbind(1)
-    largest = max(1.0, 0.4 * rows * columns)
-    smallest = min(16.0, largest)
-    area = smallest + area_u * (largest - smallest)
-    log_aspect = torch.log(torch.tensor(1 / 0.3)).item()
-    aspect = torch.exp((2 * aspect_u - 1) * log_aspect)
-    height = (area * aspect).sqrt().round().clamp(1, rows)
-    width = (area / aspect).sqrt().round().clamp(1, columns)
-    top = (top_u * (rows - height + 1)).floor()
-    left = (left_u * (columns - width + 1)).floor()
-    row = torch.arange(rows, device=numbers.device)[None, None, :, None]
-    column = torch.arange(columns, device=numbers.device)[None, None, None, :]
-    inside = (
-        (row >= top[..., None, None])
-        & (row < (top + height)[..., None, None])
-        & (column >= left[..., None, None])
-        & (column < (left + width)[..., None, None])
-    ).flatten(2)
-    drawn = torch.arange(BLOCKS, device=numbers.device)[None, :, None].expand_as(inside)
-    first = torch.where(inside, drawn, BLOCKS).amin(1)
-    return -first.to(uniform.dtype) + uniform

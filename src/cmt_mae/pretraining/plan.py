@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.engine.schedules import half_lives, momentum
+from cmt_mae.engine.optim import half_lives, momentum
 from cmt_mae.engine.task import micro_batches
 from cmt_mae.method.cmtmae import Alphas
 from cmt_mae.method.masking import count_masked

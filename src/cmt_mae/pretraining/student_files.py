@@ -5,7 +5,8 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from cmt_mae.backbones import Backbone, save_backbone
+from cmt_mae.backbones import Backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.method.vit import num_prefix
 from cmt_mae.pretraining.settings import PretrainConfig, Statistics
 

@@ -1,9 +1,10 @@
 """Pre-training as the loop takes it (engine/fit.py): the paper's step is ``Pretraining.loss``."""
 
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -14,30 +15,19 @@ from cmt_mae.backbones import Backbone
 from cmt_mae.core.runs import RunDir
 from cmt_mae.data.loader import Batch, CropSettings, pretrain_batches
 from cmt_mae.data.source import Source
-from cmt_mae.engine import sharding
-from cmt_mae.engine.collapse import CollapseAlarm, signs
-from cmt_mae.engine.messages import say, warn
-from cmt_mae.engine.optim import adamw
-from cmt_mae.engine.schedules import learning_rate
+from cmt_mae.engine.optim import adamw, learning_rate
+from cmt_mae.engine.processes import say
 from cmt_mae.engine.task import Evaluation, Task, falls_due
 from cmt_mae.method.cmtmae import Alphas, StudentWithDecoder
 from cmt_mae.method.frozen import FrozenNetworks
 from cmt_mae.method.masking import noise_length
-from cmt_mae.method.photo_view import at_crops
 from cmt_mae.method.teacher import TeacherOutput
-from cmt_mae.method.vit import build_student
-from cmt_mae.pretraining.assembly import (
-    IMAGENET,
-    Statistics,
-    teacher_store,
-    trainable,
-    worker_count,
-)
-from cmt_mae.pretraining.broken_images import BrokenImages
+from cmt_mae.pretraining.assembly import trainable, worker_count
 from cmt_mae.pretraining.plan import Plan, alphas_at
-from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.student_files import as_backbone, save_student
-from cmt_mae.pretraining.teacher_store import TeacherStore
+from cmt_mae.pretraining.settings import IMAGENET, PretrainConfig, Statistics
+
+if TYPE_CHECKING:
+    from cmt_mae.pretraining.teacher_store import TeacherStore
 
 EXTENSION_WARMUP = 0.1
 """Largest share of an extension that its warm-up takes."""
@@ -95,28 +85,31 @@ class Pretraining(Task):
         self.switch_step = plan.switch_step
         self.images, self.stats, self.teacher = images, stats, teacher
         self.looks = looks or Looks()
+        self.sharded = config.runtime.parallel == "fsdp" and accelerator.num_processes > 1
         self.store: TeacherStore | None = None
-        self.broken, self.collapse = BrokenImages(accelerator), CollapseAlarm()
+        self.broken: dict[int, tuple[str, str]] = {}
+        """Images of this process that cannot be read: index -> (name, reason)."""
+        self.collapse: set[str] = set()
+        """Names of the numbers that have shown collapse at the last line of metrics."""
 
     # --- a step ---
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The frozen networks make mask (Eq. 3) and targets, the student is compared with them (Eqs. 1, 2, 4)."""
-        self.broken.note(batch["bad"])
+        for index, name, reason in batch["bad"]:
+            self.broken.setdefault(index, (name, reason))
         images, teacher_images = self.to_device(batch)
         noise = batch["noise"].to(self.device, non_blocking=True)
         alphas, rules = self.alphas_at(step), self.config.mask
         mixed = rules.mix_random_end - rules.mix_random_start
-        with sharding.whole(self.frozen_networks.running()):
+        with self.in_one_piece(self.frozen_networks.running()):
             mask, targets, numbers = self.frozen_networks(
                 images,
                 noise,
                 self.plan.n_mask,
                 alphas,
                 teacher_images=teacher_images,
-                teacher_output=self.stored_output(
-                    batch, images if teacher_images is None else teacher_images
-                ),
+                teacher_output=self.stored_output(batch, images, teacher_images),
                 random_mask=step < rules.random_until_epoch * self.steps_per_epoch,
                 guided_share=rules.mix_random_start
                 + mixed * min(1.0, step / self.plan.first_end()),
@@ -155,7 +148,7 @@ class Pretraining(Task):
             alpha = self.config.alpha_of("loss") if in_two else 0.0
             active = {name for name, on in (("teacher", alpha < 1), ("momentum", alpha > 0)) if on}
         # FSDP leaves a head that is not used without a gradient; DDP has to know it beforehand
-        if self.config.runtime.parallel != "fsdp" or self.accelerator.num_processes == 1:
+        if not self.sharded:
             self.learner.activate(active)
 
     def lr_at(self, step: int) -> float:
@@ -214,32 +207,29 @@ class Pretraining(Task):
         planes = images.to(torch.float32, memory_format=torch.contiguous_format)
         return (planes / 255 - self.frozen_networks.mean) / self.frozen_networks.std
 
-    def stored_output(self, batch: Batch, seen: Tensor) -> Callable[[], TeacherOutput] | None:
-        """What stands for the teacher's forward pass on the crops ``seen`` where its outputs are kept."""
+    def stored_output(
+        self, batch: Batch, images: Tensor, teacher_images: Tensor | None
+    ) -> Callable[[], TeacherOutput] | None:
+        """What stands for the teacher's forward pass on these crops where its outputs are kept."""
         photo = self.config.teacher.view == "photo"
         # a crop that replaces a broken image's is not the one that would be kept under its number
         if self.store is None or (batch["bad"] and not photo):
             return None
-        return partial(self._at_boxes if photo else self._of_crops, batch, seen)
+        if photo:
+            return partial(self._at_boxes, batch)
+        seen = images if teacher_images is None else teacher_images
+        return partial(self.store.outputs, batch["index"], seen, torch.arange(len(seen)))
 
-    def _of_crops(self, batch: Batch, seen: Tensor) -> TeacherOutput:
-        """Out of the store; what is missing there the teacher computes from the crops."""
+    def _at_boxes(self, batch: Batch) -> TeacherOutput:
+        """Outputs of whole photos at the crops' boxes; what is missing is computed from those that came along."""
         assert self.store is not None
-        return self.store.outputs(batch["index"], seen, torch.arange(len(seen)))
-
-    def _at_boxes(self, batch: Batch, _seen: Tensor) -> TeacherOutput:
-        """Outputs of whole photos at the crops' boxes, on the student's grid; what is missing in the store is
-        computed from the photos that came along."""
-        store, teacher = self.store, self.frozen_networks.teacher
-        assert store is not None
-        assert teacher is not None
         photos = batch["photos"]
         if photos is not None:
             photos = self.normalise(photos.to(self.device, non_blocking=True))
-        found = store.outputs(batch["index"], photos, batch["photo_rows"])
         boxes = batch["box"].to(self.device, non_blocking=True)
         flip = batch["flip"].to(self.device, non_blocking=True) if self.config.data.flip else None
-        return at_crops(found, teacher.grid, self.frozen_networks.grid, boxes, flip)
+        grid = self.frozen_networks.grid
+        return self.store.at_boxes(batch["index"], photos, batch["photo_rows"], boxes, flip, grid)
 
     # --- networks ---
 
@@ -258,11 +248,13 @@ class Pretraining(Task):
             frozen.round_momentum()
         if "target_means" in state:  # not in runs of version 0.1
             frozen.means.load_state_dict(state["target_means"], self.device)
-        self.broken.met = {int(i): (entry[0], entry[1]) for i, entry in state["bad"].items()}
+        self.broken = {int(i): (entry[0], entry[1]) for i, entry in state["bad"].items()}
 
     def extra_state(self) -> dict[str, Any]:
         """The running means of the targets, the broken images met."""
-        bad = {index: list(entry) for index, entry in self.broken.of_all().items()}
+        from cmt_mae.pretraining.between_steps import of_all
+
+        bad = {i: list(entry) for i, entry in of_all(self.broken, self.accelerator).items()}
         return {"target_means": self.frozen_networks.means.state_dict(), "bad": bad}
 
     def frozen(self) -> dict[str, nn.Module]:
@@ -282,15 +274,29 @@ class Pretraining(Task):
         both = (self.frozen_networks.momentum, self.frozen_networks.momentum_low)
         return [network for network in both if network is not None]
 
+    def in_one_piece(self, network: nn.Module | None) -> AbstractContextManager[None]:
+        """Inside, a sharded network's parameters are whole, on every process; others are left alone."""
+        if not self.sharded:
+            return nullcontext()
+        from cmt_mae.engine.sharding import whole
+
+        return whole(network)
+
     def whole_student(self) -> VisionTransformer:
         """The student in one piece: itself, or a copy where it is sharded (then called by all processes)."""
-        return self._whole(self.learner.student, sharding.is_sharded(self.learner))
+        return self.whole(self.learner.student, self.learner)
 
-    def _whole(self, network: VisionTransformer, sharded: bool) -> VisionTransformer:
-        if not sharded:
+    def whole(self, network: VisionTransformer, root: nn.Module) -> VisionTransformer:
+        """root: what FSDP has cut if it has, the network itself or what holds it."""
+        if not self.sharded:
+            return network
+        from cmt_mae.engine.sharding import gathered, is_sharded
+        from cmt_mae.method.vit import build_student
+
+        if not is_sharded(root):
             return network
         copy = build_student(self.config.student).to(self.device)
-        copy.load_state_dict(sharding.gathered(network.state_dict()))
+        copy.load_state_dict(gathered(network.state_dict()))
         return copy.train(network.training)
 
     # --- a run ---
@@ -314,27 +320,11 @@ class Pretraining(Task):
                 self.accelerator,
                 f"teacher: {self.teacher.source}; licence of its weights: {licence}",
             )
-        self._open_store(run)
+        kept = config.teacher.cache or config.teacher.view == "photo"
+        if kept and self.teacher is not None:
+            from cmt_mae.pretraining.between_steps import open_store
 
-    def _open_store(self, run: RunDir) -> None:
-        """The teacher's outputs so far, where they are kept."""
-        assert self.images is not None
-        networks = self.frozen_networks
-        store = teacher_store(
-            self.config, networks.teacher, self.images.source, self.accelerator, self.teacher
-        )
-        if store is None:
-            return
-        if run.writes:
-            store.create()
-        self.accelerator.wait_for_everyone()
-        store.open()
-        self.store = store
-        say(
-            self.accelerator,
-            f"the teacher's outputs of {store.pictures} pictures take {store.bytes / 1e9:.2f} GB in "
-            f"{store.folder}; {store.count()} are there",
-        )
+            self.store = open_store(self, run)
 
     def evaluates(self, step: int) -> bool:
         """Where the student is measured or pictured."""
@@ -354,19 +344,14 @@ class Pretraining(Task):
 
     def evaluate(self, step: int, run: RunDir) -> Evaluation:
         """k-NN accuracy of the student so far, and a picture of what guides the mask."""
-        metrics = {}
-        if self.looks.probe is not None and self._probes(step):
-            backbone = as_backbone(self.config, self.whole_student(), self.stats)
-            metrics["knn_top1"] = self.looks.probe(backbone)
-        if self.looks.draw is not None and self._draws(step):
-            student = self.whole_student()
-            with sharding.whole(self.frozen_networks.running()):
-                if run.writes:
-                    self.looks.draw(self, student, step, run)
-        return Evaluation(metrics)
+        from cmt_mae.pretraining.between_steps import evaluate
+
+        return evaluate(self, step, run, probes=self._probes(step), draws=self._draws(step))
 
     def describe(self, means: dict[str, float], step: int) -> dict[str, Any]:
         """Stage of the last step, how many signs of collapse there are, half-lives of the average so far."""
+        from cmt_mae.engine.collapse import signs
+
         facts = {"collapse_signs": len(signs(means))}
         if step <= self.switch_step:
             return {"stage": 1, **facts}
@@ -375,17 +360,9 @@ class Pretraining(Task):
 
     def check(self, row: dict[str, Any], run: RunDir) -> None:
         """Warn of collapse; name broken images, and stop where there are too many."""
-        text = self.collapse.text(row)
-        if text:
-            warn(self.accelerator, run, row["step"], text)
-        assert self.images is not None
-        self.broken.check(
-            run,
-            seen=min(len(self.images.source), row["step"] * self.batch_size),
-            epoch=self.steps_per_epoch * self.batch_size,
-            over=row["step"] == self.total_steps,
-            most=self.config.data.max_bad,
-        )
+        from cmt_mae.pretraining.between_steps import check
+
+        check(self, row, run)
 
     def keeps(self, step: int) -> bool:
         """Every so many epochs, and at the switch of stages, if so set."""
@@ -395,15 +372,9 @@ class Pretraining(Task):
 
     def publish(self, step: int, run: RunDir) -> None:
         """backbone.safetensors, and that of the momentum student."""
-        average = self.frozen_networks.momentum
-        if average is not None:
-            average = self._whole(average, sharding.is_sharded(average))
-        student = self.whole_student()
-        if run.writes:
-            facts = self.facts(step)
-            save_student(run.path, self.config, student, self.stats, facts, "")
-            if average is not None:
-                save_student(run.path, self.config, average, self.stats, facts, "_momentum")
+        from cmt_mae.pretraining.between_steps import publish
+
+        publish(self, step, run)
 
     def facts(self, step: int) -> dict[str, Any]:
         """What run.json and the header of the backbone say."""

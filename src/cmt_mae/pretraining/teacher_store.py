@@ -8,6 +8,8 @@ found it there.
 """
 
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,15 +19,78 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json, writing
+from cmt_mae.data.source import Source
+from cmt_mae.method.cmtmae import takes_class_token
+from cmt_mae.method.photo_view import Grid, at_crops
 from cmt_mae.method.teacher import Teacher, TeacherOutput
+from cmt_mae.method.vit import block_number
+from cmt_mae.pretraining.settings import PretrainConfig
 
 KeepAs = Literal["fp32", "fp16", "int8"]
 AT_ONCE = 16
 """Pictures of one forward pass, always: another number would give other last bits."""
+
+
+def teacher_store(
+    config: PretrainConfig,
+    teacher: Teacher,
+    source: Source,
+    accelerator: Accelerator,
+    backbone: Backbone,
+) -> "TeacherStore":
+    """Where the teacher's outputs of this run are kept. Raises InputError over several machines."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise InputError(
+            "the teacher's outputs can be kept on one machine only: set teacher.cache to false and "
+            "teacher.view to crop, or start one machine"
+        )
+    made_by = what_outputs_follow_from(config, teacher, source, accelerator, backbone.digest)
+    made_by["teacher_facts"] = backbone.facts
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.teacher.cache_folder or Path(config.out) / "teacher_cache") / key
+    return TeacherStore(
+        folder, teacher, pictures=len(source), heads=config.mask.heads,
+        class_token=takes_class_token(config.target), keep_as=made_by["keep_as"], made_by=made_by,
+    )  # fmt: skip
+
+
+def what_outputs_follow_from(
+    config: PretrainConfig, teacher: Teacher, source: Source, accelerator: Accelerator, digest: str
+) -> dict[str, Any]:
+    """Everything that the teacher's outputs follow from; runs that agree in it share one store."""
+    settings, student, data = config.teacher, config.student, config.data
+    photo = settings.view == "photo"
+    made_by: dict[str, Any] = {
+        "teacher": digest,
+        "images": source.fingerprint(),
+        "view": settings.view,
+        "input_size": teacher.input_size,
+        "grid": teacher.grid,
+        "attention_block": block_number(teacher.model, settings.attention_block),
+        "heads": config.mask.heads,
+        "feature": [settings.feature, settings.last_k if settings.feature == "last_k" else 0],
+        "project_to": settings.project_to,
+        "class_token": takes_class_token(config.target),
+        "keep_as": settings.keep_as if settings.keep_as != "auto" else "fp16" if photo else "fp32",
+        "channels": teacher.channels,
+        "shrink": data.shrink,
+        # the same settings give other last bits elsewhere
+        "computed": [
+            accelerator.mixed_precision, config.frozen_precision, config.runtime.compile, accelerator.device.type
+        ],
+    }  # fmt: skip
+    if not photo:
+        made_by["crops"] = [
+            config.seed, data.scale, data.flip, student.size(), settings.pixels, settings.grid_align, data.mean,
+            data.std,
+        ]  # fmt: skip
+    return made_by
 
 
 class TeacherStore:
@@ -132,6 +197,19 @@ class TeacherStore:
                     self._spoilt(int(numbers[places[k]]))
                     self.files.keep(int(numbers[places[k]]), record)
         return self._unpack(records)
+
+    def at_boxes(
+        self,
+        index: Tensor,
+        photos: Tensor | None,
+        rows: Tensor,
+        boxes: Tensor,
+        flip: Tensor | None,
+        grid: Grid,
+    ) -> TeacherOutput:
+        """``outputs`` of whole photos, read at crops on the student's ``grid``. boxes, flip: see ``at_crops``."""
+        found = self.outputs(index, photos, rows)
+        return at_crops(found, self.teacher.grid, grid, boxes, flip)
 
     def _spoilt(self, number: int) -> None:
         assert self.files is not None

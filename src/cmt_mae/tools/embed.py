@@ -24,10 +24,9 @@ from cmt_mae.core.files import write_atomically, write_json
 from cmt_mae.core.lock import only_one
 from cmt_mae.core.settings import Count, CountOrNone, check_fields
 from cmt_mae.core.text import one_line, printable
-from cmt_mae.data.crops import center_crop
-from cmt_mae.data.decode import BadImage, decode_image
-from cmt_mae.data.loader import load_image
-from cmt_mae.data.source import Limits
+from cmt_mae.data.centre import center_crop, load_image
+from cmt_mae.data.decode import decode_image
+from cmt_mae.data.source import BadImage, Limits
 from cmt_mae.data.sources import Source, limits_of, open_source
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import start_processes

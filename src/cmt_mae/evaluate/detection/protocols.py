@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.presets import OF_PRESET, given_fields
+from cmt_mae.core.refusals import refusal
 from cmt_mae.core.settings import (
-    OF_PRESET,
     Amount,
     Count,
     CountOrNone,
@@ -14,8 +15,6 @@ from cmt_mae.core.settings import (
     Positive,
     Share,
     check_fields,
-    given_fields,
-    refusal,
     resume_safe,
 )
 from cmt_mae.engine.task_settings import TaskSettings

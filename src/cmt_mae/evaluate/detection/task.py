@@ -27,10 +27,9 @@ from cmt_mae.data.detection_crops import (
     scaled_size,
 )
 from cmt_mae.data.tasks import each_once, train_batches
-from cmt_mae.engine.optim import layer_decay_groups
+from cmt_mae.engine.layer_decay import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
-from cmt_mae.engine.schedules import step_decay, warmed_up
-from cmt_mae.engine.supervised import SupervisedTask
+from cmt_mae.engine.supervised import SupervisedTask, step_decay, warmed_up
 from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.evaluate.detection.detector import DetectionBatch, Detector, build_detector, depth_of
 from cmt_mae.evaluate.detection.metrics import coco_metrics, objects_of

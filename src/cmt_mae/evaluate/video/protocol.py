@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.settings import OF_PRESET, Count, CountOrNone, Positive, filled
+from cmt_mae.core.presets import OF_PRESET, filled
+from cmt_mae.core.settings import Count, CountOrNone, Positive
 
 
 @dataclass(kw_only=True)

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cmt_mae.core.continuing import refuse_changes
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json
 from cmt_mae.core.parsing import flatten, parse
 from cmt_mae.core.recipes import load_recipes, merge
-from cmt_mae.core.runs import plain, refuse_changes
+from cmt_mae.core.runs import plain
 from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.start import take_shape

@@ -9,8 +9,9 @@ import gradio as gr
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
-from cmt_mae.data.decode import BadImage, decode_image
-from cmt_mae.data.folder import read_file
+from cmt_mae.data.decode import decode_image
+from cmt_mae.data.files import read_file
+from cmt_mae.data.source import BadImage
 from cmt_mae.method.masking import RULES
 from cmt_mae.tools.app.explorer import OWN_TEACHER, TILES, Choice, Controls, Explorer
 from cmt_mae.tools.inspect.networks import NO_TEACHER

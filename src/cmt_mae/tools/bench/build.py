@@ -84,7 +84,7 @@ def make_task(
         teacher = teacher_of(config, backbone or frozen_backbone(config), stats)
     plan = make_plan(config, images or STEPS * config.batch_size, accelerator.num_processes)
     learner = assembly.build_learner(config, teacher)
-    guides = assembly.build_guides(config, teacher, stats)
+    guides = assembly.build_frozen_networks(config, teacher, stats)
     return Pretraining(config, accelerator, plan, learner, guides, stats=stats)
 
 

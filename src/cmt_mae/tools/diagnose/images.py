@@ -12,11 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from cmt_mae.data.decode import BadImage, decode_image
+from cmt_mae.data.decode import decode_image
 from cmt_mae.data.folder import left_out_of
-from cmt_mae.data.loader import order
-from cmt_mae.data.source import Source
+from cmt_mae.data.source import BadImage, Source
 from cmt_mae.data.sources import has_splits, open_split
+from cmt_mae.data.steps import order
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 
 NAMED = 5  # examples of each kind

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from cmt_mae.core.run_reader import RunRecord, section
 from cmt_mae.engine.collapse import FIX, signs
-from cmt_mae.engine.schedules import learning_rate
+from cmt_mae.engine.optim import learning_rate
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 from cmt_mae.tools.diagnose.limits import FAR, GREEDY, SAME, UNIFORM
 from cmt_mae.tools.diagnose.settings import check_settings, few_images

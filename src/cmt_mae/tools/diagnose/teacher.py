@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.backbones.container import read_container
 from cmt_mae.backbones.load import EMBEDDED, RUN_FILES
-from cmt_mae.backbones.save import HEADER
+from cmt_mae.backbones.own_file import HEADER
 from cmt_mae.backbones.selfcheck import TOLERANCE, features_of_fixed_picture
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.crops import center_crop
-from cmt_mae.data.decode import BadImage
-from cmt_mae.data.loader import load_image
+from cmt_mae.data.centre import center_crop, load_image
 from cmt_mae.data.sample import pictures
-from cmt_mae.data.source import Source
+from cmt_mae.data.source import BadImage, Source
 from cmt_mae.method import targets as T
-from cmt_mae.method.attention import class_rows
+from cmt_mae.method.attention import attention_rows
 from cmt_mae.method.frozen import as_shares
 from cmt_mae.method.teacher import Teacher
 from cmt_mae.method.vit import has_class_token, num_prefix
@@ -110,7 +108,7 @@ def look(teacher: Teacher, images: Tensor, mean: Tensor, std: Tensor) -> dict[st
         maps.append(as_shares(raw))
         masses.append(mass)
         if has_class_token(teacher.model):
-            rows.append(class_rows(teacher.model, state)[:, :, num_prefix(teacher.model) :])
+            rows.append(attention_rows(teacher.model, state)[:, :, num_prefix(teacher.model) :])
         features.append(teacher.features(state, None))
     shares, tokens = torch.cat(maps), torch.cat(features)
     each = entropy_of(shares)

@@ -13,11 +13,12 @@ import torch
 from scipy.stats import rankdata
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.data.centre import center_crop
 from cmt_mae.data.coco import open_coco
-from cmt_mae.data.crops import center_crop
 from cmt_mae.data.davis import open_davis, read_frame, read_mask
-from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import read_file
+from cmt_mae.data.decode import IMAGE_SUFFIXES, decode_image
+from cmt_mae.data.files import read_file
+from cmt_mae.data.source import BadImage
 from cmt_mae.method.masking import GUIDED
 from cmt_mae.tools.inspect.images import Photo, cut
 from cmt_mae.tools.inspect.look import Inspector, hidden

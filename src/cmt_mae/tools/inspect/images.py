@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.data.crops import center_crop, resized_crop
-from cmt_mae.data.decode import IMAGE_SUFFIXES, BadImage, decode_image
-from cmt_mae.data.folder import read_file
-from cmt_mae.data.loader import load_image
-from cmt_mae.data.source import Limits, Source, shown
+from cmt_mae.data.centre import center_crop, load_image, resized_crop
+from cmt_mae.data.decode import IMAGE_SUFFIXES, decode_image
+from cmt_mae.data.files import read_file
+from cmt_mae.data.source import BadImage, Limits, Source, shown
 from cmt_mae.data.sources import limits_of, open_source
 from cmt_mae.pretraining.assembly import crop_settings
 from cmt_mae.tools.inspect.networks import Networks

@@ -6,16 +6,11 @@ from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.method import targets as T
-from cmt_mae.method.attention import (
-    attention_rows,
-    column_means,
-    mix_attention,
-    normalise_map,
-    reduce_heads,
-)
+from cmt_mae.method.attention import attention_rows, mix_attention, normalise_map, reduce_heads
 from cmt_mae.method.frozen import as_shares
 from cmt_mae.method.last_block import finish
 from cmt_mae.method.masking import GUIDED, RULES, Mask, noise_length, sample_mask
+from cmt_mae.method.other_attention import column_means
 from cmt_mae.method.photo_view import at_crops, box_weights, sample
 from cmt_mae.method.teacher import TeacherOutput, resample
 from cmt_mae.method.vit import (
