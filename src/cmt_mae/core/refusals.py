@@ -4,13 +4,10 @@ import math
 import types
 import typing
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import hint, one_line
-
-if TYPE_CHECKING:
-    from cmt_mae.core.settings import Range
 
 NAMES = {float: "number", int: "whole number", str: "word"}
 SAMPLES = {float: "[0.2, 1.0]", int: "[10, 20]", str: "[one, two]"}
@@ -33,8 +30,8 @@ def refuse_meaningless(name: str, value: Any) -> None:
         raise InputError(f"--{name} holds a zero byte, '{one_line(value, 60)}': remove it")
 
 
-def range_words(limits: "Range") -> str:
-    """E.g. "from 0 to 1", "of 1 or more"."""
+def range_words(limits: Any) -> str:
+    """Of a ``Range``: e.g. "from 0 to 1", "of 1 or more"."""
     if math.isinf(limits.high):
         return f"above {limits.low:g}" if limits.above else f"of {limits.low:g} or more"
     low = f"above {limits.low:g}" if limits.above else f"from {limits.low:g}"

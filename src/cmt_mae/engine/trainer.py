@@ -129,7 +129,7 @@ class Trainer:
         gradients = [p.grad for p in learning if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._sharded:
-            norms = norms.full_tensor()  # type: ignore[operator]
+            norms = norms.full_tensor()  # type: ignore[attr-defined]
         norm = torch.linalg.vector_norm(norms)
         # gradients are made from the last parameter to the first, and a bad one spoils those after it
         places = torch.arange(len(learning), device=self.device)

@@ -81,7 +81,8 @@ def pretrain(
         teacher, backbone = build_teacher(config, stats)
         frozen = build_frozen_networks(config, teacher, stats)
         frozen.mask_rule, frozen.target_function = mask_rule, target
-        looks, sizes = Looks(draw_attention), {}
+        looks = Looks(draw_attention)
+        sizes: dict[str, int] = {}
         if runtime.probe_data:
             from cmt_mae.tools.looks import open_probe
 
