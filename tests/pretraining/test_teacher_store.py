@@ -165,7 +165,7 @@ def test_what_changes_the_outputs_has_a_store_of_its_own(
         teacher, backbone = assembly.build_teacher(config, assembly.IMAGENET)
         assert teacher is not None
         assert backbone is not None
-        return assembly.what_outputs_follow_from(
+        return teacher_store.what_outputs_follow_from(
             config, teacher, source, Accelerator(cpu=True), backbone.digest
         )
 
