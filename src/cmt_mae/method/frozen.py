@@ -123,7 +123,7 @@ class FrozenNetworks(nn.Module):
         if skipped is None:
             torch._foreach_lerp_(slow, fast, 1.0 - m)
         else:  # a tensor as weight keeps the decision on the device
-            weight = (1.0 - m) * (1.0 - skipped)
+            weight = (1.0 - m) * (1.0 - skipped.to(slow[0].dtype))
             torch._foreach_lerp_(slow, fast, [weight] * len(slow))  # type: ignore[list-item]
         self.round_momentum()
 
