@@ -38,7 +38,7 @@ def shaken(model: VisionTransformer) -> VisionTransformer:
 
 
 def look(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the last block: the class token's attention to each patch, mean of the heads (B, L); features (B, L, D)."""
+    """The class token's attention to patches in the last block, mean of the heads (B, L); features (B, L, D)."""
     block: Any = vit.blocks[-1]
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
     for one in vit.blocks[:-1]:
