@@ -190,6 +190,22 @@ def test_a_folder_of_timms_hub_says_everything(tmp_path: Path, name: str) -> Non
     assert path.is_file()
 
 
+def test_a_config_of_another_file_in_the_folder_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two networks of equal shapes in one folder of downloads: config.json is about model.safetensors."""
+    bare(tmp_path / "model.safetensors", "vit_tiny_patch16_224")
+    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).mean == load(tmp_path / "model.safetensors").mean == (0.1,) * 3
+    mine, _ = bare(tmp_path / "mine.safetensors", "vit_tiny_patch16_224")
+    with pytest.raises(InputError, match="does not say the mean and std"):
+        load(mine)
+    assert "mine.safetensors: the config.json beside it is not used" in caplog.text
+    (tmp_path / "model.safetensors").unlink()
+    assert load(mine).mean == (0.1,) * 3
+
+
 def test_where_no_facts_can_be_given_the_way_out_is_an_export(tmp_path: Path) -> None:
     """explain's teacher, the second backbone of DAVIS and the app have no such settings."""
     path, model = bare(tmp_path / "weights.safetensors", "vit_tiny_patch16_224", img_size=64)

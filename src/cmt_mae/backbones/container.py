@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import pathlib
 import pickle
 import warnings
@@ -22,9 +23,16 @@ from cmt_mae.backbones.names import without_wrappers
 from cmt_mae.backbones.own_file import read_safetensors, tensors_of
 from cmt_mae.backbones.torchscript import is_torchscript, read_torchscript
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.text import one_line
+from cmt_mae.core.text import one_line, printable
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+LIBRARY_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+"""Names that Hugging Face, timm and open_clip give the weights that a config.json beside them is about."""
 MAX_JSON = 1 << 20
 """A configuration of more bytes than this is none."""
 
@@ -74,10 +82,24 @@ def read_container(path: Path) -> Container:
             container = Container(path, read_torch(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
-    container.config = read_json(path.parent / "config.json")
-    container.preprocessor = read_json(path.parent / "preprocessor_config.json")
-    container.open_clip = read_json(path.parent / "open_clip_config.json")
+    if _is_configured(path):
+        container.config = read_json(path.parent / "config.json")
+        container.preprocessor = read_json(path.parent / "preprocessor_config.json")
+        container.open_clip = read_json(path.parent / "open_clip_config.json")
     return container
+
+
+def _is_configured(path: Path) -> bool:
+    """Whether configurations beside a file are of it, and not of another file of weights that lies there."""
+    if path.name in LIBRARY_FILES:
+        return True
+    others = sum(p.suffix in SUFFIXES and p != path for p in path.parent.iterdir())
+    if others and (path.parent / "config.json").is_file():
+        logging.getLogger(__name__).warning(
+            "%s: the config.json beside it is not used, as %d other file(s) of weights lie there too",
+            printable(str(path)), others,
+        )  # fmt: skip
+    return not others
 
 
 def read_torch(path: Path) -> Mapping[Any, Any]:

@@ -16,12 +16,6 @@ from cmt_mae.core.text import one_line, printable
 
 EMBEDDED = Path(__file__).parent.parent / "teachers" / "embedded.safetensors"
 RUN_FILES = {None: "backbone.safetensors", "momentum": "backbone_momentum.safetensors"}
-FOLDER_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)
 UNEXPECTED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -113,10 +107,12 @@ def from_folder(
         if not file.is_file():
             raise InputError(f"{path}: this run has no {file.name} yet; let it reach its end first")
         return from_file(file, img_size, None, given)
-    for candidate in FOLDER_FILES:
+    from cmt_mae.backbones.container import LIBRARY_FILES
+
+    for candidate in LIBRARY_FILES:
         if (path / candidate).is_file():
             return from_file(path / candidate, img_size, key, given)
-    raise InputError(f"{path}: no run directory, and none of {', '.join(FOLDER_FILES)} in it")
+    raise InputError(f"{path}: no run directory, and none of {', '.join(LIBRARY_FILES)} in it")
 
 
 _SAID: set[str] = set()
