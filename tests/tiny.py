@@ -1,9 +1,6 @@
 """Tiny networks, pictures and runs: students of width 16 and random weights, 44 x 40 pixels, 10 steps."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,12 @@ import timm
 import torch
 from PIL import Image
 
+import cmt_mae
 from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.parsing import as_word, flatten
 from cmt_mae.core.runs import plain
 from cmt_mae.pretraining.settings import PretrainConfig
+from programs import Running
 
 Make = Callable[..., PretrainConfig]
 EVERY: dict[str, Any] = {
@@ -101,14 +100,9 @@ def as_words(config: PretrainConfig) -> list[str]:
     return [f"--{k}={as_word(v)}" for k, v in flatten(plain(config)).items() if v is not None]
 
 
-def start(words: list[str], processes: int = 1) -> "subprocess.Popen[str]":
-    """The command line in a process of its own (or under torchrun)."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    launch = [*(torchrun if processes > 1 else ()), "-m", "cmt_mae"]
-    return subprocess.Popen(
-        [sys.executable, *launch, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def start(words: list[str], processes: int = 1) -> Running:
+    """The command line in processes of its own."""
+    return Running(Path(str(cmt_mae.__file__)).with_name("__main__.py"), words, processes)
 
 
 def rows(run: Path) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 """The command line contract: exit status, one line of error, --json, names of options, recipes."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import cmt_mae
 from cmt_mae.core.bare_words import with_lists, with_positional
 from cmt_mae.core.cli import COMMANDS, EVALUATIONS, SHORT, main
 from cmt_mae.core.parsing import parse
@@ -207,42 +209,28 @@ def test_images_that_are_none(
 def test_broken_images_are_named_skipped_and_stop_the_run_when_too_many(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Two of 40 are less than 6 %, though one of them is among the first 8."""
     folder = tmp_path / "photos"
     folder.mkdir()
     noise = np.random.default_rng(0)
-    for number in range(30):
-        Image.fromarray(noise.integers(0, 255, (40, 40, 3), np.uint8)).save(
-            folder / f"{number:02d}.jpg"
-        )
-    cut = folder / "07.jpg"
+    for number in range(40):
+        pixels = noise.integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.jpg")
+    config = make(data__path=str(folder), data__max_bad=0.06)
+    first, last = order(40, config.seed, 0)[[0, -1]].tolist()
+    (folder / f"{first:02d}.jpg").write_text("I am no picture")
+    cut = folder / f"{last:02d}.jpg"
     cut.write_bytes(cut.read_bytes()[:300])
-    (folder / "11.jpg").write_text("I am no picture")
-    config = make(data__path=str(folder), data__max_bad=0.2)
     assert main(["pretrain", *as_words(config)]) == 0
     named = (Path(config.out) / "bad_images.txt").read_text()
-    assert len(named.splitlines()) == 2
-    assert "07.jpg" in named
-    assert "11.jpg" in named
+    assert sorted(line.split("\t")[0] for line in named.splitlines()) == sorted(
+        f"{number:02d}.jpg" for number in (first, last)
+    )
     capsys.readouterr()
     config = make(out="strict", data__path=str(folder), data__max_bad=0.01)
     line = fails(capsys, "pretrain", *as_words(config))
     assert "more than data.max_bad 0.01" in line
     assert "bad_images.txt" in line
-
-
-def test_a_broken_image_in_the_first_batch_does_not_stop_the_run(
-    make: Make, tmp_path: Path
-) -> None:
-    """One of 40 is less than 5 %, though it is one of the first 8."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(40):
-        Image.new("RGB", (40, 40), (number, 90, 30)).save(folder / f"{number:02d}.png")
-    config = make(data__path=str(folder), data__max_bad=0.05)
-    first = int(order(40, config.seed, 0)[0])
-    (folder / f"{first:02d}.png").write_text("I am no picture")
-    assert main(["pretrain", *as_words(config)]) == 0
-    assert f"{first:02d}.png" in (Path(config.out) / "bad_images.txt").read_text()
 
 
 def test_evaluate_json_is_the_last_line_of_stdout(
@@ -286,15 +274,12 @@ def test_config_of_a_run_is_a_recipe(make: Make) -> None:
 
 def test_public_functions_stay_functions_whatever_was_imported_before() -> None:
     """A module of the same name would take the function's place once it is imported."""
-    code = (
-        "import importlib, cmt_mae\n"
-        "for _ in range(2):\n"
-        "    for name, home in cmt_mae._HOMES.items():\n"
-        "        module = importlib.import_module(f'cmt_mae.{home}')\n"
-        "        assert getattr(cmt_mae, name) is getattr(module, name), name\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    modules = {
+        name: importlib.import_module(f"cmt_mae.{home}") for name, home in cmt_mae._HOMES.items()
+    }
+    for name, module in modules.items():
+        assert getattr(cmt_mae, name) is getattr(module, name), name
+        assert callable(getattr(cmt_mae, name)), name
 
 
 def test_bare_flags_and_positional_words() -> None:

@@ -261,8 +261,10 @@ def test_workers_that_always_die_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    with pytest.raises(InputError, match=r"4 times in a row: .*image \d+, ") as info:
+    with pytest.raises(InputError, match=r"4 times in a row: .*image \d+, "):
         batches(Accident(tmp_path, 1000, False), 7, workers=1, timeout_s=1)
+    with pytest.raises(InputError, match=r"loader worker .*died.* use no workers") as info:
+        list(eval_batches(Accident(tmp_path, 1000, False), size=(8, 8), batch_size=4, workers=1))
     assert "\n" not in str(info.value)
 
 

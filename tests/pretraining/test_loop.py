@@ -1,7 +1,10 @@
 """The loop: two stages, what is written, resume, kills, signals, processes."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,13 +166,16 @@ def test_a_run_in_use_is_refused_and_a_sigterm_checkpoints_and_exits_75(make: Ma
 
 
 def test_two_processes_equal_one(make: Make) -> None:
-    """With every setting on that looks at other images or at the whole batch."""
+    """Under torchrun, with every setting on that looks at other images or at the whole batch."""
     whole_batch = {"epochs": 3.0, "target__centre": True, "mask__other_image": True}
     one, two = make("one", **whole_batch), make("two", **whole_batch)
     pretrain(one)
-    process = start(["pretrain", *as_words(two)], processes=2)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cmt_mae"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "pretrain", *as_words(two)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     first, second = rows(Path(one.out)), rows(Path(two.out))
     assert len(first) == len(second) == 15
     for a, b in zip(first, second, strict=True):

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.lock import Lock
 from cmt_mae.tools.ablate import AblateConfig, ablate
@@ -99,16 +98,15 @@ def test_failing_run_is_named_and_stops_no_other(images: Path, scale: Path, tmp_
     assert (tmp_path / "out" / "status" / "good_s0.json").stat().st_mtime_ns == before
 
 
-def test_command_line_refuses_what_cannot_work(images: Path, scale: Path, tmp_path: Path) -> None:
+def test_command_line_refuses_what_cannot_work(
+    images: Path, scale: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One line, status 2, and nothing is left behind."""
     out = tmp_path / "out"
     words = ["ablate", "maskz", "--out", str(out), "--data", str(images), "--recipe", str(scale)]
-    done = subprocess.run(
-        [sys.executable, "-m", "cmt_mae", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "'maskz' is unknown (did you mean masks?)" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'maskz' is unknown (did you mean masks?)" in line
     assert not out.exists()
     for change, said in (
         ({"index": 2, "of": 2}, "--index 2"),
