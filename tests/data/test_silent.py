@@ -197,6 +197,18 @@ def test_limits_given_or_of_train_hold_for_val_packs_and_colours(tmp_path: Path)
     assert open_split(str(tmp_path / "p"), "val").read(0).max() > 240  # type: ignore[union-attr]
 
 
+def test_a_class_called_train_is_not_taken_for_a_split_unseen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "car/1.jpg", "bus/1.jpg", "train/1.jpg", "train/2.jpg")
+    assert len(open_split(str(tmp_path), "train")) == 2
+    assert "train/ alone is read, as its name is that of a split; beside it: bus, car" in caplog.text
+    caplog.clear()
+    put(tmp_path / "usual", "train/a/1.jpg", "val/a/1.jpg", "test/a/1.jpg")
+    open_split(str(tmp_path / "usual"), "val")
+    assert not caplog.text
+
+
 def test_12_bits_are_not_black_where_files_are_listed_one_by_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,6 +36,15 @@ def test_a_run_whose_checkpoints_are_gone_is_not_trained_anew(make: Make) -> Non
     assert (run / "config.yaml").read_text() == settings
 
 
+def test_a_missing_run_json_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make()
+    pretrain(config)
+    (Path(config.out) / "run.json").unlink()
+    pretrain(config)
+    assert "warning: " in (told := capsys.readouterr().err)
+    assert "run.json is missing: data and teacher are not compared" in told
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(make: Make) -> None:
     config = make(runtime__checkpoint_every=100.0, epochs=60.0)
     process = start(["pretrain", *as_words(config)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from cmt_mae.core.errors import InputError
+from cmt_mae.core.text import printable
 from cmt_mae.data.files import is_litter
 from cmt_mae.data.source import Limits, Names, Source, held_out
 
@@ -58,6 +59,7 @@ def open_split(
     if hub:
         source = _open(path, classes, words)
     elif isinstance(here, Path):
+        _tell_of_others(here)
         path = str(here)
         source = _open(path, classes)
     elif here:
@@ -79,6 +81,18 @@ def open_split(
 def has_splits(path: str) -> bool:
     """Whether the path holds both a training and a validation split, as `open_split` finds them."""
     return all(_find_split(path, words) for words in _ALIASES.values())
+
+
+def _tell_of_others(split: Path) -> None:
+    """A line about folders beside a split's: a class may be called train."""
+    from cmt_mae.data.folder import SPLIT_NAMES
+
+    names = sorted(p.name for p in split.parent.iterdir() if p.is_dir() and not is_litter(p.name))
+    others = [name for name in names if name.lower() not in SPLIT_NAMES]
+    if others:
+        first = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
+        text = f": {split.name}/ alone is read, as its name is that of a split; beside it: {first}"
+        _tell(f"{split}/", str(split.parent), text)
 
 
 def _told_of(path: str, source: Source) -> Source:

@@ -314,6 +314,9 @@ class _Fit:
         if state is not None:
             from cmt_mae.core.continuing import refuse_other_facts, refuse_other_settings
 
+            if not known:
+                text = f"{self.run.path}/run.json is missing: data and teacher are not compared"
+                say(self.accelerator, f"warning: {text}")
             refuse_other_settings(self.run, state)
             refuse_other_facts(self.run.path, known, self.facts)
         self.accelerator.wait_for_everyone()  # every process has read before one writes
