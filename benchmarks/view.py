@@ -20,7 +20,7 @@ from pathlib import Path
 
 import timm
 
-from cmt_mae.backbones import save_backbone
+from cmt_mae.backbones.save import save_backbone
 from cmt_mae.core.files import write_json
 from cmt_mae.core.runs import environment
 

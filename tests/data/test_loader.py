@@ -219,7 +219,6 @@ def test_too_many_broken_images_stop_the_run(workers: int) -> None:
         ({"world": 3}, "3 x 8"),
         ({"micro_batch": 0}, "not a multiple"),
         ({"batch_size": 16, "micro_batch": 8}, "12 images are fewer"),
-        ({"seed": -1}, "seed"),
     ],
 )
 def test_sizes_that_do_not_fit(options: dict[str, int], words: str) -> None:
@@ -356,7 +355,7 @@ def test_a_program_that_ends_by_an_error_does_not_wait_for_its_workers() -> None
         "from cmt_mae.data.steps import iterate\n"
         "class Zeros:\n"
         "    def __getitem__(self, key): return np.zeros(3)\n"
-        "    def describe(self, key): return ''\n"
+        "    def names_of(self, key): return ''\n"
         "stream = iterate(Zeros(), lambda done: range(done, 10**6), 2)\n"
         "next(stream)\n"
         "raise ValueError('a bug')\n"
@@ -381,7 +380,7 @@ class Answers:
     def __getitem__(self, key: int) -> Unsendable:
         return Unsendable()
 
-    def describe(self, key: int) -> str:
+    def names_of(self, key: int) -> str:
         return f"item {key}"
 
 

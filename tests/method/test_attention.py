@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cmt_mae.core.errors import InputError
 from cmt_mae.method import other_attention as A
 from cmt_mae.method.attention import attention_map, mix_attention, normalise_map, reduce_heads
-from cmt_mae.method.last_block import asks_alone, finish
+from cmt_mae.method.last_block import finish, is_plain_attention
 from cmt_mae.method.masking import from_priority
 from cmt_mae.method.vit import forward_to_last, num_prefix
 
@@ -125,7 +125,7 @@ def test_map_is_computed_in_fp32_under_autocast(family: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside, mass = attention_map(model, replace(state, normed=None, keys=None, finished=None))
         # a plain ViT projects to queries and keys in bf16, what follows is fp32; the others are fp32 wholly
-        plain = asks_alone(model.blocks[-1].attn)
+        plain = is_plain_attention(model.blocks[-1].attn)
         torch.testing.assert_close(inside, straight, atol=0.01 if plain else 0, rtol=0)
         after_bf16, _ = attention_map(model, forward_to_last(model, x))
     assert inside.dtype == mass.dtype == torch.float32

@@ -68,7 +68,7 @@ def test_folded_normalisation_is_exact(family: str, dtype: torch.dtype, atol: fl
     wanted = model.patch_embed(normal(pixels, CLIP))
     taught = teacher(model, own=CLIP, student=IMAGENET)
     close(taught.model.patch_embed(normal(pixels, IMAGENET)), wanted, atol=atol)
-    features = taught.features(taught.look(normal(pixels, IMAGENET)), None)
+    features = taught.features(taught.run_to_last(normal(pixels, IMAGENET)), None)
     whole = model.forward_features(normal(pixels, CLIP))[:, 1:]
     close(features, whole, atol=1e-10 if dtype == torch.float64 else 1e-4)
 
@@ -99,12 +99,12 @@ def test_grids_align_by_input_size() -> None:
     taught = teacher(model)
     assert taught.input_size == (21, 28)
     small = resize(x, [21, 28], InterpolationMode.BICUBIC, antialias=True)
-    close(taught.features(taught.look(x), None), model.forward_features(small)[:, 1:], atol=1e-4)
+    close(taught.features(taught.run_to_last(x), None), model.forward_features(small)[:, 1:], atol=1e-4)
     cut_again = torch.randn(2, 3, 21, 28)  # the same crop at the teacher's own size: as it is
     assert torch.equal(
-        finish(taught.model, taught.look(cut_again)), finish(model, teacher(model).look(cut_again))
+        finish(taught.model, taught.run_to_last(cut_again)), finish(model, teacher(model).run_to_last(cut_again))
     )
-    close(taught.features(taught.look(cut_again), None), model.forward_features(cut_again)[:, 1:])
+    close(taught.features(taught.run_to_last(cut_again), None), model.forward_features(cut_again)[:, 1:])
 
 
 def test_area_and_bilinear_resampling_by_hand() -> None:
@@ -122,7 +122,7 @@ def test_area_and_bilinear_resampling_by_hand() -> None:
 def test_grids_align_by_resampling() -> None:
     model, x, grid = network("dinov2 (registers, layer scale)"), pictures(), (2, 2)
     taught = teacher(model, grid=grid, grid_align="resample", feature="tokens")
-    state = taught.look(x)
+    state = taught.run_to_last(x)
     raw, mass = taught.attention(state)
     row = full_map(model, x)[:, :, 0].mean(1)
     wanted = F.adaptive_avg_pool2d(row[:, 5:].view(2, 1, 3, 4), grid).flatten(1)
@@ -157,11 +157,11 @@ def test_projected_features_are_clips_image_features() -> None:
     model, x = clip(), pictures()
     taught = teacher(model, projection=model.head.weight.detach())
     assert taught.width == 20
-    both = taught.features(taught.look(x), None, class_token=True)
+    both = taught.features(taught.run_to_last(x), None, class_token=True)
     close(both[:, 0], model(x))  # CLIP's own output is the class token's
     close(both[:, 1:], model.head(model.forward_features(x)[:, 1:]))
     ids = torch.tensor([[11, 2], [0, 7]])
-    some = taught.features(taught.look(x), ids)
+    some = taught.features(taught.run_to_last(x), ids)
     close(some, both[:, 1:].gather(1, ids[:, :, None].expand(-1, -1, 20)))
 
 
@@ -170,10 +170,10 @@ def test_features_before_the_projection_and_of_the_last_blocks() -> None:
     model, x = clip(), pictures()
     plain = teacher(model, projection=model.head.weight.detach(), feature="tokens")
     assert plain.width == SHAPE["embed_dim"]
-    close(plain.features(plain.look(x), None), model.forward_features(x)[:, 1:])
+    close(plain.features(plain.run_to_last(x), None), model.forward_features(x)[:, 1:])
     mean = teacher(model, projection=model.head.weight.detach(), feature="last_k", last_k=2)
     outputs = model.forward_intermediates(x, indices=2, output_fmt="NLC", intermediates_only=True)
-    close(mean.features(mean.look(x), None), torch.stack(outputs).mean(0), atol=1e-4)
+    close(mean.features(mean.run_to_last(x), None), torch.stack(outputs).mean(0), atol=1e-4)
 
 
 @pytest.mark.parametrize("heads", ["mean", "max", "minmax_mean"])
@@ -188,7 +188,7 @@ def test_attention_of_the_teacher_passes_heads_on(heads: str) -> None:
         "max": rows.amax(1),
         "minmax_mean": ((rows - low) / (high - low)).mean(1),
     }
-    close(taught.attention(taught.look(x), heads)[0], wanted[heads], atol=1e-5)
+    close(taught.attention(taught.run_to_last(x), heads)[0], wanted[heads], atol=1e-5)
 
 
 # --- channels --------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_a_grey_student_shows_the_teacher_the_same_channel_three_times() -> None
     taught = teacher(model, own=CLIP, student=((0.4,), (0.3,)))
     pixels = (x * 0.3 + 0.4).expand(-1, 3, -1, -1)
     close(
-        taught.features(taught.look(x), None),
+        taught.features(taught.run_to_last(x), None),
         model.forward_features(normal(pixels, CLIP))[:, 1:],
         atol=2e-4,
     )
@@ -211,7 +211,7 @@ def test_chosen_channels_in_their_order_and_with_their_statistics() -> None:
     taught = teacher(model, own=CLIP, student=(mean, std), channels=[3, 0, 4])
     pixels = x * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
     wanted = model.forward_features(normal(pixels[:, [3, 0, 4]], CLIP))[:, 1:]
-    close(taught.features(taught.look(x), None), wanted, atol=2e-4)
+    close(taught.features(taught.run_to_last(x), None), wanted, atol=2e-4)
 
 
 def test_channels_by_hand() -> None:
@@ -234,4 +234,4 @@ def test_what_no_teacher_can_do_is_refused() -> None:
         teacher(network("vit"), feature="logits")
     taught = teacher(network("ijepa"))
     with pytest.raises(InputError, match="class token"):
-        taught.features(taught.look(pictures()), None, class_token=True)
+        taught.features(taught.run_to_last(pictures()), None, class_token=True)

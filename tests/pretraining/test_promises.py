@@ -165,7 +165,7 @@ def test_more_than_a_day_on_a_cpu_is_refused_before_it_starts(
 ) -> None:
     config = make()
     monkeypatch.setattr("cmt_mae.tools.pretrain.SURELY_A_DAY_LESS", 0.0)
-    monkeypatch.setattr("cmt_mae.tools.looks.peak_flops", lambda *_: {"flops": 1.0})
+    monkeypatch.setattr("cmt_mae.tools.hooks.peak_flops", lambda *_: {"flops": 1.0})
     with pytest.raises(InputError, match=r"about .* days: take a recipe of a smaller scale.*--yes"):
         pretrain(config)
     assert not Path(config.out).exists()

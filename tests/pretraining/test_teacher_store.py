@@ -36,13 +36,13 @@ def folder_of(out: str | Path) -> Path:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of every forward pass of the teacher."""
     seen: list[tuple[int, ...]] = []
-    before = Teacher.look
+    before = Teacher.run_to_last
 
     def counted(self: Teacher, images: Tensor) -> Any:
         seen.append(tuple(images.shape))
         return before(self, images)
 
-    monkeypatch.setattr(Teacher, "look", counted)
+    monkeypatch.setattr(Teacher, "run_to_last", counted)
     return seen
 
 

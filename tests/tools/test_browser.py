@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from cmt_mae.evaluate.drawing import save_picture
+from cmt_mae.tools.hooks import CELL
 from cmt_mae.tools.inspect.attention import attention_sheet
-from cmt_mae.tools.looks import CELL
 from cmt_mae.tools.report.page.command import ReportConfig, make_report
 from cmt_mae.tools.report.page.serve import WatchConfig, make_server
 from written_run import Write, row

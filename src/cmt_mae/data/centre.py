@@ -70,7 +70,7 @@ class _Centre:
         self.source, self.size = source, size
         self.channels, self.resize_ratio = channels, resize_ratio
 
-    def describe(self, key: np.ndarray) -> str:
+    def names_of(self, key: np.ndarray) -> str:
         return few([self.source.name(index) for index in key[:4].tolist()])
 
     def __getitem__(self, indexes: np.ndarray) -> Any:

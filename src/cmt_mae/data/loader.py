@@ -115,7 +115,7 @@ class _Micro:
         self.noise_length, self.seed = noise_length, seed
         self.scratch = np.empty(SCRATCH_BYTES, dtype=np.uint8)
 
-    def describe(self, key: tuple[int, np.ndarray]) -> str:
+    def names_of(self, key: tuple[int, np.ndarray]) -> str:
         return few([self.source.name(index) for index in key[1][:4].tolist()])
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Batch | InputError:
@@ -284,33 +284,8 @@ def pretrain_batches(
     Raises InputError: sizes that do not divide, fewer images than a batch, too many broken images,
     a worker that died or hung.
     """
-    if batch_size < 1 or micro_batch < 1 or batch_size % (world * micro_batch):
-        raise InputError(
-            f"batch size {batch_size} is not a multiple of processes x micro-batch = "
-            f"{world} x {micro_batch}; change one of them"
-        )
-    if len(source) < batch_size:
-        raise InputError(
-            f"{len(source)} images are fewer than one batch of {batch_size}; "
-            "give more images or a smaller batch size"
-        )
-    if not (0 <= seed < 2**63 and start_step >= 0):
-        raise InputError(f"seed {seed} and step {start_step} must not be negative")
-    steps = Steps(len(source), seed, batch_size, micro_batch, rank, world)
-    steps.position = start_step * steps.accumulation
-    return _run(
-        _Micro(source, crops, noise_length, seed, photo_wanted),
-        steps,
-        workers,
-        pin_memory,
-        timeout_s,
-    )
-
-
-def _run(
-    items: _Micro, steps: Steps, workers: int, pin_memory: bool, timeout_s: float
-) -> Iterator[Batch]:
-    """Micro-batches in order."""
+    steps = Steps(len(source), seed, batch_size, micro_batch, rank, world, start_step)
+    items = _Micro(source, crops, noise_length, seed, photo_wanted)
     for item in iterate(items, steps.after, workers, pin_memory, timeout_s):
         item["bad"] = [tuple(one) for one in item["bad"]]  # pinning makes lists of tuples
         yield item

@@ -105,7 +105,7 @@ class _Squares:
     def __init__(self, source: Source, size: int, channels: int) -> None:
         self.source, self.size, self.channels = source, size, channels
 
-    def describe(self, key: range) -> str:
+    def names_of(self, key: range) -> str:
         return few([self.source.name(index) for index in key[:4]])
 
     def __getitem__(self, chunk: range) -> list[np.ndarray | BadImage] | InputError:

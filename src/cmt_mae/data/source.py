@@ -162,10 +162,6 @@ class Source:
             return whole
         return hashlib.sha256(f"{whole} {self.identity()}".encode()).hexdigest()
 
-    def is_data_of(self, fingerprint: str | None) -> bool:
-        """Whether a recorded fingerprint, also one of the older kind, is that of these images."""
-        return fingerprint in (None, self.fingerprint(), self.names_fingerprint())
-
     def content(self) -> str:
         """sha256 over some bytes of some of the images, evenly over the set."""
         digest, sizes = hashlib.sha256(), list(self._reader.sizes())

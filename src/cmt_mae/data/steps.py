@@ -30,15 +30,28 @@ class Steps:
     """
 
     def __init__(
-        self, n: int, seed: int, batch_size: int, micro_batch: int, rank: int, world: int
+        self,
+        n: int,
+        seed: int,
+        batch_size: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        start_step: int,
     ) -> None:
+        """batch_size: images of a step, over all ranks and accumulations. An epoch is n // batch_size steps; the
+        rest of its order is dropped. Raises InputError: sizes that do not divide, fewer samples than a batch."""
+        if micro_batch < 1 or batch_size % (world * micro_batch):
+            raise InputError(
+                f"batch size {batch_size} is not a multiple of processes x micro-batch = "
+                f"{world} x {micro_batch}; change one of them"
+            )
+        if n < batch_size:
+            raise InputError(f"{n} images are fewer than a batch of {batch_size}; lower it")
         self.n, self.seed, self.batch_size, self.micro_batch = n, seed, batch_size, micro_batch
         self.rank, self.world = rank, world
         self.accumulation = batch_size // (world * micro_batch)
-        self.position = 0
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        return self.after(0)
+        self.position = start_step * self.accumulation
 
     def after(self, done: int) -> Iterator[tuple[int, np.ndarray]]:
         """The keys that follow the first ``done`` ones."""
@@ -62,7 +75,7 @@ class Items(Protocol):
 
     def __getitem__(self, key: Any) -> Any: ...
 
-    def describe(self, key: Any) -> str:
+    def names_of(self, key: Any) -> str:
         """The images of a key in a few words, for messages."""
         ...
 

@@ -27,7 +27,7 @@ class _Micros:
     def __init__(self, sample: Sample, collate: Collate, seed: int) -> None:
         self.sample, self.collate, self.seed = sample, collate, seed
 
-    def describe(self, key: tuple[int, np.ndarray]) -> str:
+    def names_of(self, key: tuple[int, np.ndarray]) -> str:
         return "images number " + few([str(index) for index in key[1][:4].tolist()])
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Any:
@@ -64,15 +64,7 @@ def train_batches(
     worker silent for so long counts as hung (0: never).
     Raises InputError: sizes that do not divide, fewer samples than a batch, a broken sample.
     """
-    if batch_size < 1 or micro_batch < 1 or batch_size % (world * micro_batch):
-        raise InputError(
-            f"batch size {batch_size} is not a multiple of processes x micro-batch = "
-            f"{world} x {micro_batch}; change one of them"
-        )
-    if n < batch_size:
-        raise InputError(f"{n} training images are fewer than a batch of {batch_size}; lower it")
-    steps = Steps(n, seed, batch_size, micro_batch, rank, world)
-    steps.position = start_step * steps.accumulation
+    steps = Steps(n, seed, batch_size, micro_batch, rank, world, start_step)
     yield from iterate(_Micros(sample, collate, seed), steps.after, workers, pin_memory, timeout_s)
 
 

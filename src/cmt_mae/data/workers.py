@@ -70,7 +70,7 @@ def read_ahead(
             return
         except WorkerFailed as error:
             failures += 1
-            what = f"{error} (it was to read {items.describe(next(iter(keys_from(done))))})"
+            what = f"{error} (it was to read {items.names_of(next(iter(keys_from(done))))})"
             if failures > MAX_RESTARTS:
                 raise InputError(f"{failures} times in a row: {what}") from None
             logging.getLogger(__name__).warning(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,30 +27,9 @@ from cmt_mae.engine.processes import (
 )
 from cmt_mae.engine.progress import Forecast, training_bar
 from cmt_mae.engine.signals import StopRequest
-from cmt_mae.engine.task import Evaluation, Task, falls_due
+from cmt_mae.engine.task import Evaluation, LoopSettings, Task, falls_due
 from cmt_mae.engine.trackers import Trackers
 from cmt_mae.engine.trainer import Trainer
-
-
-class LoopSettings(Protocol):
-    """What the loop reads of a command's settings (RuntimeConfig, TaskSettings)."""
-
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def checkpoint_every(self) -> float: ...
-    @property
-    def keep_last(self) -> int: ...
-    @property
-    def max_nonfinite(self) -> int: ...
-    @property
-    def parallel(self) -> str: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def tracker(self) -> str: ...
-    @property
-    def progress(self) -> bool: ...
 
 
 @dataclass
@@ -197,7 +176,7 @@ class _Fit:
             "lr": max(group["lr"] for group in task.optimizer.param_groups),
             **{name: means[name] for name in sorted(means)},
             "skipped_steps": round(means["skipped_steps"] * steps),
-            **task.describe(means, self.step),
+            **task.entries(means, self.step),
             "images_per_second": round(steps * task.batch_size / elapsed, 2),
             "data_wait_share": round(min(1.0, trainer.waited / elapsed), 4),
             "peak_memory_gb": round(peak_memory(self.accelerator.device), 3),

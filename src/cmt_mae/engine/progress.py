@@ -35,19 +35,17 @@ def training_bar(show: bool) -> Progress:
 
     ``add_task`` needs the field ``images_per_step``. Silent when not shown.
     """
+    return _bar(show, 10, (RateColumn(),), refresh_per_second=2)
+
+
+def _bar(show: bool, width: int, more: tuple[ProgressColumn, ...], **options: Any) -> Progress:
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         return _Lines(console=console, auto_refresh=False, disable=not show)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not show,
-        refresh_per_second=2,
-    )
+    text, count = TextColumn("{task.description}", markup=False), MofNCompleteColumn()
+    remaining = TimeRemainingColumn(compact=True)
+    columns = (text, BarColumn(bar_width=width), count, *more, remaining)
+    return Progress(*columns, console=console, disable=not show, **options)
 
 
 LINE_SECONDS = 5.0
@@ -93,12 +91,7 @@ class _Lines(Progress):
 
 def evaluation_progress(show: bool) -> Progress:
     """What an evaluation says on stderr about how far it is: a bar, or lines where that is no terminal."""
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20))
-    if console.is_terminal:
-        rest = (MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-        return Progress(*columns, *rest, console=console, transient=True, disable=not show)
-    return _Lines(console=console, auto_refresh=False, disable=not show)
+    return _bar(show, 20, (), transient=True)
 
 
 class Forecast:

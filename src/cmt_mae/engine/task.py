@@ -13,6 +13,44 @@ from torch import Tensor, nn
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.runs import RunDir
+from cmt_mae.core.settings import (
+    Amount,
+    Count,
+    CountOrNone,
+    Device,
+    Parallel,
+    Tracker,
+    resume_safe,
+)
+
+
+@dataclass(kw_only=True)
+class LoopSettings:
+    """What every training can set of the loop; nothing of it affects the result."""
+
+    device: Device = resume_safe("auto")
+    """auto | cpu | cuda | mps."""
+    parallel: Parallel = resume_safe("ddp")
+    """How several processes share the work: ddp (each holds the networks) | fsdp (weights, gradients and optimizer
+    of what is trained, and of its moving average, are cut into pieces, one a process)."""
+    deterministic: bool = resume_safe(False)
+    """On a GPU too, the same seed gives the same bits (slower; on CPU it always does)."""
+    compile: bool = resume_safe(False)
+    """torch.compile the blocks of all networks (minutes at the start; off where this machine cannot)."""
+    micro_batch: CountOrNone = resume_safe(0)
+    """Images a process takes at a time; 0: its whole share of the batch. Gradients are accumulated."""
+    log_every: Count = resume_safe(20)
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: Amount = resume_safe(1.0)
+    """Epochs between checkpoints."""
+    keep_last: Count = resume_safe(1)
+    """How many of the newest checkpoints are kept."""
+    max_nonfinite: Count = resume_safe(20)
+    """So many steps in a row without a finite loss and gradient stop the run."""
+    tracker: Tracker = resume_safe("none")
+    """none | wandb: a further place for metrics (metrics.jsonl and tensorboard are always written)."""
+    progress: bool = resume_safe(True)
+    """Show the progress bar, or a line every few seconds where there is no terminal."""
 
 
 @dataclass
@@ -116,7 +154,7 @@ class Task(Protocol):
         """After an optimizer step. skipped: 1.0 where it was not taken, on the device."""
         return
 
-    def describe(self, means: dict[str, float], step: int) -> dict[str, Any]:
+    def entries(self, means: dict[str, float], step: int) -> dict[str, Any]:
         """Further entries of a line of metrics, from its means, after so many steps."""
         return {}
 

@@ -9,19 +9,16 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import (
     TIMEOUT_S,
     Amount,
-    Count,
     CountOrNone,
-    Device,
-    Parallel,
     Precision,
-    Tracker,
     check_fields,
     resume_safe,
 )
+from cmt_mae.engine.task import LoopSettings
 
 
 @dataclass(kw_only=True)
-class TaskSettings(BackboneFacts):
+class TaskSettings(BackboneFacts, LoopSettings):
     """What fine-tuning, detection and segmentation have in common."""
 
     backbone: str = resume_safe("")
@@ -36,35 +33,12 @@ class TaskSettings(BackboneFacts):
     """Of new weights, order, crops and everything else that is drawn."""
     precision: Precision = "auto"
     """auto (bf16 on GPUs, else fp32) | bf16 | fp32."""
-    device: Device = resume_safe("auto")
-    """auto | cpu | cuda | mps."""
-    parallel: Parallel = resume_safe("ddp")
-    """How several processes share the work: ddp (each holds the network) | fsdp (weights, gradients and optimizer
-    are cut into pieces, one a process)."""
-    deterministic: bool = resume_safe(False)
-    """On a GPU too, the same seed gives the same bits (slower; on CPU it always does)."""
-    compile: bool = resume_safe(False)
-    """torch.compile the blocks of the network (minutes at the start; off where this machine cannot)."""
     workers: CountOrNone = resume_safe(2)
     """Processes that load images, for each process that computes; 0: none."""
     timeout_s: Amount = resume_safe(TIMEOUT_S)
     """A loader process that gives no answer for so many seconds counts as hung; 0: wait for ever."""
-    micro_batch: CountOrNone = resume_safe(0)
-    """Images a process takes at a time; 0: its whole share of the batch. Gradients are accumulated."""
-    log_every: Count = resume_safe(20)
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: Amount = resume_safe(1.0)
-    """Epochs between checkpoints."""
     eval_every: Amount = resume_safe(0.0)
     """Epochs between two evaluations on the validation images; 0: only at the end."""
-    keep_last: Count = resume_safe(1)
-    """How many of the newest checkpoints are kept."""
-    max_nonfinite: Count = resume_safe(20)
-    """So many steps in a row without a finite loss and gradient stop the run."""
-    tracker: Tracker = resume_safe("none")
-    """none | wandb: a further place for metrics (metrics.jsonl and tensorboard are always written)."""
-    progress: bool = resume_safe(True)
-    """Show the progress bar."""
     pictures: CountOrNone = resume_safe(8)
     """How many validation images are pictured at every evaluation; 0: none."""
 

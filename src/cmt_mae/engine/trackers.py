@@ -1,7 +1,6 @@
 """Where metrics go: metrics.jsonl and tensorboard always, wandb when asked."""
 
 import contextlib
-from types import TracebackType
 from typing import Any
 
 from cmt_mae.core.errors import InputError
@@ -48,12 +47,7 @@ class Trackers:
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.board is not None:
             # a full disk is told once: not here where it is what ends the run
             trouble = (

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.last_block import (
-    asks_alone,
     attention_scale,
     first_norm,
+    is_plain_attention,
     last_keys,
     project,
 )
@@ -63,7 +63,7 @@ def attention_rows(model: Vit, state: LastBlockInput) -> Tensor:
     products of queries and keys and their softmax are taken in fp32 all the same (spec 1).
     """
     block = model.blocks[-1]
-    if not has_class_token(model) or not asks_alone(block.attn):
+    if not has_class_token(model) or not is_plain_attention(block.attn):
         from cmt_mae.method.other_attention import other_rows
 
         return other_rows(model, state)

@@ -310,7 +310,7 @@ class CachedForwards:
     def _to_last(self, name: str) -> LastBlockInput:
         if name == "teacher":
             assert self.networks.teacher is not None
-            return self.networks.teacher.look(self.teacher_images)
+            return self.networks.teacher.run_to_last(self.teacher_images)
         kept = self.networks.target.momentum_last_k - 1
         images = self.images if self.networks.dtype is None else self.images.to(self.networks.dtype)
         return forward_to_last(

@@ -31,7 +31,7 @@ def finish(
     elif ids is None:
         attended = block.attn(first_norm(block, state), **_attn_context(state))
         tokens = model.norm(_second_half(block, state.tokens, attended))
-    elif asks_alone(block.attn):
+    elif is_plain_attention(block.attn):
         places = _places(ids, prefix, with_prefix)
         return model.norm(run_at(block, state.tokens, places, first_norm(block, state), state.keys))
     else:  # rotary or relative positions: queries of every token, then the needed ones go on
@@ -75,7 +75,7 @@ def run_at(
     return _second_half(block, gather_tokens(tokens, places), attended)
 
 
-def asks_alone(attn: nn.Module) -> bool:
+def is_plain_attention(attn: nn.Module) -> bool:
     """Whether queries of some tokens can be made without the others: timm's plain attention, no gate."""
     return type(attn) is Attention and getattr(attn, "gate", None) is None
 

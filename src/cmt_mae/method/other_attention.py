@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.method.last_block import (
-    asks_alone,
     attention_scale,
     finish,
     first_norm,
+    is_plain_attention,
     last_keys,
     project,
 )
@@ -64,7 +64,7 @@ def _query_key(
     A plain ViT projects as the network runs, see ``attention_rows``.
     """
     block = model.blocks[-1]
-    if asks_alone(block.attn):
+    if is_plain_attention(block.attn):
         tokens = first_norm(block, state)
         query = project(block.attn, tokens[:, :1] if only_class else tokens, 0).float()
         key = last_keys(model, state).float()

@@ -81,7 +81,7 @@ class TeacherOutput:
 
 
 class Teacher(nn.Module):
-    """A frozen timm ViT. ``look`` runs all but the last block, ``attention`` and ``features`` read from it.
+    """A frozen timm ViT. ``run_to_last`` runs all but the last block, ``attention`` and ``features`` read from it.
 
     The change from the student's normalisation to the teacher's is folded into the patch embedding, exactly
     (spec 1.5), so that both networks take the same tensor.
@@ -141,20 +141,20 @@ class Teacher(nn.Module):
             self.projection.shape[0] if self.projection is not None else self.model.embed_dim
         )
 
-    def look(self, images: Tensor) -> LastBlockInput:
+    def run_to_last(self, images: Tensor) -> LastBlockInput:
         """images (B, C, H, W), normalised for the STUDENT, of any size; resized here where needed."""
         kept = self.last_k - 1 if self.feature == "last_k" else 0
         return forward_to_last(self.model, self.prepared(images), kept, self.attention_block)
 
     def outputs(self, images: Tensor, heads: str, class_token: bool) -> TeacherOutput:
-        """Map and features of every token, in one go; images as ``look``."""
-        state = self.look(images)
+        """Map and features of every token, in one go; images as ``run_to_last``."""
+        state = self.run_to_last(images)
         attention, mass = self.attention(state, heads)
         features = self.features(state, None, class_token)
         return TeacherOutput(attention.float(), mass.float(), features.float())
 
     def prepared(self, images: Tensor) -> Tensor:
-        """The images of ``look`` as the network itself takes them: its channels, size and number type."""
+        """The images of ``run_to_last`` as the network itself takes them: its channels, size and number type."""
         if self.channels != tuple(range(images.shape[1])):
             images = images[:, list(self.channels)]
         if images.shape[-2:] != self.input_size:

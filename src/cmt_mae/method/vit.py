@@ -6,8 +6,6 @@ teacher may also be timm's ``Eva`` (DINOv3, EVA-02) or ``Beit`` (BEiT, data2vec)
 
 import copy
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -336,8 +334,3 @@ def grid_of(model: Vit) -> tuple[int, int]:
     """(rows, columns) of patches at the network's input size."""
     rows, columns = model.patch_embed.grid_size
     return int(rows), int(columns)
-
-
-def count_parameters(modules: Sequence[nn.Module]) -> int:
-    """Number of parameters, fixed positions included (spec 12.1)."""
-    return sum(math.prod(p.shape) for module in modules for p in module.parameters())

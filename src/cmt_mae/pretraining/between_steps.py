@@ -48,14 +48,14 @@ def evaluate(
 ) -> Evaluation:
     """k-NN accuracy of the student so far, and a picture of what guides the mask, where they are due."""
     metrics = {}
-    if task.looks.probe is not None and probes:
+    if task.hooks.probe is not None and probes:
         backbone = as_backbone(task.config, task.whole_student(), task.stats)
-        metrics["knn_top1"] = task.looks.probe(backbone)
-    if task.looks.draw is not None and draws:
+        metrics["knn_top1"] = task.hooks.probe(backbone)
+    if task.hooks.draw is not None and draws:
         student = task.whole_student()
         with task.in_one_piece(task.frozen_networks.running()):
             if run.writes:
-                task.looks.draw(task, student, step, run)
+                task.hooks.draw(task, student, step, run)
     return Evaluation(metrics)
 
 

@@ -12,20 +12,18 @@ from cmt_mae.core.settings import (
     Amount,
     Count,
     CountOrNone,
-    Device,
-    Parallel,
     PartOf,
     Positive,
     Precision,
     Range,
     Share,
-    Tracker,
     build,
     check_fields,
     resume_safe,
 )
 from cmt_mae.data.source import Source
 from cmt_mae.data.sources import open_split
+from cmt_mae.engine.task import LoopSettings
 from cmt_mae.method.cmtmae import FROM_IMAGE, MaskConfig, TargetConfig, takes_class_token
 from cmt_mae.method.decoder import DecoderConfig
 from cmt_mae.method.masking import GUIDED
@@ -109,25 +107,10 @@ class OptimConfig:
     """Largest norm of the gradient; 0: no limit."""
 
 
-@dataclass
-class RuntimeConfig:
+@dataclass(kw_only=True)
+class RuntimeConfig(LoopSettings):
     """Settings that do not affect the result."""
 
-    device: Device = "auto"
-    """auto | cpu | cuda | mps."""
-    parallel: Parallel = "ddp"
-    """How several processes share the work: ddp (each holds the networks) | fsdp (weights, gradients and
-    optimizer of student, decoder and momentum student are cut into pieces, one a process)."""
-    deterministic: bool = False
-    """On a GPU too, the same seed gives the same bits (slower; on CPU it always does)."""
-    compile: bool = False
-    """torch.compile the blocks of all networks (minutes at the start; off where this machine cannot)."""
-    micro_batch: CountOrNone = 0
-    """Images a process takes at a time; 0: the whole share of batch_size. Gradients are accumulated."""
-    log_every: Count = 20
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: Amount = 1.0
-    """Epochs between checkpoints."""
     keep_last: Count = 2
     """How many of the newest checkpoints are kept."""
     keep_every: Amount = 0.0
@@ -141,12 +124,6 @@ class RuntimeConfig:
     """A labelled folder with train and val: k-NN accuracy is logged while training."""
     probe_every: Amount = 5.0
     """Epochs between two k-NN measurements."""
-    max_nonfinite: Count = 20
-    """So many steps in a row without a finite loss and gradient stop the run."""
-    tracker: Tracker = "none"
-    """none | wandb: a further place for metrics (metrics.jsonl and tensorboard are always written)."""
-    progress: bool = True
-    """Show the progress bar, or a line every few seconds where there is no terminal."""
     extend: bool = False
     """Train a finished run on, to more `epochs`, with a warm-up and a cosine of its own."""
     yes: bool = False

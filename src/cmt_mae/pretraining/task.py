@@ -42,7 +42,7 @@ class Images:
 
 
 @dataclass
-class Looks:
+class Hooks:
     """How other rooms look at a run while it goes on."""
 
     draw: "Callable[[Pretraining, VisionTransformer, int, RunDir], None] | None" = None
@@ -67,7 +67,7 @@ class Pretraining(Task):
         images: Images | None = None,
         stats: Statistics = IMAGENET,
         teacher: Backbone | None = None,
-        looks: Looks | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         """images: None where batches come from elsewhere (bench, doctor). teacher: what the frozen one is."""
         self.config, self.accelerator, self.plan = config, accelerator, plan
@@ -84,7 +84,7 @@ class Pretraining(Task):
         self.steps_per_epoch, self.total_steps = plan.steps_per_epoch, plan.total_steps
         self.switch_step = plan.switch_step
         self.images, self.stats, self.teacher = images, stats, teacher
-        self.looks = looks or Looks()
+        self.hooks = hooks or Hooks()
         self.sharded = config.runtime.parallel == "fsdp" and accelerator.num_processes > 1
         self.store: TeacherStore | None = None
         self.broken: dict[int, tuple[str, str]] = {}
@@ -331,7 +331,7 @@ class Pretraining(Task):
         return self._probes(step) or self._draws(step)
 
     def _probes(self, step: int) -> bool:
-        if self.looks.probe is None:
+        if self.hooks.probe is None:
             return False
         every = self.config.runtime.probe_every
         at_end = every > 0 and step == self.total_steps
@@ -348,7 +348,7 @@ class Pretraining(Task):
 
         return evaluate(self, step, run, probes=self._probes(step), draws=self._draws(step))
 
-    def describe(self, means: dict[str, float], step: int) -> dict[str, Any]:
+    def entries(self, means: dict[str, float], step: int) -> dict[str, Any]:
         """Stage of the last step, how many signs of collapse there are, half-lives of the average so far."""
         from cmt_mae.engine.collapse import signs
 

@@ -1,4 +1,4 @@
-"""The command ``pretrain``: builds the task and passes in what other rooms add to it (looks.py)."""
+"""The command ``pretrain``: builds the task and passes in what other rooms add to it (hooks.py)."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ from cmt_mae.pretraining.assembly import (
 )
 from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.pretraining.task import Images, Looks, Pretraining
+from cmt_mae.pretraining.task import Hooks, Images, Pretraining
 
 SURELY_A_DAY_LESS = 5e14
 """FLOP that the slowest CPU makes in a day; only above it the machine is measured."""
@@ -81,12 +81,12 @@ def pretrain(
         teacher, backbone = build_teacher(config, stats)
         frozen = build_frozen_networks(config, teacher, stats)
         frozen.mask_rule, frozen.target_function = mask_rule, target
-        looks = Looks(draw_attention)
+        hooks = Hooks(draw_attention)
         sizes: dict[str, int] = {}
         if runtime.probe_data:
-            from cmt_mae.tools.looks import open_probe
+            from cmt_mae.tools.hooks import open_probe
 
-            looks.probe, sizes = open_probe(config, accelerator, source.limits or ())
+            hooks.probe, sizes = open_probe(config, accelerator, source.limits or ())
         task = Pretraining(
             config,
             accelerator,
@@ -96,7 +96,7 @@ def pretrain(
             images=Images(source, crop_settings(config, teacher)),
             stats=stats,
             teacher=backbone,
-            looks=looks,
+            hooks=hooks,
         )
         if task.device.type == "cpu" and not runtime.yes:
             plan = task.plan
@@ -105,7 +105,7 @@ def pretrain(
                 task, plan.switch_step
             )
             if config.batch_size * flop >= SURELY_A_DAY_LESS:
-                from cmt_mae.tools.looks import refuse_days
+                from cmt_mae.tools.hooks import refuse_days
 
                 refuse_days(task, run, config.batch_size * flop)
         facts = {**task.facts(0), "plan": vars(plan), "functions": named}
@@ -136,6 +136,6 @@ def rough_flop(task: Pretraining, step: int) -> float:
 
 def draw_attention(task: Pretraining, student: Vit, step: int, run: RunDir) -> None:
     """A picture of what guides the mask."""
-    from cmt_mae.tools.looks import draw_attention as draw
+    from cmt_mae.tools.hooks import draw_attention as draw
 
     draw(task, student, step, run)

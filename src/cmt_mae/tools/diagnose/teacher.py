@@ -103,7 +103,7 @@ def look(teacher: Teacher, images: Tensor, mean: Tensor, std: Tensor) -> dict[st
     """
     maps, masses, features, rows = [], [], [], []
     for batch in images.split(AT_ONCE):
-        state = teacher.look((batch - mean[:, None, None]) / std[:, None, None])
+        state = teacher.run_to_last((batch - mean[:, None, None]) / std[:, None, None])
         raw, mass = teacher.attention(state)
         maps.append(as_shares(raw))
         masses.append(mass)
