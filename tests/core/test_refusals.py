@@ -161,13 +161,15 @@ def test_a_fault_of_ours_is_one_line_and_status_1(
 
 def test_a_result_with_markup_in_its_names_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     name = "[/x][red]\x1b[2J"
-    show_result(
-        Result(
-            task="davis", metrics={name: 1.0}, protocol={"name": name, "headline": name, name: name},
-            backbone={"name": name}, data={}, seed=0,
-            details={"sequences": [{"name": name, "objects": [1], "J&F": 1.0, "J_mean": 1.0, "F_mean": 1.0}]},
-        )
+    result = Result(
+        task="davis", metrics={name: 1.0}, protocol={"name": name, "headline": name, name: name},
+        backbone={"name": name}, data={}, seed=0,
+        details={"sequences": [{"name": name, "objects": [1], "J&F": 1.0, "J_mean": 1.0, "F_mean": 1.0}]},
     )  # fmt: skip
+    show_result(result)
+    assert "protocol:" not in (brief := capsys.readouterr().err)
+    assert "--protocols shows every setting" in brief
+    show_result(result, whole=True)
     text = capsys.readouterr().err
     assert "\x1b" not in text
     assert text.count(r"[/x][red]\x1b[2J") >= 3

@@ -166,10 +166,11 @@ def run_evaluation(words: list[str]) -> None:
     from cmt_mae.core.result_table import show_result
 
     as_json, words = take_flag(with_lists(words, (), ("tasks",)), "--json")
+    whole, words = take_flag(words, "--protocols")
     outcome = function(parse(f"cmt-mae evaluate {task}", settings, words, {}))
     results = outcome if isinstance(outcome, list) else [outcome]  # a list of `all`
     for result in results:
-        show_result(result)
+        show_result(result, whole)
     if as_json:
         shown = ", ".join(result.to_json() for result in results)
         print(f"[{shown}]" if isinstance(outcome, list) else shown)

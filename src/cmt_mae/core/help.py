@@ -94,6 +94,8 @@ def help_page(command: str, settings: type, everything: bool, short: Mapping[str
     short: short name -> dotted name, of commands that take a recipe; of others nothing.
     """
     extra = {"json": "Print the outcome as one JSON object, the last line of stdout."}
+    if command.startswith("evaluate "):
+        extra["protocols"] = "Say every setting of the protocol under the table, not only its name."
     if short:
         names = ", ".join(recipe_names())
         extra["recipe"] = (

@@ -9,9 +9,10 @@ from rich.text import Text
 from cmt_mae.core.text import printable
 
 
-def show_result(result: Any) -> None:
+def show_result(result: Any, whole: bool = False) -> None:
     """The numbers and the protocol behind them, on stderr, so that stdout stays for --json.
 
+    whole: every setting of the protocol, not only its name.
     Text objects: nothing in a name is taken for markup or for a terminal's commands.
     """
 
@@ -41,13 +42,18 @@ def show_result(result: Any) -> None:
     sequences = result.details.get("sequences")
     if result.task == "davis" and sequences:
         console.print(sequence_table(sequences))
-    settings = ", ".join(
-        f"{k} {f'{v:.4g}' if isinstance(v, float) else v}"
-        for k, v in protocol.items()
-        if k not in ("name", "headline")
-    )
     pool = f" (here of {result.details['pool']})" if "pool" in result.details else ""
-    console.print(shown(f"* the number to quote{pool}. protocol: {settings}"), style="dim")
+    changed = len(protocol.get("differs") or [])
+    about = f"; {changed} difference(s) from the protocol" if changed else ""
+    about += "; --protocols shows every setting"
+    if whole:
+        settings = (
+            f"{k} {f'{v:.4g}' if isinstance(v, float) else v}"
+            for k, v in protocol.items()
+            if k not in ("name", "headline")
+        )
+        about = f". protocol: {', '.join(settings)}"
+    console.print(shown(f"* the number to quote{pool}{about}"), style="dim")
     console.print(f"{result.seconds:.1f} s, seed {result.seed}", style="dim")
 
 
