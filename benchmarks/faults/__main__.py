@@ -1,6 +1,6 @@
 """The faults, one row each: set up, injected for real, and the promise that must hold.
 
-Here is what takes whole runs, signals, disks or many tries; what a test of tests/ shows is not shown again.
+Whole runs, signals, disks and many tries are made here; what a test of tests/ makes already, by that test.
 
     python -m benchmarks.faults                     # all rows; about half an hour on 2 free cores
     python -m benchmarks.faults --only disk kill    # rows whose name has a word; the others keep their figures
@@ -23,13 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import files, folders, inputs, runs, training
+from benchmarks.faults import files, folders, inputs, runs, tested, training
 from benchmarks.faults.lab import Broken, Lab, NotHere, Row
 from benchmarks.timing import REPOSITORY, RESULTS
 from cmt_mae.core.files import write_atomically, write_json
 from cmt_mae.core.runs import environment
 
-TABLE: list[Row] = [*runs.ROWS, *folders.ROWS, *files.ROWS, *inputs.ROWS, *training.ROWS]
+TABLE: list[Row] = [*runs.ROWS, *folders.ROWS, *files.ROWS, *inputs.ROWS, *training.ROWS, *tested.ROWS]
 
 
 def main(words: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.faults import __main__ as harness
-from benchmarks.faults import files, inputs, launch
+from benchmarks.faults import files, inputs, launch, tested
 from benchmarks.faults.lab import Broken, Lab, NotHere, Row
 from benchmarks.faults.launch import CONTROL, HUNG, Ended, judged
 from benchmarks.faults.same import apart, differences
@@ -50,9 +50,17 @@ def test_the_table_covers_what_was_promised() -> None:
     for part in (
         "SIGSTOP", "clock", "process group", "inside report", "inside export", "closed pipe", "SIGHUP",
         "full disk", "workers", "processes", "fuzzed", "tiny", "collapse", "checkpoints deleted", "huge header",
+        "two packs", "two trainings", "another teacher",
     ):  # fmt: skip
         assert any(part in name for name in names), part
     assert {row.name for row in harness.chosen_rows(["full disk", "tiny"])} == {"full disk", "tiny data"}
+
+
+def test_rows_that_run_tests_name_tests_that_are_there() -> None:
+    for promise, file, names in tested.TESTS.values():
+        text = (REPOSITORY / "tests" / file).read_text()
+        assert promise
+        assert all(f"\ndef {name}(" in text for name in names), file
 
 
 def test_a_broken_promise_an_error_of_the_harness_and_a_missing_machine_are_told_apart(
