@@ -197,6 +197,16 @@ def test_limits_given_or_of_train_hold_for_val_packs_and_colours(tmp_path: Path)
     assert open_split(str(tmp_path / "p"), "val").read(0).max() > 240  # type: ignore[union-attr]
 
 
+def test_images_of_ade20k_that_are_left_out_are_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_ade20k(tmp_path, 3, 1)
+    image = sorted((tmp_path / "images" / "training").iterdir())[0]
+    image.rename(image.with_suffix(".xyz"))
+    assert len(open_ade20k(tmp_path).train) == 2
+    assert "training: 1 of 3 files left out: 1 .xyz" in caplog.text
+
+
 def test_a_class_called_train_is_not_taken_for_a_split_unseen(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

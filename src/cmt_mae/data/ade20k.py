@@ -7,6 +7,7 @@ A mask is a PNG of the image's size and name, one label a pixel: 0 = unlabelled,
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from cmt_mae.data.decode import IMAGE_SUFFIXES, decode_image
 from cmt_mae.data.files import is_litter, open_file, read_file
 from cmt_mae.data.folder import with_content
 from cmt_mae.data.source import BadImage, Limits
-from cmt_mae.data.sources import limits_of
+from cmt_mae.data.sources import limits_of, tell_left_out
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
@@ -97,12 +98,14 @@ def _find_pairs(folder: Path, split: str) -> Pairs:
                 f"{place}: no such folder; ADE20K's layout has images/ and annotations/, each with "
                 "training/ and validation/"
             )
-    found = sorted(
+    files = [
         path
-        for path in images.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(map(is_litter, path.relative_to(images).parts))
-    )
+        for path in sorted(images.rglob("*"))
+        if not any(map(is_litter, path.relative_to(images).parts)) and not path.is_dir()
+    ]
+    found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    others = [path.suffix.lower() for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
+    tell_left_out(str(images), len(found), Counter(kind or "without suffix" for kind in others))
     if not found:
         raise InputError(f"{images}: no image in it; copy the {split} images there")
     wanted = [masks / path.relative_to(images).with_suffix(".png") for path in found]

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -95,12 +96,16 @@ def _tell_of_others(split: Path) -> None:
         _tell(f"{split}/", str(split.parent), text)
 
 
-def _told_of(path: str, source: Source) -> Source:
-    """A line about files that were left out, once a path, by the first process."""
-    if source.left_out:
+def tell_left_out(path: str, images: int, left_out: Counter[str]) -> None:
+    """A line about files that were left out, by suffix, once a path, by the first process."""
+    if left_out:
         from cmt_mae.data.folder import left_out_of
 
-        _tell(path, path, left_out_of(len(source), source.left_out))
+        _tell(path, path, left_out_of(images, left_out))
+
+
+def _told_of(path: str, source: Source) -> Source:
+    tell_left_out(path, len(source), source.left_out)
     return source
 
 
