@@ -1,17 +1,14 @@
 """`cmt-mae doctor`: finds what is wrong, says nothing of what is right, and is right about what it counts."""
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from benchmarks.sick_runs import HEALTHY, SICK, settings_of
-from PIL import Image
 from timm.layers import QuickGELU
 
 from cmt_mae.backbones.save import save_backbone
@@ -30,7 +27,6 @@ from cmt_mae.tools.diagnose.aim import check_aim
 from cmt_mae.tools.diagnose.command import DoctorConfig, doctor
 from cmt_mae.tools.diagnose.estimate import Size, at, estimate, kept_gb
 from cmt_mae.tools.diagnose.finding import Finding
-from cmt_mae.tools.diagnose.images import check_images
 from cmt_mae.tools.diagnose.run import diagnose
 from cmt_mae.tools.diagnose.settings import check_pixels, check_settings
 from cmt_mae.tools.diagnose.teacher import check_teacher
@@ -39,7 +35,6 @@ from tiny import Make, write_teacher
 
 RECORDED = json.loads(Path(__file__).with_name("recorded_runs.json").read_text())
 """Metrics of real small runs, healthy and sick: `python -m benchmarks.sick_runs`, its recorded.json."""
-DEMO = Path(__file__).parents[2] / "benchmarks" / "faults" / "healthy_runs.json"
 
 
 def flat_teacher(folder: Path) -> str:
@@ -81,14 +76,6 @@ def test_healthy_recorded_run_is_quiet_at_every_moment(name: str) -> None:
     for length in range(1, len(run.rows) + 1):
         early = dataclasses.replace(run, rows=run.rows[:length])
         assert names(diagnose(early)) == [], length
-
-
-@pytest.mark.parametrize("name", ["demo cmt", "demo mae"])
-def test_recorded_demo_is_quiet(name: str) -> None:
-    rows = json.loads(DEMO.read_text())["runs"][name]
-    run = run_of("cmt" if name.endswith("cmt") else "mae")
-    run.rows, run.facts["plan"] = rows, {**run.facts["plan"], "total_steps": 310}
-    assert names(diagnose(run)) == []
 
 
 BY_IMAGES = "one image 256 times"
@@ -198,6 +185,7 @@ def test_published_recipes_are_not_scolded(name: str) -> None:
         ({"optim__warmup_epochs": 600.0}, "warm-up too long"),
         ({"optim__weight_decay": 50.0}, "weight decay too high"),
         ({"mask__ratio": 0.05}, "mask ratio too low"),
+        ({"student__img_size": [64], "mask__ratio": 0.984}, "mask ratio too high"),
         ({"data__mean": [123.0] * 3, "data__std": [58.0] * 3}, "normalisation wrong"),
         ({"epochs": 1}, "too few steps"),
     ],
@@ -208,11 +196,6 @@ def test_each_rule_of_settings(make: Make, changes: dict[str, Any], expected: st
     assert expected in names(check_settings(planned(config, 40)))
     fine = make(epochs=1000, optim__warmup_epochs=50.0, batch_size=16)
     assert check_settings(planned(fine, 40)) == []
-
-
-def test_mask_ratio_too_high_is_told_on_a_real_grid(make: Make) -> None:
-    config = make(student__img_size=[64], mask__ratio=0.984, epochs=1000)
-    assert "mask ratio too high" in names(check_settings(planned(config, 40)))
 
 
 def test_normalisation_is_compared_with_the_images(make: Make) -> None:
@@ -240,75 +223,6 @@ def test_a_batch_larger_than_the_data_is_a_finding_and_the_rest_is_told(make: Ma
     assert "settings and images do not fit" in [one["what"] for one in report["findings"]]
     assert "estimate" not in report
     assert report["data"]["splits"]["train"]["images"] == 40
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def jpeg(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
-    """A picture of noise."""
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format="JPEG")
-    return file.getvalue()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """train: 20 images, two of them broken, three copies of another, one grey; val: one of train's, a new one."""
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-    train = tmp_path / "train"
-    for number in range(14):
-        (train / "ab"[number % 2] / f"{number:02}.jpg").write_bytes(jpeg(number))
-    for number in range(3):
-        (train / "a" / f"copy{number}.jpg").write_bytes(jpeg(0))
-    (train / "b" / "torn.jpg").write_bytes(jpeg(99)[:700])
-    Image.new("RGB", (50, 60), (9, 9, 9)).save(train / "a" / "grey.png")
-    (train / "b" / "empty.jpg").write_bytes(b"")
-    (tmp_path / "val" / "a" / "seen.jpg").write_bytes(jpeg(5))
-    (tmp_path / "val" / "b" / "new.jpg").write_bytes(jpeg(50))
-    return tmp_path
-
-
-def test_images_are_counted_by_hand(folder: Path) -> None:
-    facts, found = check_images(str(folder), 3, 0, progress=False)
-    train = facts["splits"]["train"]
-    assert (train["images"], train["looked_at"]) == (20, 20)
-    assert (train["broken"], train["copies"], train["one_colour"]) == (2, 3, 1)
-    assert {name for name, _ in train["broken_examples"]} == {"b/torn.jpg", "b/empty.jpg"}
-    copies = ["a/00.jpg", "a/copy0.jpg", "a/copy1.jpg", "a/copy2.jpg"]
-    assert [sorted(one) for one in train["copies_examples"]] == [copies]
-    assert train["height"] == [30, 30, 60]
-    assert train["width"] == [40, 40, 50]
-    assert facts["classes"] == {"count": 2, "least": ["b", 9], "most": ["a", 11]}
-    assert facts["in_both_splits"] == [["b/05.jpg", "a/seen.jpg"]]
-    assert sorted(names(found)) == [
-        "broken images", "one-colour images", "the same image many times", "validation images in the training set",
-    ]  # fmt: skip
-
-
-def test_a_sample_says_that_it_is_one_and_stays_within_it(folder: Path) -> None:
-    facts, found = check_images(str(folder), 3, 7, progress=False)
-    assert facts["splits"]["train"]["looked_at"] == 7
-    for one in found:
-        if one.what in ("broken images", "the same image many times"):
-            assert "a sample of 7 of 20 images" in one.why
-
-
-def test_mean_and_std_of_the_images_against_numpy(tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    arrays = [
-        np.repeat(np.repeat(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), 4, 0), 4, 1)
-        for _ in range(6)
-    ]
-    for number, array in enumerate(arrays):
-        Image.fromarray(array).save(tmp_path / f"{number}.png")
-    split = check_images(str(tmp_path), 3, 0, progress=False)[0]["splits"]["train"]
-    pixels = np.stack(arrays).reshape(-1, 3) / 255
-    np.testing.assert_allclose(split["mean"], pixels.mean(0), atol=2e-3)
-    np.testing.assert_allclose(split["std"], pixels.std(0), atol=2e-3)
 
 
 # --- teacher -------------------------------------------------------------------------------------
