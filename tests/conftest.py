@@ -76,14 +76,27 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(images: Path, teacher_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Settings of a tiny run, by the name of its folder (tiny.tiny_run)."""
+def drawn() -> None:
+    """Runs of `make` draw their pictures."""
+
+
+@pytest.fixture
+def make(
+    request: pytest.FixtureRequest, images: Path, teacher_file: Path, tmp_path: Path
+) -> Iterator[Callable[..., Any]]:
+    """Settings of a tiny run, by the name of its folder (tiny.tiny_run).
+
+    In this process such runs draw no pictures unless the test asks for `drawn`: nine tenths of their time.
+    """
     from tiny import tiny_run
 
     def build(out: str = "run", **changes: object) -> Any:
         return tiny_run(tmp_path / out, images, teacher_file, **changes)
 
-    return build
+    with pytest.MonkeyPatch.context() as patch:
+        if "drawn" not in request.fixturenames:
+            patch.setattr("cmt_mae.tools.pretrain.draw_attention", lambda *_: None)
+        yield build
 
 
 @pytest.fixture(scope="session")

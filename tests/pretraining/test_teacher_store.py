@@ -67,8 +67,7 @@ def test_with_fixed_crops_the_losses_are_those_without_it(
     pretrain(make("plain", data__crops="fixed", **changes))
     every = len(looks)
     pretrain(make("kept", **CROPS, **changes))
-    # 40 images in 5 batches: an epoch of looks, then two pictures (maps and mask each)
-    assert len(looks) - every == 5 + (every - 15)
+    assert (every, len(looks) - every) == (15, 5)  # 40 images in 5 batches: an epoch of looks
     plain, kept = (rows(Path(make(out).out)) for out in ("plain", "kept"))
     assert len(plain) == len(kept) == 15
     for one, two in zip(plain, kept, strict=True):
@@ -80,9 +79,9 @@ def test_of_a_photo_it_holds_what_the_teacher_puts_out_for_it(
     make: Make, looks: list[Any], images: Path
 ) -> None:
     """Against the network itself on the whole photo; it has run once a photo, whatever the crops were."""
-    config = make(epochs=3, runtime__picture_every=0, **PHOTO)
+    config = make(epochs=3, **PHOTO)
     pretrain(config)
-    # 40 photos in batches of 8, filled up to AT_ONCE; then two pictures of 6 (maps and mask)
+    # 40 photos in batches of 8, filled up to AT_ONCE
     assert [shape for shape in looks if shape[0] == AT_ONCE] == [(AT_ONCE, 3, 48, 48)] * 5
     source = open_split(str(images), "train")
     stats = assembly.statistics(config, source)
