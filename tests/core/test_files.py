@@ -15,8 +15,8 @@ from cmt_mae.core.files import write_text, writing
     [
         (errno.ENOSPC, "free space"),
         (errno.EROFS, "make it writable"),
-        (errno.ENOENT, "see that its folder can be made"),
-        (errno.EIO, "see to the disk"),
+        (errno.ENOENT, "check that its folder can be created"),
+        (errno.EIO, "check the disk"),
     ],
 )
 def test_each_trouble_says_how_to_fix_it(number: int, fix: str) -> None:
@@ -27,6 +27,6 @@ def test_each_trouble_says_how_to_fix_it(number: int, fix: str) -> None:
 
 def test_below_a_file_there_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(InputError, match="see that its folder can be made"):
+    with pytest.raises(InputError, match="check that its folder can be created"):
         write_text(tmp_path / "file" / "report.html", "x")
     assert (tmp_path / "file").read_text() == "kept"

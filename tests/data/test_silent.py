@@ -25,7 +25,7 @@ from cmt_mae.data.decode import decode_image
 from cmt_mae.data.pack import PackConfig, pack
 from cmt_mae.data.packed import read_meta
 from cmt_mae.data.sample import write_ade20k, write_coco, write_davis, write_imagefolder
-from cmt_mae.data.sources import _told, open_source, open_split
+from cmt_mae.data.sources import _reported, open_source, open_split
 from cmt_mae.tools.embed import embed
 from cmt_mae.tools.inspect.images import Album
 
@@ -361,4 +361,4 @@ def test_text_labels_are_classes(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_told() -> None:
     """Each line is said once a process and path: tests begin anew."""
-    _told.clear()
+    _reported.clear()

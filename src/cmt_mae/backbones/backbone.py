@@ -1,4 +1,4 @@
-"""What every part of the package receives when it asks for a backbone."""
+"""A backbone: the network and what is needed to feed and to rebuild it."""
 
 from __future__ import annotations
 

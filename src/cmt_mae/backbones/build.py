@@ -29,7 +29,7 @@ MAX_PIXELS = 8192
 
 
 # What a file may ask timm for. Everything else (checkpoint_path, pretrained_cfg, ...) could make
-# timm read or fetch other files, so a file that asks for it is refused.
+# timm read or fetch other files, so a file that holds it is refused.
 ALLOWED_KWARGS = frozenset(
     """
     img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias qk_norm init_values
@@ -47,7 +47,7 @@ TAKE = "take a timm VisionTransformer, Eva or Beit"
 class UnbuiltBackbone:
     """Weights of a headless ViT in timm's names, with what their file says of the network; None: it does not.
 
-    `facts.complete` fills in or asks for what is missing before the model is built.
+    `facts.complete` fills in what is missing, or refuses, before the model is built.
     """
 
     state: dict[str, Tensor]
@@ -101,7 +101,7 @@ def some(names: Iterable[str], limit: int = 6) -> str:
 
 
 def plain_kwargs(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """Sizes that a file asks timm for, with tuples for lists; InputError for anything but sizes."""
+    """Sizes that a file gives to timm, with tuples for lists; InputError for anything but sizes."""
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     foreign = sorted(kwargs.keys() - ALLOWED_KWARGS)
     plain = all(
@@ -110,9 +110,7 @@ def plain_kwargs(given: dict[str, Any], where: str) -> dict[str, Any]:
         for n in (v if isinstance(v, tuple) else (v,))
     )
     if foreign or not plain:
-        raise InputError(
-            f"{where}: asks timm for more than sizes: {one_line(str(foreign or kwargs))}"
-        )
+        raise InputError(f"{where}: gives timm more than sizes: {one_line(str(foreign or kwargs))}")
     return kwargs
 
 
@@ -213,22 +211,22 @@ def check_size(size: tuple[int, int], patch: tuple[int, int], where: str) -> Non
 
 
 def _check_claims(weights: UnbuiltBackbone, patches: int, where: str) -> None:
-    """InputError when the sizes asked of timm are far beyond the tensors: a hostile file."""
+    """InputError when the sizes given to timm are far beyond the tensors: a hostile file."""
     kwargs, state = weights.kwargs, weights.state
     elements = sum(v.numel() for v in state.values())
     rows = [v.shape[-2] for k, v in state.items() if "pos_embed" in k or "position_bias" in k]
     try:
         width, depth = int(kwargs.get("embed_dim", 1)), int(kwargs.get("depth", 1))
-        asked = depth * width * width * (4 + float(kwargs.get("mlp_ratio", 4)))
+        claimed = depth * width * width * (4 + float(kwargs.get("mlp_ratio", 4)))
     except (TypeError, ValueError, OverflowError):
-        asked = float("inf")
+        claimed = float("inf")
     # slack for extras such as registers, and for networks without any table of positions
-    if not 0 < asked <= 2 * elements + 1000 or patches > max(rows, default=1 << 14):
+    if not 0 < claimed <= 2 * elements + 1000 or patches > max(rows, default=1 << 14):
         raise InputError(f"{where}: the sizes it claims do not fit its tensors; it is damaged")
 
 
 def build(weights: UnbuiltBackbone, img_size: int | Sequence[int] | None, where: str) -> Backbone:
-    """The timm model filled with the weights, at another image size if one is asked for."""
+    """The timm model filled with the weights, at another image size if one is wanted."""
     native = pair(weights.kwargs["img_size"])
     size = native if img_size is None else pair(img_size)
     patch = pair(weights.kwargs.get("patch_size", patch_of(weights.state, where)))

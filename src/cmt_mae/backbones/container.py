@@ -157,7 +157,7 @@ def choose(
 ) -> tuple[dict[str, Tensor], str]:
     """The tensors of one entry of a nested file without wrappers' names, and the entry ("" for a flat file).
 
-    `key` asks for an entry; without it the first of `order` that is there is taken, else the file
+    `key` names an entry; without it the first of `order` that is there is taken, else the file
     itself. A key that is no entry may be the first part of names in it (MoCo v3's
     "momentum_encoder"); then those are taken, without that part. InputError lists what there is.
     """

@@ -1,4 +1,4 @@
-"""What a weights file does not say: known from its kind or from shapes that one network has, else asked for."""
+"""What a weights file does not say: known from its kind or its shapes, else the user has to say it."""
 
 from __future__ import annotations
 
@@ -58,20 +58,20 @@ def complete(weights: UnbuiltBackbone, given: BackboneFacts, path: Path) -> Unbu
     """
     where = str(path)
     weights = replace(weights, kwargs=dict(weights.kwargs), known_from=dict(weights.known_from))
-    asked = _Asked(given)
+    missing = _Missing(given)
     if bool(given.mean) != bool(given.std):
         raise InputError(f"{where}: give {given.prefix}mean and {given.prefix}std together")
     if given.arch:
         require_vit(given.arch.split(".")[0], f"{given.prefix}arch")
-    names = _network(weights, given, where, asked)
-    _heads(weights, given, asked)
-    _grid(weights, given, where, names, asked)
-    _normalisation(weights, given, path, names, asked)
-    asked.for_all(where, names, weights)
+    names = _network(weights, given, where, missing)
+    _heads(weights, given, missing)
+    _grid(weights, given, where, names, missing)
+    _normalisation(weights, given, path, names, missing)
+    missing.for_all(where, names, weights)
     return weights
 
 
-class _Asked:
+class _Missing:
     """What is unknown, and the options that would say it."""
 
     def __init__(self, given: BackboneFacts) -> None:
@@ -100,7 +100,7 @@ class _Asked:
 
 
 def _network(
-    weights: UnbuiltBackbone, given: BackboneFacts, where: str, asked: _Asked
+    weights: UnbuiltBackbone, given: BackboneFacts, where: str, missing: _Missing
 ) -> list[str]:
     """Fill in architecture and arguments; returns timm's names with just these shapes, as far as needed."""
     state = weights.state
@@ -129,9 +129,9 @@ def _network(
                     else "no network of timm has just its shapes; NAME: one of the same kind"
                 )
             )
-            asked(f"its network, activation and eps ({weights.ask or odd})", "arch NAME")
+            missing(f"its network, activation and eps ({weights.ask or odd})", "arch NAME")
             if not names and not given.heads:
-                asked.options.append(f"{asked.prefix}heads N")
+                missing.options.append(f"{missing.prefix}heads N")
             return names
         source = f"the shapes, timm's {names[0]}"
     weights.architecture = names[0]
@@ -154,7 +154,7 @@ def _own_sizes(state: dict[str, Tensor], name: str, where: str) -> dict[str, Any
     return sizes_of(state, where)
 
 
-def _heads(weights: UnbuiltBackbone, given: BackboneFacts, asked: _Asked) -> None:
+def _heads(weights: UnbuiltBackbone, given: BackboneFacts, missing: _Missing) -> None:
     """Heads of networks whose sizes were read off shapes, which do not show them."""
     kwargs = weights.kwargs
     if weights.architecture is None or "num_heads" in kwargs or "embed_dim" not in kwargs:
@@ -165,11 +165,11 @@ def _heads(weights: UnbuiltBackbone, given: BackboneFacts, asked: _Asked) -> Non
         source = "" if published else f", heads from {given.prefix}heads"
         weights.known_from["network"] = weights.known_from.get("network", "its kind") + source
     else:
-        asked(f"its heads (width {kwargs['embed_dim']})", "heads N")
+        missing(f"its heads (width {kwargs['embed_dim']})", "heads N")
 
 
 def _grid(
-    weights: UnbuiltBackbone, given: BackboneFacts, where: str, names: list[str], asked: _Asked
+    weights: UnbuiltBackbone, given: BackboneFacts, where: str, names: list[str], missing: _Missing
 ) -> None:
     """Fill in img_size, and whether positions have rows for the tokens before the patches."""
     state, patch = weights.state, patch_of(weights.state, where)
@@ -192,7 +192,7 @@ def _grid(
     holding = [(s, g) for s, g in candidates.items() if g and table_holds(state, g)]
     if not holding:
         if weights.architecture is not None or "pos_embed" in state:
-            asked("the grid of patches that its positions are for", "grid=[ROWS,COLUMNS]")
+            missing("the grid of patches that its positions are for", "grid=[ROWS,COLUMNS]")
         return
     source, grid = holding[0]
     weights.known_from["grid"] = source
@@ -213,14 +213,14 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _normalisation(
-    weights: UnbuiltBackbone, given: BackboneFacts, path: Path, names: list[str], asked: _Asked
+    weights: UnbuiltBackbone, given: BackboneFacts, path: Path, names: list[str], missing: _Missing
 ) -> None:
     """Fill in mean and std, and the licence of weights that are known to be published ones."""
     named = given.arch if given.arch and given.arch.split(".")[0] in names else None
     if given.mean and given.binding and weights.usual:
         weights.mean = weights.std = None
     if weights.mean is None:
-        _find_normalisation(weights, given, path, names, named, asked)
+        _find_normalisation(weights, given, path, names, named, missing)
     tagged = given.binding and named and "." in named and not given.mean
     if tagged and weights.mean and (weights.mean, weights.std) not in timm_normalisations(named):
         raise InputError(
@@ -235,7 +235,7 @@ def _find_normalisation(
     path: Path,
     names: list[str],
     named: str | None,
-    asked: _Asked,
+    missing: _Missing,
 ) -> None:
     """Mean and std of a file that does not say them itself. named: timm's name that was given and fits."""
     published = published_name(weights.state, path, names)
@@ -258,7 +258,7 @@ def _find_normalisation(
         weights.known_from["normalisation"] = f"timm's {names[0]}: all weights of this shape"
         weights.licence = weights.licence or if_published(timm_licence(names[0]))
     else:
-        asked("the mean and std of its input", "mean=[R,G,B]", "std=[R,G,B]")
+        missing("the mean and std of its input", "mean=[R,G,B]", "std=[R,G,B]")
 
 
 @cache

@@ -106,7 +106,7 @@ def read_hugging_face(state: dict[str, Tensor], container: Container) -> Unbuilt
 
 
 def _describe(weights: UnbuiltBackbone, config: dict[str, Any], kind: str, where: str) -> None:
-    """Fill in architecture and arguments from a config.json; without one the network is asked for."""
+    """Fill in architecture and arguments from a config.json; without one the user has to name the network."""
     state = weights.state
     if kind == "dinov3_vit":
         _describe_dinov3(weights, config, where)

@@ -86,7 +86,7 @@ def _published(
 
 
 def _fresh(name: str, weights: UnbuiltBackbone, img_size: int | Sequence[int] | None) -> Backbone:
-    """Random weights at the size asked for."""
+    """Random weights at the wanted size."""
     size = pair(weights.kwargs["img_size"] if img_size is None else img_size)
     check_size(size, (1, 1), name)
     kwargs = weights.kwargs | {"img_size": size}

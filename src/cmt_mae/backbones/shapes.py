@@ -90,7 +90,7 @@ def _family(state: dict[str, Tensor], kwargs: dict[str, Any], clip: str | None) 
         return "deit_base_distilled_patch16_224"
     fc1, fc2 = state["blocks.0.mlp.fc1.weight"], state.get("blocks.0.mlp.fc2.weight")
     if fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]:
-        return "vit_giant_patch14_dinov2"  # its SwiGLU cannot be asked for by a plain argument
+        return "vit_giant_patch14_dinov2"  # its SwiGLU is no plain argument
     word = SIZE_WORDS.get((kwargs["embed_dim"], kwargs["depth"]), "base")
     kind = f"_{clip}_" if clip else "_"
     named = f"vit_{word}_patch{kwargs['patch_size']}{kind}224"
@@ -205,7 +205,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Name -> shape, with what may differ in a file of the same network made comparable.
 
     Lengths of positions and the number of channels are left out; a norm after pooling (fine-tuned
-    networks) counts as the norm that it stands for.
+    networks) counts as the norm after the blocks.
     """
     found = {k: tuple(v.shape) for k, v in state.items()}
     if "fc_norm.weight" in found and "norm.weight" not in found:

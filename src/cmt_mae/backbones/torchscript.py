@@ -46,7 +46,7 @@ class _Parts:
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickler of data.pkl: whatever it is not told of here, it refuses."""
+    """Unpickler of data.pkl: refuses every class that is not listed here."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str, where: str) -> None:
         super().__init__(io.BytesIO(_entry(archive, f"{root}data.pkl", where, MAX_PICKLE)))
@@ -65,7 +65,7 @@ class _Reader(pickle.Unpickler):
         if module == "torch.jit._pickle" and name in _CONTAINERS:
             return _CONTAINERS[name]
         raise InputError(
-            f"{self.where}: refused, the archive asks for '{module}.{name}', which no weights need"
+            f"{self.where}: refused, the archive needs '{module}.{name}', which no weights need"
         )
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -121,7 +121,7 @@ def is_torchscript(path: Path) -> bool:
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Parameters and buffers of a TorchScript archive by their dotted names; nothing is run.
 
-    InputError when the archive is damaged or asks for anything beyond tensors and plain values.
+    InputError when the archive is damaged or needs anything beyond tensors and plain values.
     """
     where = str(path)
     try:

@@ -8,7 +8,7 @@ from cmt_mae.core.settings import RESUME_SAFE, Amount, Count, Positive, resume_s
 
 @dataclass(kw_only=True)
 class BackboneFacts:
-    """Given where the file does not say them; what it says and what is given here must agree."""
+    """Given where the file does not contain them; what it contains and what is given here must agree."""
 
     prefix: ClassVar[str] = "--"
     """How these settings are written on the command line."""
@@ -17,7 +17,7 @@ class BackboneFacts:
     given: ClassVar[bool] = True
     """False: this place has no such settings, and only a file that says everything will do."""
 
-    # these may change when a run is continued: what was found is compared (`Backbone.facts`), not how it was told
+    # these may change when a run is continued: what was found is compared (`Backbone.facts`), not its origin
     arch: str | None = resume_safe(None)
     """timm's name of the network in the file; with its tag it says how the input is normalised too."""
     mean: list[Amount] = field(default_factory=list, metadata=RESUME_SAFE)

@@ -30,7 +30,7 @@ class DamagedError(InputError):
 
 
 class _Hashed:
-    """A file to write to that keeps the checksum of what it was given, and the disk's refusal."""
+    """A file to write to that keeps the checksum of its content, and the disk's error."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.checksum = file, hashlib.sha256()
@@ -117,14 +117,14 @@ def step_of(checkpoint: Path) -> int:
 def load_last(folder: Path) -> dict[str, Any] | None:
     """State of the newest whole checkpoint; None where there is none at all.
 
-    A damaged one, or one without its checksum file, is passed over with a warning. Raises InputError where all
+    A damaged one, or one without its checksum file, is skipped with a warning. Raises InputError where all
     are damaged, as a run would silently begin again, and where one cannot be read for another reason (permission).
     """
     whole = list_checkpoints(folder)
     for path in reversed(bare_checkpoints(folder)):
         if whole and step_of(path) > step_of(whole[-1]):
             print(
-                f"warning: {printable(str(path))} has no {path.stem}.sha256 beside it, so nothing says that it is "
+                f"warning: {printable(str(path))} has no {path.stem}.sha256 beside it, so it may not be "
                 f"whole; falling back to step {step_of(whole[-1])}",
                 file=sys.stderr,
             )
@@ -169,7 +169,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Delete checkpoints after ``step``: damaged ones that a run which goes on from there has passed over.
+    """Delete checkpoints after ``step``: damaged ones that a run which goes on from there has skipped.
 
     Were one of them readable again later, the lines of metrics up to it would be missing.
     """

@@ -18,7 +18,7 @@ from cmt_mae.core.text import hint, one_line
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 Command = tuple[str, str]
-"""Names, in the package, of a command's settings and function; imported only when asked for."""
+"""Names, in the package, of a command's settings and function; imported only when the command is used."""
 COMMANDS: dict[str, Command] = {
     "pretrain": ("PretrainConfig", "pretrain"),
     "pack": ("PackConfig", "pack"),
@@ -74,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: list[str], debug: bool) -> int:
-    """One command, every way in which it may end told in one line."""
+    """Run one command; whatever ends it is reported in one line."""
     try:
         return dispatch(arguments)
     except (Exception, KeyboardInterrupt) as error:
-        from cmt_mae.core.failures import tell_failure
+        from cmt_mae.core.failures import report_failure
 
-        return tell_failure(error, debug)
+        return report_failure(error, debug)
     finally:
         if "cmt_mae.engine.processes" in sys.modules:
             sys.modules["cmt_mae.engine.processes"].leave_processes()

@@ -10,4 +10,4 @@ class Stopped(Exception):
 
 
 class LostProcess(Stopped):
-    """Another process of the run is gone. Told on stderr at once: torchrun is about to end this one too."""
+    """Another process of the run has ended. Printed at once, as torchrun is about to end this one too."""

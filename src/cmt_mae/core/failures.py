@@ -10,11 +10,11 @@ from cmt_mae.core.errors import InputError, LostProcess, Stopped
 from cmt_mae.core.text import one_line, printable
 
 
-def tell_failure(error: BaseException, debug: bool) -> int:
-    """Say why the command ended; returns its exit status. Called while the error is handled."""
+def report_failure(error: BaseException, debug: bool) -> int:
+    """Print why the command ended; returns its exit status. Called while the error is handled."""
     if isinstance(error, InputError):
         return fail(str(error), 2, debug)
-    if isinstance(error, LostProcess):  # it has said so itself
+    if isinstance(error, LostProcess):  # it has printed its line already
         return 75
     if isinstance(error, Stopped):
         return fail(str(error), 75, debug)

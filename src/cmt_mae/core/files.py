@@ -21,7 +21,7 @@ NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAME
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A disk that refuses (full, read-only, gone) becomes one clear line: InputError about ``path``."""
+    """An OSError (disk full, read-only, missing) becomes one clear line: InputError about ``path``."""
     try:
         yield
     except OSError as error:
@@ -39,8 +39,8 @@ def how_to_fix(error: OSError) -> str:
     if error.errno in FULL:
         return "free space"
     if error.errno in NO_PLACE:
-        return "see that its folder can be made"
-    return "see to the disk"
+        return "check that its folder can be created"
+    return "check the disk"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -115,14 +115,14 @@ def is_alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         return True
     return True
 
 
 def same_fingerprint(one: str, other: str) -> bool:
     """Whether two recorded fingerprints can be of the same data: those of older versions (without a dash) know
-    names and sizes alone, which the first half of a newer one stands for."""
+    names and sizes alone; the first half of a newer one is that older fingerprint."""
     if ("-" in one) != ("-" in other):
         return one[:32] == other[:32]
     return one == other

@@ -20,7 +20,7 @@ VALUES = {
     "recipe": "NAME[,NAME]", "data": "PATH", "data_root": "PATH", "out": "PATH", "teacher": "NAME",
     "backbone": "NAME", "probe_data": "PATH", "init_from": "NAME", "images": "PATH", "run": "RUN",
 }  # fmt: skip
-"""What stands for the value of an option; of others its type does."""
+"""Word for the value of an option in its help; for the other options it follows from the type."""
 PRETRAIN_FIRST = (
     "recipe", "data", "teacher", "out", "epochs", "batch_size", "student.preset", "student.img_size", "mask.rule",
     "alpha", "probe_data", "init_from", "device", "seed",

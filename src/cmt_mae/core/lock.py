@@ -125,7 +125,7 @@ def only_one(folder: Path, name: str) -> Iterator[None]:
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener that refuses symbolic links: a run directory may come from somebody else."""
+    """An opener that refuses symbolic links: a run directory may come from another user."""
     if os.path.islink(path):
         raise OSError(None, "it is a symbolic link; remove it")
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
@@ -137,7 +137,7 @@ def name_of(process: int) -> str:
 
 
 def started(process: int) -> str:
-    """Clock tick at which a process of this machine started; empty where nobody tells (no Linux)."""
+    """Clock tick at which a process of this machine started; empty where the system does not say (no Linux)."""
     try:
         text = Path(f"/proc/{process}/stat").read_text(errors="replace")
     except OSError:
@@ -146,7 +146,7 @@ def started(process: int) -> str:
 
 
 def may_run(owner: str) -> bool:
-    """Whether the owner named in a lock may still run: dead ones of this machine are told apart."""
+    """Whether the owner named in a lock may still run: dead processes of this machine are recognised."""
     known = OWNER.match(owner)
     if not known:
         return bool(owner)

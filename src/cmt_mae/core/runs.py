@@ -139,7 +139,7 @@ class RunDir:
         self._append("metrics.jsonl", row)
 
     def append_warning(self, step: int, text: str) -> None:
-        """One line of warnings.jsonl: what was said on stderr is gone with the terminal."""
+        """One line of warnings.jsonl: stderr is lost with the terminal."""
         if self.writes:
             self._append("warnings.jsonl", {"step": step, "text": text})
 
@@ -210,7 +210,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the CPU where Linux tells it."""
+    """Name of the CPU, from Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -77,7 +77,7 @@ def kinds_of(settings: Any) -> dict[str, Any]:
 
 @cache
 def resume_safe_settings(settings: Any) -> tuple[str, ...]:
-    """Dotted names of the settings that do not affect the result; "section." stands for all in it."""
+    """Dotted names of the settings that do not affect the result; "section." means everything in it."""
     return tuple(
         f"{name}." if is_dataclass(kind) else name
         for name, kind, one in walk(settings)

@@ -22,7 +22,7 @@ from cmt_mae.data.decode import IMAGE_SUFFIXES, decode_image
 from cmt_mae.data.files import is_litter, open_file, read_file
 from cmt_mae.data.folder import with_content
 from cmt_mae.data.source import BadImage, Limits
-from cmt_mae.data.sources import limits_of, tell_left_out
+from cmt_mae.data.sources import limits_of, report_left_out
 
 IGNORED = -1
 """What a mask in memory holds where nothing counts: unlabelled (0) and void (255) in the file."""
@@ -105,7 +105,7 @@ def _find_pairs(folder: Path, split: str) -> Pairs:
     ]
     found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     others = [path.suffix.lower() for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
-    tell_left_out(str(images), len(found), Counter(kind or "without suffix" for kind in others))
+    report_left_out(str(images), len(found), Counter(kind or "without suffix" for kind in others))
     if not found:
         raise InputError(f"{images}: no image in it; copy the {split} images there")
     wanted = [masks / path.relative_to(images).with_suffix(".png") for path in found]

@@ -118,7 +118,7 @@ class Augment:
         return torch.from_numpy(changed.reshape(array.shape)).permute(2, 0, 1)
 
     def _erased(self, channels: int) -> Erased | None:
-        """timm's erasing of an empty canvas tells place and noise."""
+        """timm's erasing of an empty canvas shows place and noise."""
         canvas = self._eraser(torch.full((channels, *self.size), torch.nan))
         filled = ~canvas[0].isnan()
         if not filled.any():
@@ -132,7 +132,7 @@ class Augment:
 def _posterize(image: Image.Image, bits: int, **more: Any) -> Image.Image:
     """timm's posterize, and black where no bit is kept.
 
-    timm asks for 0 bits at the highest magnitude, which MAE's text draws for about one image in 700: Pillow gave a
+    timm keeps 0 bits at the highest magnitude, which MAE's text draws for about one image in 700: Pillow gave a
     black image then, as the recipe was made; from Pillow 13 on it raises.
     """
     if bits < 1:

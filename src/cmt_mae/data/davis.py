@@ -30,7 +30,7 @@ RESOLUTION = "480p"
 LIST_BYTES = 2**24
 """A list of sequences above this is none."""
 VOID = 255
-"""Pixels that nobody labelled; the evaluation takes them as background (spec 9.3)."""
+"""Pixels without a label; the evaluation counts them as background (spec 9.3)."""
 
 Mask = NDArray[np.uint8]
 
@@ -226,7 +226,7 @@ def read_mask(file: Path, keep_void: bool = False) -> Mask:
     indices of the DAVIS palette's colours.
 
     Raises:
-        InputError: it cannot be decoded, or a colour or value stands for no object.
+        InputError: it cannot be decoded, or a colour or value that is no object.
     """
     try:
         with open_file(file) as opened, Image.open(opened) as image:

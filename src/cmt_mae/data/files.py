@@ -21,7 +21,7 @@ def is_litter(name: str) -> bool:
 def open_file(path: str | bytes | Path) -> BinaryIO:
     """A regular file, open for reading. Raises BadImage: gone, unreadable, a pipe or device."""
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+        # O_NONBLOCK: opening a pipe without a writer would wait for ever.
         file = os.open(os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)

@@ -1,10 +1,10 @@
 """Ordinary JPEG files read fast: the size first, then only the rows that a crop needs.
 
-`read_header` tells the size without decoding, so a crop can be drawn before the file is decoded. The
+`read_header` gives the size without decoding, so a crop can be drawn before the file is decoded. The
 Huffman code has to be read from the top, but decoding may stop below the crop: `decode` writes a smaller
 height into a copy of the frame header, which every libjpeg understands. The pixels are those of the
 whole picture, bit for bit. Decoding at 1/2, 1/4 or 1/8 (libjpeg's scaled DCT) is the only thing here
-that changes pixels, and it is asked for by `shrink`.
+that changes pixels, and it is chosen by `shrink`.
 
 simplejpeg (libjpeg-turbo without detours) decodes where it is installed, else Pillow: equal pixels.
 """
@@ -194,7 +194,9 @@ def decode(
             )
         else:
             array = _decode(raw, height, width, shrink, True, scratch)
-    except Exception:  # ValueError, OSError, SyntaxError, struct.error, ...: the plain path tells
+    except (
+        Exception
+    ):  # ValueError, OSError, SyntaxError, struct.error, ...: the plain path reports it
         return None
     down, back, swap = _TURNS[header.orientation]
     piece = array[top : top + h, left : left + w]

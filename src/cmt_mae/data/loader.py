@@ -71,7 +71,7 @@ class Batch(TypedDict):
     """float32 (B, 4): top, left, height and width of the crop, before any flip, as shares of the photo's
     height and width."""
     photos: torch.Tensor | None
-    """uint8 (K, C, s, s), channels last: whole photos of the samples that `photo_wanted` asks for."""
+    """uint8 (K, C, s, s), channels last: whole photos of the samples for which `photo_wanted` is true."""
     photo_rows: torch.Tensor
     """int64 (K,): which samples of the batch these are."""
     index: torch.Tensor
@@ -279,7 +279,7 @@ def pretrain_batches(
     through one forward pass; batch_size / (world * micro_batch) micro-batches make a step. An epoch
     is n // batch_size steps; the rest of its order is dropped. The same global batches come for any
     rank count and worker count. timeout_s: a worker silent for so long counts as hung (0: never).
-    photo_wanted: given an image's number, whether its whole photo is to come along (`crops.photo_size`);
+    photo_wanted: given an image's number, whether its whole photo is part of the batch (`crops.photo_size`);
     called in the workers; None: always.
     Raises InputError: sizes that do not divide, fewer images than a batch, too many broken images,
     a worker that died or hung.

@@ -63,16 +63,16 @@ def pack(config: PackConfig) -> dict[str, Any]:
         splits["val"] = (open_split(config.data, "val", config.range), out / "val")
     else:
         splits["all"] = (open_source(config.data, config.range), out)
-    asked = {name: _asked(source, config) for name, (source, _) in splits.items()}
+    wanted = {name: _wanted(source, config) for name, (source, _) in splits.items()}
     # Every refusal before any work.
-    present = {name: _present(target, asked[name]) for name, (_, target) in splits.items()}
+    present = {name: _present(target, wanted[name]) for name, (_, target) in splits.items()}
     return {
-        name: present[name] or _pack_one(source, target, asked[name], config)
+        name: present[name] or _pack_one(source, target, wanted[name], config)
         for name, (source, target) in splits.items()
     }
 
 
-def _asked(source: Source, config: PackConfig) -> dict[str, Any]:
+def _wanted(source: Source, config: PackConfig) -> dict[str, Any]:
     """What is to be packed, as meta.json says it."""
     return {
         "source_fingerprint": source.names_fingerprint(),
@@ -83,7 +83,7 @@ def _asked(source: Source, config: PackConfig) -> dict[str, Any]:
     }
 
 
-def _present(target: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _present(target: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The result of an equal earlier pack in `target`, None when the place is free."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
@@ -91,7 +91,7 @@ def _present(target: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(f"{target}: exists and is not a pack; choose another --out")
     meta = read_meta(target)
     # packs of older versions say nothing of content and range
-    if any(meta.get(key, value) != value for key, value in asked.items()):
+    if any(meta.get(key, value) != value for key, value in wanted.items()):
         raise InputError(
             f"{target}: holds another pack ({meta['count']} images of {meta['source']} at "
             f"{meta['size']} px); choose another --out or remove it"
@@ -132,7 +132,7 @@ def _squares(source: Source, config: PackConfig) -> Iterator[tuple[int, np.ndarr
 
 
 def _pack_one(
-    source: Source, target: Path, asked: dict[str, Any], config: PackConfig
+    source: Source, target: Path, wanted: dict[str, Any], config: PackConfig
 ) -> dict[str, Any]:
     """Make one pack aside and give it its name. The folder aside holds the lock until it has the name."""
     aside = target.with_name(f".{target.name}.partial")
@@ -142,12 +142,12 @@ def _pack_one(
         lock.take()
         try:
             if (
-                there := _present(target, asked)
+                there := _present(target, wanted)
             ) is not None:  # made while this one waited its turn
                 return there
             for name in FILES:  # what a killed pack left
                 (aside / name).unlink(missing_ok=True)
-            result = _write(source, aside, asked, config)
+            result = _write(source, aside, wanted, config)
             os.replace(aside, target)
             (target / "pack.lock").unlink()
             flush_folder(target.parent)
@@ -162,7 +162,7 @@ def _pack_one(
 
 
 def _write(
-    source: Source, folder: Path, asked: dict[str, Any], config: PackConfig
+    source: Source, folder: Path, wanted: dict[str, Any], config: PackConfig
 ) -> dict[str, Any]:
     """Write the three files into `folder`, each flushed to the disk."""
     names: list[str] = []
@@ -189,7 +189,7 @@ def _write(
     with _flushed(folder / "labels.npy") as file:
         np.save(file, np.array(labels, dtype=np.int64))
     meta = {
-        "format": FORMAT, "source": config.data, **asked, "count": len(names), "classes": source.classes,
+        "format": FORMAT, "source": config.data, **wanted, "count": len(names), "classes": source.classes,
         "bad": bad, "left_out": dict(source.left_out), "names": names,
     }  # fmt: skip
     with _flushed(folder / "meta.json") as file:

@@ -19,7 +19,7 @@ _ALIASES = {
     "val": ("val", "valid", "validation", "test"),
 }
 HUB = "hf://"
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
 def open_source(path: str, limits: Sequence[float] = ()) -> Source:
@@ -30,7 +30,7 @@ def open_source(path: str, limits: Sequence[float] = ()) -> Source:
     limits: values of black and white in images of more than 8 bits; empty: measured on some of the images.
     Files that are left out are counted in one line on stderr. Raises InputError saying what is wrong with it.
     """
-    return _told_of(path, _limited(path, _open(path), limits))
+    return _with_report(path, _limited(path, _open(path), limits))
 
 
 def open_split(
@@ -60,7 +60,7 @@ def open_split(
     if hub:
         source = _open(path, classes, words)
     elif isinstance(here, Path):
-        _tell_of_others(here)
+        _report_others(here)
         path = str(here)
         source = _open(path, classes)
     elif here:
@@ -76,7 +76,7 @@ def open_split(
         )
     if train is not None:
         source.limits = train.limits
-    return _told_of(path, source if train is not None else _limited(path, source, limits))
+    return _with_report(path, source if train is not None else _limited(path, source, limits))
 
 
 def has_splits(path: str) -> bool:
@@ -84,7 +84,7 @@ def has_splits(path: str) -> bool:
     return all(_find_split(path, words) for words in _ALIASES.values())
 
 
-def _tell_of_others(split: Path) -> None:
+def _report_others(split: Path) -> None:
     """A line about folders beside a split's: a class may be called train."""
     from cmt_mae.data.folder import SPLIT_NAMES
 
@@ -93,26 +93,26 @@ def _tell_of_others(split: Path) -> None:
     if others:
         first = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
         text = f": {split.name}/ alone is read, as its name is that of a split; beside it: {first}"
-        _tell(f"{split}/", str(split.parent), text)
+        _report(f"{split}/", str(split.parent), text)
 
 
-def tell_left_out(path: str, images: int, left_out: Counter[str]) -> None:
+def report_left_out(path: str, images: int, left_out: Counter[str]) -> None:
     """A line about files that were left out, by suffix, once a path, by the first process."""
     if left_out:
         from cmt_mae.data.folder import left_out_of
 
-        _tell(path, path, left_out_of(images, left_out))
+        _report(path, path, left_out_of(images, left_out))
 
 
-def _told_of(path: str, source: Source) -> Source:
-    tell_left_out(path, len(source), source.left_out)
+def _with_report(path: str, source: Source) -> Source:
+    report_left_out(path, len(source), source.left_out)
     return source
 
 
-def _tell(about: str, path: str, text: str) -> None:
-    if text and about not in _told and os.environ.get("RANK", "0") == "0":
+def _report(about: str, path: str, text: str) -> None:
+    if text and about not in _reported and os.environ.get("RANK", "0") == "0":
         logging.getLogger(__name__).warning("%s%s", path, text)
-    _told.add(about)
+    _reported.add(about)
 
 
 def limits_of(where: str, files: Sequence[str | Path]) -> Limits | None:
@@ -136,7 +136,7 @@ def _limited(path: str, source: Source, limits: Sequence[float]) -> Source:
         from cmt_mae.data.decode import measure_limits
 
         source.limits, text = measure_limits(source)
-        _tell(f"range of {path}", path, text and f": {text}")
+        _report(f"range of {path}", path, text and f": {text}")
     return source
 
 

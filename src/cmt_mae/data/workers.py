@@ -125,9 +125,9 @@ def once(
         raise WorkerFailed(f"{what}; check the memory and the disk, or use no workers") from None
     finally:
         deadline.over.set()
-        del batches  # asks the workers to end
+        del batches  # makes the workers end
         for process in processes:
-            if process.is_alive():  # it hangs, and it does not hear SIGTERM
+            if process.is_alive():  # it hangs, and it ignores SIGTERM
                 process.kill()
                 process.join(timeout=5)
         _LIVE.difference_update(processes)
@@ -135,8 +135,8 @@ def once(
 
 @atexit.register
 def _end_workers() -> None:
-    """Workers of a generator that nobody closed (an error ended the program): Python would ask them to
-    end with SIGTERM, which they do not hear, and wait for them for ever. Runs before it does so."""
+    """Workers of a generator that was not closed (an error ended the program): Python would send them
+    SIGTERM, which they ignore, and wait for them for ever. Runs before that."""
     for process in _LIVE:
         process.kill()
 

@@ -33,7 +33,7 @@ class GpuEnergy:
         self._nvml = pynvml
 
     def read(self) -> float | None:
-        """Joules since the last call, or since the start; None where nobody counts them."""
+        """Joules since the last call, or since the start; None where they are not counted."""
         if self._nvml is None:
             return None
         try:

@@ -49,10 +49,10 @@ def fit(
 
     run: made but not claimed. facts: for run.json; the digests of ``backbone`` and ``teacher`` and the
     fingerprint of ``data`` in it may not change when a run is continued.
-    Raises InputError (also for another backbone or other data) and Stopped when a signal asked for the end.
+    Raises InputError (also for another backbone or other data) and Stopped after a signal.
     """
     with stopping_with_the_others(accelerator, run.path):
-        accelerator.wait_for_everyone()  # nobody writes before everybody has looked at the folder
+        accelerator.wait_for_everyone()  # no process writes before all have looked at the folder
         return _Fit(settings, task, accelerator, run, facts).run_to_the_end()
 
 
@@ -119,7 +119,7 @@ class _Fit:
                 if self.step % settings.log_every == 0 or self.step == task.total_steps:
                     bar.update(shown, description=self.log(tracking))
                 bar.update(shown, completed=self.step)
-                if self.look_and_keep(tracking, stop):
+                if self.evaluate_and_save(tracking, stop):
                     raise Stopped(
                         f"stopped at step {self.step} of {task.total_steps}, checkpoint written in "
                         f"{self.run.path}: run the same command to continue"
@@ -133,7 +133,7 @@ class _Fit:
         self.trainer.step(batches, self.step)
         self.step += 1
 
-    def look_and_keep(self, tracking: Trackers, stop: StopRequest) -> bool:
+    def evaluate_and_save(self, tracking: Trackers, stop: StopRequest) -> bool:
         """Evaluation and checkpoint where they are due; whether to stop here."""
         task, step, settings = self.task, self.step, self.settings
         asked = any_process(self.accelerator, stop.asked)
@@ -282,7 +282,7 @@ class _Fit:
         rotate(self.run.checkpoints, self.settings.keep_last, self.task.keeps)
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one, and write run.json."""
+        """Load the newest whole checkpoint, if there is one, and write run.json."""
         state = None
         if self.run.checkpoints.exists():
             from cmt_mae.core.checkpoint import load_last
@@ -309,9 +309,9 @@ class _Fit:
             step = state["step"] if state else -1
             self.run.cut_metrics(step, lambda row: "lr" in row or row["step"] <= seen)
         if state is not None:
-            self.take_up(state, seen, known.get("placement", {}), placement)
+            self.go_on_from(state, seen, known.get("placement", {}), placement)
 
-    def take_up(
+    def go_on_from(
         self, state: dict[str, Any], seen: int, before: dict[str, Any], placement: dict[str, Any]
     ) -> None:
         """Go on from a checkpoint, and say so. seen: step of its last evaluation; before: placement back then."""

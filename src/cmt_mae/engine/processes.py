@@ -1,4 +1,4 @@
-"""The processes of a run: device and precision of each, what they agree on, what they say once for all."""
+"""The processes of a run: device and precision of each, what they agree on, what one of them prints for all."""
 
 import contextlib
 import ctypes
@@ -103,7 +103,7 @@ def make_deterministic() -> None:
 
 @contextlib.contextmanager
 def stopping_with_the_others(accelerator: Accelerator, run: Path) -> Iterator[None]:
-    """Say in one line, and raise LostProcess, where another process has gone and its part does not come."""
+    """Where another process has ended: print one line and raise LostProcess."""
     try:
         yield
     except RuntimeError as error:

@@ -95,7 +95,7 @@ def evaluation_progress(show: bool) -> Progress:
 
 
 class Forecast:
-    """Tells once, after a few steps, when a training will end."""
+    """Says once, after a few steps, when a training will end."""
 
     WARM, SECONDS, LONG = 2, 5.0, 60.0
 
@@ -103,7 +103,7 @@ class Forecast:
         """step: done before this start."""
         self.total, self.warm = total, step + self.WARM
         self._since = 0.0
-        self._told = False
+        self._said = False
 
     def text(self, step: int) -> str:
         """What to say after this step; "" before it can be known, and for the rest of the run."""
@@ -111,9 +111,9 @@ class Forecast:
         if step == self.warm:
             self._since = now
         elapsed = now - self._since
-        if self._told or step <= self.warm or elapsed < self.SECONDS:
+        if self._said or step <= self.warm or elapsed < self.SECONDS:
             return ""
-        self._told = True
+        self._said = True
         each = elapsed / (step - self.warm)
         left = each * (self.total - step)
         if left < self.LONG:

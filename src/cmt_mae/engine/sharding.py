@@ -88,7 +88,7 @@ def exchange(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up a state of whole tensors in an optimizer whose parameters are sharded."""
+    """Load a state of whole tensors into an optimizer whose parameters are sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     pieces = {
         number: {name: piece_of(value, parameters[number]) for name, value in entry.items()}

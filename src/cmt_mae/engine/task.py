@@ -121,7 +121,7 @@ class Task(Protocol):
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up networks and ``extra_state`` of a checkpoint; before the first ``enter``."""
+        """Load networks and ``extra_state`` of a checkpoint; before the first ``enter``."""
         for name, network in self.networks().items():
             if network is not None:
                 network.load_state_dict(state[name])
@@ -143,7 +143,7 @@ class Task(Protocol):
         return []
 
     def begin(self, run: RunDir) -> None:
-        """Once, after a checkpoint has been taken up, before the first step."""
+        """Once, after a checkpoint has been loaded, before the first step."""
         return
 
     def enter(self, step: int) -> None:

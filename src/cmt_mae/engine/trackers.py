@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl and tensorboard always, wandb when asked."""
+"""Where metrics go: metrics.jsonl and tensorboard always, wandb by choice."""
 
 import contextlib
 from typing import Any
@@ -49,7 +49,7 @@ class Trackers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.board is not None:
-            # a full disk is told once: not here where it is what ends the run
+            # a full disk is reported once: not here where it is what ends the run
             trouble = (
                 contextlib.suppress(OSError) if kind else writing(self.run.path / "tensorboard")
             )

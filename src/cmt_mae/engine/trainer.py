@@ -32,7 +32,7 @@ class Trainer:
         self.meters = Meters(self.device, accelerator)
         self.nonfinite_row = torch.zeros((), device=self.device)
         """Steps in a row, up to now, that were not finite."""
-        self.waited = 0.0  # seconds spent waiting for images since somebody set it to 0
+        self.waited = 0.0  # seconds spent waiting for images since it was last set to 0
         self.no_compiler = ""
         """Why the blocks are not compiled although they should be."""
         if compiled:

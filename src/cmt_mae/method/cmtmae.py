@@ -66,7 +66,7 @@ class MaskConfig:
     student_map: Reading = "class"
     """How its map is read: class (the class token's row, as the paper) | column_mean (of all tokens' rows)."""
     other_image: bool = False
-    """The attention of another image of the batch guides the mask: the control that tells what attention does."""
+    """The attention of another image of the batch guides the mask: the control for what attention contributes."""
 
 
 @dataclass
@@ -203,7 +203,7 @@ class StudentWithDecoder(nn.Module):
         most: int = 32,
     ) -> dict[str, Tensor]:
         """The loss where the decoder gets another image's latents, of the same visible places; and how much
-        higher it is than with the own ones: 0 means that the student tells the decoder nothing about an image.
+        higher it is than with the own ones: 0 means that the latents carry nothing about the image.
 
         Of at most ``most`` images. No drop path, so that the run's random numbers stay where they are.
         """

@@ -23,13 +23,13 @@ class PromptingBlock(nn.Module):
 
     def forward(self, hidden: Tensor, fixed: Tensor, places: Tensor) -> Tensor:
         """hidden (B, M, W), fixed (B, 1 + L, W) raster order, places (B, M, W) int64 -> (B, M, W)."""
-        asked = self.norm1(hidden)
-        keys, values = self.key_value(fixed.scatter(1, places, asked.to(fixed.dtype))).chunk(
+        normed = self.norm1(hidden)
+        keys, values = self.key_value(fixed.scatter(1, places, normed.to(fixed.dtype))).chunk(
             2, dim=-1
         )
         query, keys, values = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query(asked), keys, values)
+            for part in (self.query(normed), keys, values)
         )
         mixed = F.scaled_dot_product_attention(query, keys, values)
         hidden = hidden + self.proj(mixed.transpose(1, 2).flatten(2))

@@ -191,7 +191,7 @@ def effective_rank(features: Tensor, most: int = 256) -> Tensor:
 
 @torch.no_grad()
 def image_share(features: Tensor, ids: Tensor | None, places: int, most: int = 64) -> Tensor:
-    """Share of the variance of (B, N, D) that images at the same place have: 0 = they tell places, no images.
+    """Share of the variance of (B, N, D) that images at the same place have: 0 = they differ between places only.
 
     ids (B, N) int64: the place, below ``places``, of each token; None: the N places in order. Of ``most``
     images. 1 where no two images share a place (a batch of one).

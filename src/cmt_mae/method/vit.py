@@ -212,7 +212,7 @@ class LastBlockInput:
     context: dict[str, Any]
     """Keywords of the block: rotary embedding (Eva) or relative position bias (Beit)."""
     earlier: list[Tensor]
-    """Outputs of the blocks before the last that were asked for, oldest first."""
+    """Outputs of the last blocks before the last one, oldest first; see ``keep_outputs``."""
     normed: Tensor | None = None
     """(B, P + L, D) after the last block's first norm, once it has been computed."""
     keys: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What the settings of a run and the number of its images make of each other: steps, switch, alphas."""
+"""Steps, switch of stages and alphas that follow from the settings of a run and the number of its images."""
 
 from dataclasses import dataclass, field
 

@@ -282,7 +282,7 @@ class PretrainConfig:
         return mask or target
 
     def needs_teacher(self) -> bool:
-        """Whether the teacher is ever run (in stage one it stands for the mixture)."""
+        """Whether the teacher is ever run (in stage one it replaces the mixture)."""
         two_stages = self.stage_one() > 0
         mask = self.mask_source() == "teacher" or (
             self.mask_source() == "collab" and (two_stages or self.alpha_of("mask") < 1)

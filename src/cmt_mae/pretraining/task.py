@@ -43,7 +43,7 @@ class Images:
 
 @dataclass
 class Hooks:
-    """How other rooms look at a run while it goes on."""
+    """What other rooms do while a run goes on."""
 
     draw: "Callable[[Pretraining, VisionTransformer, int, RunDir], None] | None" = None
     """(task, student in one piece, step, run): draws what guides the mask."""
@@ -210,7 +210,7 @@ class Pretraining(Task):
     def stored_output(
         self, batch: Batch, images: Tensor, teacher_images: Tensor | None
     ) -> Callable[[], TeacherOutput] | None:
-        """What stands for the teacher's forward pass on these crops where its outputs are kept."""
+        """A replacement of the teacher's forward pass on these crops where its outputs are kept."""
         photo = self.config.teacher.view == "photo"
         # a crop that replaces a broken image's is not the one that would be kept under its number
         if self.store is None or (batch["bad"] and not photo):
@@ -221,7 +221,7 @@ class Pretraining(Task):
         return partial(self.store.outputs, batch["index"], seen, torch.arange(len(seen)))
 
     def _at_boxes(self, batch: Batch) -> TeacherOutput:
-        """Outputs of whole photos at the crops' boxes; what is missing is computed from those that came along."""
+        """Outputs of whole photos at the crops' boxes; missing ones are computed from the batch's photos."""
         assert self.store is not None
         photos = batch["photos"]
         if photos is not None:
