@@ -384,7 +384,8 @@ def page(content: dict[str, Any]) -> str:
         f"{content['data']}, `{content['scale']}`, batches of {content['batch']}), one after another. Top-1, %, "
         f"after that (mean ± standard deviation over n seeds). {hardware['processor']}, {content['threads']} of "
         f"{hardware['cores']} cores. Command: `{content['command']}`.",
-        "", "`best`, `cmt`, `mae`: our recipes; the seconds of `best` hold the teacher's looks at the whole photos. "
+        "",
+        "`best`, `cmt`, `mae`: our recipes; the seconds of `best` hold the teacher's looks at whole photos. "
         "`distil`: plain distillation on timm, all patches seen, the teacher at its own size on every crop. "
         "`transformers`, `lightly`: MAE by their code, in a plain loop. One learning rate for all, the scale's, "
         "unless the file says otherwise (scale_of_rate).",
