@@ -121,6 +121,23 @@ def test_a_stopped_run_goes_on_and_another_setting_starts_anew(
         np.testing.assert_array_equal(one[name], two[name])
 
 
+def test_what_is_no_input_of_a_backbone_is_refused_in_one_line() -> None:
+    """Deep images would be near black, integers are not normalised: features of neither mean anything."""
+    backbone = cmt_mae.load_backbone("embedded")
+    deep = np.full((64, 64), 900, np.uint16)
+    for image in (deep, Image.fromarray(deep), np.zeros((64, 64, 3)), torch.zeros(3, 64, 64)):
+        with pytest.raises(InputError, match="give one of 8 bits"):
+            backbone.transform(image)
+    plain = np.zeros((64, 64, 3), np.uint8)
+    for fine in (plain, Image.fromarray(plain), Image.fromarray(plain).convert("P")):
+        assert backbone.transform(fine).shape == (3, 64, 64)
+    for images in (plain, torch.zeros(3, 64, 64), torch.zeros(1, 4, 64, 64)):
+        with pytest.raises(InputError, match=r"give a tensor \(B, 3, H, W\)"):
+            backbone(images)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"torch\.uint8, not normalised"):
+        backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
 def test_an_image_of_more_than_8_bits_in_memory_is_refused() -> None:
     deep = Image.fromarray(np.full((64, 64), 900, np.uint16))
     with pytest.raises(InputError, match=r"more than 8 bits \(mode I;16\): give its path"):

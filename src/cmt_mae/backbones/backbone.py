@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import pixels_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -94,11 +95,13 @@ class Backbone:
         """torchvision transform of a PIL image, or (H, W, C) uint8 array, to (C, H, W) float32 for this network.
 
         The evaluations' crop: shorter side to 256/224 of the size, bicubic, then the centre; then mean and std.
+        It raises InputError for an image of other numbers, whose black and white it cannot know.
         """
         from torchvision.transforms import v2
 
         height, width = self.img_size
         steps: list[nn.Module] = [
+            EightBits(),
             v2.ToImage(),
             CoveringResize((round(height / CROP), round(width / CROP))),
             v2.CenterCrop([height, width]),
@@ -106,13 +109,24 @@ class Backbone:
             v2.Normalize(list(self.mean), list(self.std)),
         ]
         if len(self.mean) == 3:
-            steps.insert(1, v2.RGB())
+            steps.insert(2, v2.RGB())
         transform: Callable[[Any], Tensor] = v2.Compose(steps)
         return transform
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Embedding:
-        """Features of images (B, C, H, W) as `transform` makes them, on the model's device."""
+        """Features of images (B, C, H, W) as `transform` makes them, on the model's device; else InputError."""
+        channels = len(self.mean)
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
+            shape = tuple(getattr(images, "shape", ()))
+            raise InputError(
+                f"the images are a {type(images).__name__} {shape}: give a tensor (B, {channels}, H, W), "
+                "such as torch.stack of what backbone.transform makes"
+            )
+        if not images.is_floating_point():
+            raise InputError(
+                f"the images are {images.dtype}, not normalised: give what backbone.transform makes of them"
+            )
         parameter = next(self.model.parameters())
         network: Any = self.model
         tokens = network.forward_features(images.to(parameter.device, parameter.dtype))
@@ -120,6 +134,22 @@ class Backbone:
         patches = tokens[:, self.prefix_tokens :]
         cls = after(tokens[:, 0]).float() if self.has_cls else None
         return Embedding(cls, after(patches.mean(1)).float(), patches.float())
+
+
+class EightBits(nn.Module):
+    """Passes on a PIL image or array of 8 bits, and refuses others, which would be cut off or near black."""
+
+    def forward(self, image: Any) -> Any:
+        """The image as it is. Raises InputError."""
+        mode = getattr(image, "mode", None)
+        pil = isinstance(mode, str)  # a tensor has a method of this name
+        kind = mode if pil else str(getattr(image, "dtype", "uint8"))
+        deep = kind[0] in "IF" if pil else not kind.endswith("uint8")
+        if deep:
+            raise InputError(
+                f"an image of {kind}: give one of 8 bits (PIL, or uint8 from 0 to 255)"
+            )
+        return image
 
 
 class CoveringResize(nn.Module):
