@@ -143,7 +143,7 @@ class EightBits(nn.Module):
         """The image as it is. Raises InputError."""
         mode = getattr(image, "mode", None)
         pil = isinstance(mode, str)  # a tensor has a method of this name
-        kind = mode if pil else str(getattr(image, "dtype", "uint8"))
+        kind = str(mode if pil else getattr(image, "dtype", "uint8"))
         deep = kind[0] in "IF" if pil else not kind.endswith("uint8")
         if deep:
             raise InputError(
