@@ -238,6 +238,7 @@ def test_student_minus_teacher_on_what_both_have():
     assert jf.interval == pytest.approx(list(ends), abs=1e-4)
     ends = stats.t.interval(0.95, 2, loc=51.0, scale=stats.sem([50.0, 40.0, 63.0]))
     assert student[2].interval("J&F") == pytest.approx(list(ends), abs=1e-4)
+    assert videos(90.0, 20.0, 95.0).interval("J&F") == (0.0, 100.0)  # no share is outside
     lines = [line for line in as_plain_table(made).splitlines() if " minus its teacher " in line]
     assert lines[0] == (
         "runs/a minus its teacher dino: k-NN top-1 -10.00 (-16.49 to -3.39); size None and [96, 96]"

@@ -116,7 +116,9 @@ class Result:
         if len(videos) < 2:
             return None
         error = half_interval(videos)
-        return value - error, value + error
+        if metric.endswith("_decay"):  # all others are shares
+            return value - error, value + error
+        return max(0.0, value - error), min(100.0, value + error)
 
     def videos(self, metric: str) -> dict[str, float]:
         """Name of a video -> this metric of it; empty where the evaluation has none."""
