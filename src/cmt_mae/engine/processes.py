@@ -77,7 +77,7 @@ def keep_memory() -> bool:
     """Have glibc keep freed memory; returns whether it does: not where MALLOC_... is set, nor elsewhere.
 
     By default what a step frees goes back to the system and comes back page by page, zeroed, in the next step
-    (tests/training/test_memory.py counts the faults). Kept is what the largest step so
+    (tests/engine/test_memory.py counts the faults). Kept is what the largest step so
     far needed, as a GPU's allocator does.
     """
     if not sys.platform.startswith("linux") or any(n.startswith("MALLOC_") for n in os.environ):
