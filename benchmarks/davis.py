@@ -22,9 +22,11 @@ from torch import Tensor
 
 from cmt_mae.backbones import load_backbone
 from cmt_mae.core.files import write_json
+from cmt_mae.core.runs import environment
 from cmt_mae.data.davis import VideoSequence, open_davis, read_mask
-from cmt_mae.evaluate.result import hardware, versions
-from cmt_mae.evaluate.video.features import make_extractor, patch_of
+from cmt_mae.evaluate.pyramid import patch_of
+from cmt_mae.evaluate.result import hardware
+from cmt_mae.evaluate.video.features import make_extractor
 from cmt_mae.evaluate.video.propagate import Propagation, decide, first_labels
 from cmt_mae.evaluate.video.protocol import PRESETS, VideoProtocol, input_size
 from cmt_mae.evaluate.video.sequence import read_batches
@@ -156,7 +158,7 @@ def main() -> None:
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": [compare(name, sequence, *numbers) for name in options.backbone],
-        "versions": versions(),
+        "versions": environment()["versions"],
         "hardware": {k: v for k, v in hardware(torch.device("cpu")).items() if k != "threads"},
     }
     write_json(TARGET, {"speed": content})

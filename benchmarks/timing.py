@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import socket
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -264,12 +265,9 @@ def serve(contestant: Contestant, end: Any, threads: int, places: dict[str, str]
 def exponent(sizes: list[float], values: list[float]) -> dict[str, float]:
     """value = constant * size ** power, by least squares of the logarithms; r2 says how well it fits."""
     x, y = ([math.log(v) for v in row] for row in (sizes, values))
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    sxx = sum((a - mx) ** 2 for a in x)
-    power = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sxx
-    left = sum((b - my - power * (a - mx)) ** 2 for a, b in zip(x, y, strict=True))
-    total = sum((b - my) ** 2 for b in y)
-    return {"power": power, "constant": math.exp(my - power * mx), "r2": 1 - left / total if total else 1.0}
+    power, constant = statistics.linear_regression(x, y)
+    r2 = statistics.correlation(x, y) ** 2 if len(set(y)) > 1 else 1.0
+    return {"power": power, "constant": math.exp(constant), "r2": r2}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -1,54 +1,20 @@
 """Faults of run folders, of what lies in them, and of disks: nothing lost, nothing mixed."""
 
-import contextlib
-import json
-import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
-import time
-import urllib.request
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.faults.files import bombs
-from benchmarks.faults.lab import Broken, Lab, NotHere, Row, rows_of, tree
+from benchmarks.faults.lab import Broken, Lab, Row, rows_of
 from benchmarks.faults.launch import Launch, judged
-from benchmarks.faults.runs import EXACT, Words, whole_so_far
+from benchmarks.faults.runs import EXACT, whole_so_far
 from benchmarks.faults.same import steps_done
-from benchmarks.timing import free_port
 from cmt_mae.core.checkpoint import (
     list_checkpoints,
 )
 
 # --- folders --------------------------------------------------------------------------------------------------
-
-
-def unharmed(lab: Lab, run: Path, words: list[str], *says: str) -> None:
-    """The command is refused and nothing in the run changes (its lock and list of starts apart)."""
-    before = tree(run)
-    lab.refused(words, *says)
-    after = tree(run)
-    changed = [
-        name for name in before.keys() | after.keys()
-        if before.get(name) != after.get(name) and not name.endswith((".lock", ".log"))
-    ]  # fmt: skip
-    if changed:
-        raise Broken(f"refused, but changed: {sorted(changed)[:4]}")
-
-
-def checkpoints_deleted(training: str, lab: Lab, rng: random.Random) -> None:
-    """A finished training whose checkpoints were deleted is not trained anew by the same command."""
-    words_in: Words = lab.finetune if training == "finetune" else lab.pretrain
-    run = lab.fresh() / "run"
-    shutil.copytree(lab.finished(f"{training} whole", words_in), run)
-    for folder in [p for p in run.rglob("checkpoints") if p.is_dir()]:
-        shutil.rmtree(folder)
-    more = ["--seed=7"] if rng.random() < 0.5 else []
-    unharmed(lab, run, [*words_in(run), *more])
 
 
 def sidecar_gone(lab: Lab, _: random.Random) -> None:
@@ -92,70 +58,6 @@ def rows_same(one: Path, two: Path) -> bool:
     return [r["loss"] for r in rows_of(one)] == [r["loss"] for r in rows_of(two)]
 
 
-def huge_upload(lab: Lab, _: random.Random) -> None:
-    """A picture dropped on the app whose header says 60000 x 60000: one line in the page, no traceback."""
-    picture = lab.fresh() / "huge.png"
-    picture.write_bytes(bombs()["png, 60000 x 60000"])
-    port = free_port()
-    launch = Launch(["app", f"--port={port}"], picture.with_name("log"), real=True).start()
-    try:
-        if ask(port, f"127.0.0.1:{port}", launch) != 200:
-            if "pip install" in launch.said():  # the extra is not installed
-                raise NotHere(launch.last())
-            raise Broken(f"app does not start: {launch.last()}")
-        told = drop_on_page(f"http://127.0.0.1:{port}", picture)
-        if "cannot be shown" not in told or "\n" in told.strip() or "Traceback" in launch.said():
-            raise Broken(f"the page says {told[:200]!r}; {launch.last()}")
-        if ask(port, f"127.0.0.1:{port}", launch) != 200:
-            raise Broken(f"it serves no more: {launch.last()}")
-    finally:
-        os.killpg(launch.pids[0], signal.SIGKILL)
-        launch.finish()
-
-
-def drop_on_page(address: str, picture: Path) -> str:
-    """What the app's page answers to an upload: its error text, "" where there is none."""
-
-    def post(path: str, body: bytes, kind: str) -> Any:
-        request = urllib.request.Request(f"{address}/gradio_api/{path}", body, {"Content-Type": kind})
-        return json.load(urllib.request.urlopen(request, timeout=60))
-
-    with urllib.request.urlopen(f"{address}/config", timeout=60) as answer:
-        config = json.load(answer)
-    names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
-    (box,) = (number for number, name in names.items() if name == "upload")
-    call = next(c for c in config["dependencies"] if [box, "change"] in [list(t) for t in c["targets"]])
-    values = {part["id"]: part["props"].get("value") for part in config["components"]}
-    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="huge.png"\r\n'
-    body = head + b"Content-Type: image/png\r\n\r\n" + picture.read_bytes() + b"\r\n--x--\r\n"
-    (path,) = post("upload", body, "multipart/form-data; boundary=x")
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    data = [file if number == box else values[number] for number in call["inputs"]]
-    asked = {"data": data, "fn_index": call["id"], "session_hash": "faults", "trigger_id": box}
-    post("queue/join", json.dumps(asked).encode(), "application/json")
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=faults", timeout=60) as lines:
-        for line in lines:
-            event = json.loads(line[5:]) if line.startswith(b"data:") else {}
-            if event.get("msg") == "process_completed":
-                return str(event["output"].get("error") or "")
-    return ""
-
-
-def ask(port: int, host: str, launch: Launch) -> int | None:
-    """Status of GET / with this Host; None where nobody answers within a minute."""
-    import http.client
-
-    for _ in range(120):
-        with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-            connection.request("GET", "/", headers={"Host": host})
-            return connection.getresponse().status
-        if not launch.running():
-            return None
-        time.sleep(0.5)
-    return None
-
-
 # --- checkpoints and disks ---------------------------------------------------------------------------------
 
 
@@ -196,12 +98,7 @@ def full_disk(lab: Lab, rng: random.Random) -> None:
 # --- the table ------------------------------------------------------------------------------------------
 
 ROWS = [
-    *[
-        Row(f"checkpoints deleted: {t}", "refused, nothing lost", partial(checkpoints_deleted, t), 2)
-        for t in ("pretrain", "finetune")
-    ],
     Row("checkpoint without checksum", "named in a warning before an older one is used", sidecar_gone),
     Row("teacher's store damaged", "noticed, never learnt from", store_flipped, 3),
-    Row("a huge header dropped on app", "one line in the page, no traceback, it goes on serving", huge_upload),
     Row("full disk", f"one line, exit 2; with room {EXACT}", full_disk, 6),
 ]  # fmt: skip

@@ -13,6 +13,10 @@ from benchmarks.faults.lab import Broken, Lab, Row
 from benchmarks.timing import REPOSITORY
 
 TESTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "not finite for good": (
+        "the run stops in one line, its checkpoint finite", "engine/test_fit.py",
+        ("test_too_many_such_steps_stop_the_run_with_a_good_checkpoint",),
+    ),
     "terminal gone, SIGHUP ignored": (
         "goes on and ends with 0", "pretraining/test_promises.py",
         ("test_a_closed_terminal_is_a_request_to_stop_unless_ignored",),

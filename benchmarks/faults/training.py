@@ -61,19 +61,6 @@ def finite_checkpoint(out: Path, taken: int) -> None:
             raise Broken(f"{part} of the checkpoint is not finite")
 
 
-def spoilt_for_good(lab: Lab, rng: random.Random) -> None:
-    """Every step from one on is spoilt: the run stops with a finite checkpoint."""
-    place = rng.choice(("image", "teacher", "gradient"))
-    out = lab.fresh() / "run"
-    words = lab.pretrain(out, PLAIN, "--runtime.max_nonfinite=4")
-    inject = lambda rank: hooks.spoil(place, hooks.moment(AT, STEPS, rank, None), math.nan)  # noqa: E731
-    launch = Launch(words, out.parent / "log", prepare=inject).start()
-    line = rf"4 steps in a row up to step {AT + 3} .*first: {re.escape(hooks.PLACES[place])} at step {AT + 3} "
-    if launch.finish() != [2] or not re.search(line, launch.said()):
-        raise Broken(f"{place}: {launch.statuses} {launch.last()}")
-    finite_checkpoint(out, AT - 1)
-
-
 def spoilt_weight(lab: Lab, rng: random.Random) -> None:
     """A weight turns to nan in memory: named, never saved; the same command goes on to the undisturbed end."""
     name = rng.choice(("student.blocks.0.attn.qkv.weight", "decoder.mask_token", "heads.teacher.bias"))
@@ -199,7 +186,6 @@ def long_run(lab: Lab, _: random.Random) -> None:
 SKIPPED = "costs its step and no more, on every process alike; its first part is named"
 ROWS = [
     *[Row(f"not finite once: {place}", SKIPPED, partial(spoilt_once, place), 4) for place in hooks.PLACES],
-    Row("not finite for good", "the run stops in one line, its checkpoint finite", spoilt_for_good, 3),
     Row("a weight turns to nan", "named, never saved; the run goes on from before it", spoilt_weight, 3),
     Row("images that say nothing", "finite, nothing skipped", dull_images, 2),
     *[Row(f"collapse: {how}", "the alarm sounds, names its number", partial(collapse, how)) for how in COLLAPSES],

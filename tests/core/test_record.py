@@ -101,7 +101,7 @@ def test_cost_by_hand(write: Write) -> None:
     """50 steps of 64 images at 100 a second, 50 at 50: 32 + 64 s."""
     run = write(lines=lambda _: {"gpu_joules": 360_000.0})
     said = dict(cost(read_run(str(run))))
-    assert said["Images a second"] == "100 in stage one, 50 in stage two (medians)"
+    assert said["Images per second"] == "100 in stage one, 50 in stage two (medians)"
     assert said["Time"].startswith("96 s")
     assert said["Energy"].startswith("1 kWh")  # ten lines of 0.1 kWh
 

@@ -30,9 +30,9 @@ from cmt_mae.evaluate.detection.detector import (
 from cmt_mae.evaluate.detection.protocols import (
     CocoConfig,
     DetectionProtocol,
-    describe,
     published,
     resolve,
+    result_protocol,
 )
 from tiny import tiny_vit
 
@@ -106,9 +106,9 @@ def test_every_number_can_be_set_and_is_in_the_protocol() -> None:
     protocol, changed = resolve(CocoConfig(lr=3e-4, taps=[0, 1, 2, 3]), 12)  # type: ignore[arg-type]
     assert changed == ["lr", "taps"]
     assert protocol.taps == (0, 1, 2, 3)
-    told = describe(config, protocol, changed, "fp32")
+    told = result_protocol(config, protocol, changed, "fp32")
     simple, _ = resolve(CocoConfig(preset="vitdet"), 12)
-    other = describe(CocoConfig(preset="vitdet"), simple, [], "fp32")
+    other = result_protocol(CocoConfig(preset="vitdet"), simple, [], "fp32")
     assert names <= told.keys() | other.keys()
     assert {"lsj_size", "window"}.isdisjoint(told), "what is not used is not told"
     assert {"taps", "short_sides"}.isdisjoint(other)
@@ -116,7 +116,7 @@ def test_every_number_can_be_set_and_is_in_the_protocol() -> None:
     assert resolve(config, 12)[0].taps == (3, 5, 7, 11)
     assert resolve(config, 24)[0].taps == (7, 11, 15, 23)
     assert (told["name"], told["lr"], told["headline"]) == ("1x-changed", 3e-4, "box/AP")
-    plain = describe(CocoConfig(eval_split="train"), published("1x"), [], "bf16")
+    plain = result_protocol(CocoConfig(eval_split="train"), published("1x"), [], "bf16")
     assert (plain["name"], plain["precision"]) == ("1x-on-train", "bf16")
 
 

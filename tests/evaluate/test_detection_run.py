@@ -24,7 +24,7 @@ from cmt_mae.data.sample import write_coco
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.detection import CocoConfig, evaluate_coco
 from cmt_mae.evaluate.detection.detector import build_detector
-from cmt_mae.evaluate.detection.task import Evaluator, make_task, open_backbone, to_device
+from cmt_mae.evaluate.detection.task import Evaluator, detection_task, open_backbone, to_device
 from cmt_mae.evaluate.result import Result
 from tiny import tiny_vit
 
@@ -130,7 +130,7 @@ def test_schedule_and_normalisation(given: dict[str, Any]) -> None:
     train = open_coco(config.data, "train")
     detector = build_detector(backbone, 10, protocol)
     chosen = np.arange(12)
-    task = make_task(
+    task = detection_task(
         config, protocol, detector, backbone, train, chosen, make_accelerator("cpu", "fp32"), lambda _: None,
     )  # fmt: skip
     assert (task.steps_per_epoch, task.total_steps) == (3, 36)

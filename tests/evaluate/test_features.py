@@ -16,8 +16,8 @@ from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.sources import open_source
 from cmt_mae.evaluate.features import (
+    data_facts,
     default_pools,
-    describe_data,
     extract,
     forward_parts,
     open_labelled,
@@ -210,7 +210,7 @@ def test_impossible_pools(vit):
 
 def test_classes_and_labels(pictures, tmp_path):
     train, val = open_labelled(pictures)
-    described = describe_data(pictures, train, val)
+    described = data_facts(pictures, train, val)
     assert {k: described[k] for k in ("train", "val", "classes")} == {
         "train": 27,
         "val": 15,

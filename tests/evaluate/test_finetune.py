@@ -26,7 +26,7 @@ from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate import finetune_accuracy
 from cmt_mae.evaluate.features import forward_parts, normalise
 from cmt_mae.evaluate.finetune import FinetuneConfig, collate, to_device
-from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
+from cmt_mae.evaluate.finetune_accuracy import accuracy, class_facts, predict
 from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
 from cmt_mae.evaluate.finetune_protocols import (
     FinetuneProtocol,
@@ -269,7 +269,7 @@ def test_accuracy_is_scikit_learns(classes: int) -> None:
     else:
         assert "top5" not in metrics
     names = [f"c{i}" for i in range(classes)]
-    details = describe_classes(confusion, names)
+    details = class_facts(confusion, names)
     cells = details["confusion"]
     again = np.zeros((classes, classes), int)
     again[cells["truth"], cells["prediction"]] = cells["count"]
@@ -283,7 +283,7 @@ def test_a_class_without_validation_images() -> None:
     metrics, confusion = accuracy(torch.tensor([[0], [2], [2]]), torch.tensor([0, 2, 0]), 3)
     # 1/2 and 1 of the two classes that have images
     assert metrics["class_mean"] == pytest.approx(75)
-    row = describe_classes(confusion, ["a", "b", "c"])["classes"][1]
+    row = class_facts(confusion, ["a", "b", "c"])["classes"][1]
     assert row == {"name": "b", "images": 0, "top1": None}
 
 

@@ -22,7 +22,7 @@ from cmt_mae.data.sample import write_imagefolder
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate import finetune
 from cmt_mae.evaluate.features import open_labelled
-from cmt_mae.evaluate.finetune import FinetuneConfig, make_task
+from cmt_mae.evaluate.finetune import FinetuneConfig, finetuning_task
 from cmt_mae.evaluate.finetune_protocols import resolve
 from cmt_mae.evaluate.result import Result
 from tiny import write_pictures
@@ -50,7 +50,7 @@ def test_the_whole_training_equals_a_plain_loop_with_timms_parts(given: dict[str
     recipe = resolve(config, 48, len(train))
     backbone = load_backbone(config.backbone)
     accelerator = make_accelerator("cpu", "fp32")
-    task = make_task(
+    task = finetuning_task(
         config, recipe, backbone, train, val, accelerator, RunDir(str(config.out), {}, (), False)
     )
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmt_mae.evaluate.lars import LARS, SideBySideSGD
+from cmt_mae.evaluate.lars import LARS
 
 
 def steps(value, gradient, **settings):
@@ -44,29 +44,3 @@ def test_zero_weights_and_zero_gradients():
     torch.testing.assert_close(first, torch.tensor([[-0.1, 0.0]], dtype=torch.float64))
     first, second = steps([[3.0, 4.0]], [[0.0, 0.0]], lr=0.1)
     assert first.tolist() == second.tolist() == [[3.0, 4.0]]
-
-
-@pytest.mark.parametrize("decays", [(0.0, 0.0), (0.1, 0.0), (0.02, 0.3)])
-def test_side_by_side_sgd_equals_torchs(decays: tuple[float, float]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    start = [
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (3,))
-    ]
-    found = []
-    for kind in (torch.optim.SGD, SideBySideSGD):
-        parameters = [torch.nn.Parameter(t.clone()) for t in start]
-        groups = [
-            {"params": [p], "lr": lr, "weight_decay": decay}
-            for p, lr, decay in zip(parameters, (0.5, 2.0), decays, strict=True)
-        ]
-        optimizer = kind(groups, lr=0.0, momentum=0.9)
-        for step in range(5):
-            for group in optimizer.param_groups:
-                group["lr"] *= 1 - 0.1 * step
-            optimizer.zero_grad()
-            sum((p**3).sum() for p in parameters).mul(0.01).backward()  # type: ignore[union-attr]
-            optimizer.step()
-        found.append([p.detach() for p in parameters])
-    for theirs, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
-        assert not torch.equal(ours, start[0] if ours.ndim == 2 else start[1])

@@ -10,7 +10,6 @@ from cmt_mae.evaluate.pyramid import (
     RelativeBias,
     Taps,
     default_taps,
-    pad_to_multiple,
     trainable_copy,
 )
 
@@ -142,9 +141,3 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_padding_reaches_multiples_at_the_right_and_bottom() -> None:
-    padded = pad_to_multiple(torch.ones(1, 1, 5, 8), (4, 4), value=-1)
-    assert padded.shape == (1, 1, 8, 8)
-    assert (padded[..., :5, :] == 1).all()
-    assert (padded[..., 5:, :] == -1).all()
-    assert pad_to_multiple(torch.ones(1, 1, 8, 8), (4, 4)).shape == (1, 1, 8, 8)

@@ -11,7 +11,8 @@ import torch
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
-from cmt_mae.evaluate.result import Result, hardware, save_where, versions
+from cmt_mae.core.runs import environment
+from cmt_mae.evaluate.result import Result, hardware, save_where
 
 
 def make(**changes) -> Result:
@@ -22,7 +23,7 @@ def make(**changes) -> Result:
         "backbone": {"name": "runs/a", "digest": "ab" * 32, "img_size": (224, 224)},
         "data": {"path": Path("data/x"), "fingerprint": "cd" * 32, "train": 10, "val": 4},
         "seed": 3,
-        "versions": versions(),
+        "versions": environment()["versions"],
         "hardware": hardware(torch.device("cpu")),
         "seconds": 1.5,
         "date": "2025-01-01T00:00:00+00:00",

@@ -25,7 +25,7 @@ from cmt_mae.data.segmentation_crops import resize_image
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.result import Result
-from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, make_task, open_ade20k
+from cmt_mae.evaluate.segmentation import Ade20kConfig, at_window, open_ade20k, segmentation_task
 from cmt_mae.evaluate.segmentation_protocols import SegmentationProtocol, published, resolve
 from cmt_mae.evaluate.upernet import Segmenter
 from tiny import tiny_vit
@@ -85,7 +85,7 @@ def make(given: dict[str, Any], out: str) -> tuple[Any, Any]:
     backbone, _ = at_window(config, load_backbone(config.backbone), recipe.crop_size)
     accelerator = make_accelerator("cpu", "fp32")
     nowhere = RunDir(out, {}, (), False)
-    return make_task(config, recipe, backbone, data, accelerator, nowhere), backbone
+    return segmentation_task(config, recipe, backbone, data, accelerator, nowhere), backbone
 
 
 def test_learning_rates_of_the_paper(small: dict[str, Any], tmp_path: Path) -> None:

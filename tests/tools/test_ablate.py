@@ -12,10 +12,10 @@ from cmt_mae.core.cli import main
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.lock import Lock
 from cmt_mae.tools.ablate import AblateConfig, ablate
-from cmt_mae.tools.ablate.command import Crew
+from cmt_mae.tools.ablate.command import Workers
 from cmt_mae.tools.ablate.grid import grid_names, load_grid
 from cmt_mae.tools.ablate.one import main as work_off
-from cmt_mae.tools.ablate.plan import read_plan
+from cmt_mae.tools.ablate.plan import read_run_plan
 from cmt_mae.tools.ablate.table import write_table
 from tiny import Make, assert_same_state
 
@@ -73,7 +73,7 @@ def test_stage_one_taken_from_a_sibling_is_exact(images: Path, scale: Path, tmp_
             assert status["stage_one_from"] in ("a_s0", "b_s0")
         assert_same_state(out / "runs" / name, alone / "runs" / name)
         shutil.rmtree(alone / "runs" / name)  # so that the next one there has nobody to borrow from
-    table = write_table(read_plan(out), out)
+    table = write_table(read_run_plan(out), out)
     assert table["runs_done"] == 3
     assert table["columns"][0]["values"].keys() == {"a", "b", "c"}
     assert "| a (baseline) |" in (out / "table.md").read_text()
@@ -123,7 +123,7 @@ def test_plan_grows_and_refuses_other_settings(images: Path, scale: Path, tmp_pa
     out, own = tmp_path / "out", grid_file(tmp_path, OWN)
     ablate(quick(images, scale, out, own, seeds=1, table_only=True))
     ablate(quick(images, scale, out, own, seeds=2, table_only=True))
-    assert [run.name for run in read_plan(out).runs] == [
+    assert [run.name for run in read_run_plan(out).runs] == [
         "a_s0",
         "b_s0",
         "c_s0",
@@ -140,7 +140,7 @@ def test_plan_grows_and_refuses_other_settings(images: Path, scale: Path, tmp_pa
 def test_built_in_grids_make_plans(name: str, images: Path, scale: Path, tmp_path: Path) -> None:
     """Every variant of every built-in experiment has settings that `pretrain` takes; rows of the paper exist."""
     ablate(quick(images, scale, tmp_path / "out", name, seeds=2, table_only=True))
-    plan, grid = read_plan(tmp_path / "out"), load_grid(name)
+    plan, grid = read_run_plan(tmp_path / "out"), load_grid(name)
     assert len(plan.runs) == 2 * len(grid.variants)
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert len(table["paper"]["numbers"]) == sum(bool(one.paper) for one in grid.variants)
@@ -165,9 +165,9 @@ def test_the_parts_of_an_array_are_the_whole_plan_and_share_nothing(
     out = tmp_path / "out"
     config = quick(images, scale, out, grid_file(tmp_path, OWN), seeds=3, table_only=True)
     ablate(config)
-    plan = read_plan(out)
+    plan = read_run_plan(out)
     parts = [
-        [run.name for run in Crew(replace(config, index=index, of=4), plan, out).runs]
+        [run.name for run in Workers(replace(config, index=index, of=4), plan, out).runs]
         for index in range(4)
     ]
     assert sorted(name for part in parts for name in part) == sorted(run.name for run in plan.runs)

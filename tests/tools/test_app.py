@@ -168,7 +168,7 @@ def test_a_broken_image_is_one_line(explorer: Explorer, both: Choice, tmp_path: 
         explorer.view(both, str(tmp_path / "x.png"), PLAIN)
 
 
-def test_without_gradio_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradio_how_to_fix_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(InputError, match="pip install 'gradio"):
         app(AppConfig())

@@ -241,7 +241,7 @@ def test_embedded_teacher_is_right_and_random_weights_attend_to_nothing(
     assert names(found) == ["teacher attends to nothing"]
     assert facts["attention_entropy"] > 0.99
     facts, found = check_teacher(make(teacher__name="no_such_model"), None)
-    assert names(found) == ["the teacher cannot be had"]
+    assert names(found) == ["the teacher cannot be loaded"]
 
 
 def test_a_network_with_another_activation_is_refused_by_its_known_features(
@@ -264,7 +264,7 @@ def test_a_network_with_another_activation_is_refused_by_its_known_features(
     right, _ = check_teacher(make(teacher__name=str(tmp_path / "right.safetensors")), None)
     assert right["known_features"]["largest_difference"] < 1e-4
     wrong, found = check_teacher(make(teacher__name=str(tmp_path / "wrong.safetensors")), None)
-    assert names(found) == ["the teacher cannot be had"]
+    assert names(found) == ["the teacher cannot be loaded"]
     assert "self-check failed" in wrong["error"]
 
 
@@ -379,9 +379,9 @@ def test_a_disk_that_refuses_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(machine.tempfile, "NamedTemporaryFile", refuse)
     assert machine.disk(tmp_path)["error"] == "No space left on device"
-    facts, _ = machine.check_machine("cpu", "fp32", str(tmp_path / "x" / "y"), compiles=False)
+    facts, _ = machine.check_machine("cpu", "fp32", str(tmp_path / "x" / "y"))
     assert facts["disk"]["folder"] == str(tmp_path)
-    assert "the disk cannot be written" in names(machine.judge(facts, compiles=False))
+    assert "the disk cannot be written" in names(machine.judge(facts))
     absent = "mps" if torch.cuda.is_available() else "cuda"
     with pytest.raises(InputError, match="is not available on this machine"):
-        machine.check_machine(absent, "fp32", "", compiles=False)
+        machine.check_machine(absent, "fp32", "")

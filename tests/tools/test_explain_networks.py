@@ -225,7 +225,7 @@ def test_refusals(cmt_run: Path, tmp_path: Path) -> None:
     moved.mkdir()
     (moved / "config.yaml").write_text(config.replace("teacher.safetensors", "gone.safetensors"))
     (moved / "backbone.safetensors").write_bytes((cmt_run / "backbone.safetensors").read_bytes())
-    with pytest.raises(InputError, match=r"the teacher of .* is not to be had .*--teacher none"):
+    with pytest.raises(InputError, match=r"the teacher of .* cannot be loaded .*--teacher none"):
         Run(moved)
     assert Run(moved, teacher="none").teacher is None
     (moved / "run.json").write_text(json.dumps({"plan": {"steps": "many"}}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from cmt_mae.core.backbone_facts import FACTS, BackboneFacts
 from cmt_mae.core.errors import InputError, Stopped
 from cmt_mae.core.files import write_json
 from cmt_mae.core.settings import TIMEOUT_S, check_fields, default_of
-from cmt_mae.core.text import printable
+from cmt_mae.core.text import hint, one_line, printable
 from cmt_mae.data.ade20k import ZeroLabel
 from cmt_mae.evaluate.features import FrozenSettings, start_processes
 from cmt_mae.evaluate.layouts import Found, find_data, folder_fingerprint
@@ -138,7 +137,8 @@ def run_jobs(
         except Stopped:
             raise
         except Exception as error:  # the other tasks do not depend on this one
-            failures.append(f"{name}: {one_line(error)}")
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            failures.append(f"{name}: {kind}{one_line(error) or 'no message'}")
             say(f"[{number}/{len(jobs)}] {failures[-1]}")
             if not isinstance(error, InputError):
                 traceback.print_exc()  # a fault of ours: keep what a report of it needs
@@ -158,9 +158,9 @@ def check_tasks(tasks: tuple[str, ...] | None) -> list[str]:
     """
     for task in tasks or ():
         if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise InputError(f"task '{task}' is unknown{hint}: use {', '.join(TASKS)}")
+            raise InputError(
+                f"task '{task}' is unknown{hint(task, list(TASKS))}: use {', '.join(TASKS)}"
+            )
     if tasks is not None and not tasks:
         raise InputError(f"no task is left to evaluate: use {', '.join(TASKS)}")
     found = [task for task in TASKS if tasks is None or task in tasks]
@@ -287,9 +287,3 @@ def numbers_of(result: Result) -> str:
     """The headline, and its protocol."""
     headline = result.protocol["headline"]
     return f"{headline} {result.headline:.2f} (protocol {result.protocol['name']})"
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

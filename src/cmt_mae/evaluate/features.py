@@ -1,10 +1,7 @@
-"""Frozen features of a labelled data set: one forward pass an image, kept on disk if wanted."""
+"""Frozen features of a labelled data set: one forward pass per image, kept on disk if wanted."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -19,12 +16,12 @@ from torch import Tensor, nn
 
 from cmt_mae.core.backbone_facts import BackboneFacts
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.files import sweep, write_atomically
 from cmt_mae.core.settings import TIMEOUT_S, Amount, Count, CountOrNone, Device, PartOf
 from cmt_mae.data.centre import eval_batches
 from cmt_mae.data.source import SHARE_SEED, Source, joined_fingerprint
 from cmt_mae.data.sources import open_split
 from cmt_mae.engine.processes import meeting
+from cmt_mae.evaluate.feature_files import cache_key, read_cache, write_cache
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from cmt_mae.backbones import Backbone
 
 Precision = Literal["fp32", "bf16"]
-CACHE_VERSION = 1  # raise it when the same key would stand for other numbers
 GATHER_ROWS = 16384  # rows a process sends at a time, so that gathering needs little device memory
 WIDEST_GAP = 1000  # labels from here on must not be ten times as many as the classes that occur
 
@@ -179,7 +175,7 @@ def _few(values: set[Any]) -> str:
     return (", ".join(map(str, sorted(values)[:5])) or "none") + more
 
 
-def describe_data(path: str, train: Source, val: Source) -> dict[str, Any]:
+def data_facts(path: str, train: Source, val: Source) -> dict[str, Any]:
     """``Result.data`` of a data set with two splits."""
     more: dict[str, Any] = {} if train.limits is None else {"range": list(train.limits)}
     if val.parent is not None:
@@ -216,6 +212,7 @@ def pool_parts(pool: str, backbone: Backbone) -> list[str]:
     Raises:
         InputError: unknown pool, a class token that is not there, or more blocks than there are.
     """
+    model: Any = backbone.model
     parts = pool.split("+")
     for part in parts:
         blocks = re.fullmatch(r"blocks([1-9]\d*)", part)
@@ -226,7 +223,7 @@ def pool_parts(pool: str, backbone: Backbone) -> list[str]:
             )
         if part != "mean" and not backbone.has_cls:
             raise InputError(f"pool {pool!r}: {backbone.architecture} has no class token; use mean")
-        depth = len(backbone.model.blocks)  # type: ignore[arg-type]
+        depth = len(model.blocks)
         if blocks is not None and int(blocks[1]) > depth:
             raise InputError(f"pool {pool!r}: {backbone.architecture} has {depth} blocks")
     return parts
@@ -307,11 +304,11 @@ def extract(
     parts = list(dict.fromkeys(p for pool in pools for p in pool_parts(pool, backbone)))
     size = size or backbone.img_size
     files = {
-        part: cache / f"{_cache_key(backbone, source, size, precision)}-{part}.safetensors"
+        part: cache / f"{cache_key(backbone, source, size, precision)}-{part}.safetensors"
         for part in parts
         if cache is not None
     }
-    found, labels = _read_cache(files, world)
+    found, labels = read_cache(files, world)
     missing = [part for part in parts if part not in found]
     if missing:
         batches: Iterator[Any] = eval_batches(
@@ -338,7 +335,7 @@ def extract(
         if rank == 0:
             for part in missing:
                 if part in files:
-                    _write_cache(files[part], found[part], labels)
+                    write_cache(files[part], found[part], labels)
     return Features(join_parts(found, pools), labels)
 
 
@@ -414,55 +411,3 @@ def gather_rows(rows: Tensor, where: Where) -> Tensor:
             have = min(max(count - start, 0), GATHER_ROWS)
             pieces[r].append(padded[r * width : r * width + have].cpu())
     return torch.cat([piece for process in pieces for piece in process])
-
-
-def _cache_key(
-    backbone: Backbone, source: Source, size: tuple[int, int], precision: Precision
-) -> str:
-    """Name of one set of features: changes with the weights, the data or a setting."""
-    what = {
-        "version": CACHE_VERSION,
-        "digest": backbone.digest,
-        "facts": backbone.facts,
-        "architecture": [backbone.architecture, backbone.kwargs],
-        "normalisation": [backbone.mean, backbone.std],
-        "data": [source.fingerprint(), source.limits],
-        "size": size,
-        "precision": precision,
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def _read_cache(files: dict[str, Path], world: int) -> tuple[dict[str, Tensor], Tensor]:
-    """What the cache holds. All processes must see a file, or none uses it (they work together)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    here = [part for part, path in files.items() if path.is_file()]
-    if world > 1:
-        everywhere: Any = gather_object([here])
-        here = [part for part in here if all(part in other for other in everywhere)]
-    found, labels = {}, torch.empty(0, dtype=torch.int64)
-    for part in here:
-        try:
-            stored = load_file(files[part])
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{files[part]}: kept features cannot be read ({error}); delete the file"
-            ) from None
-        found[part], labels = stored["features"], stored["labels"]
-    return found, labels
-
-
-def _write_cache(path: Path, features: Tensor, labels: Tensor) -> None:
-    """Store one part atomically, so that a half-written file is never read."""
-    from safetensors.torch import save
-
-    data = save({"features": features.contiguous(), "labels": labels})
-    try:
-        # what killed processes left; the writing says what is wrong
-        with contextlib.suppress(OSError):
-            sweep(path.parent)
-        write_atomically(path, lambda aside: aside.write_bytes(data))
-    except InputError as error:
-        raise InputError(f"features cannot be kept: {error}; or give another --cache") from None

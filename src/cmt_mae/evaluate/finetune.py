@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,6 @@ from cmt_mae.core.settings import (
 from cmt_mae.data.augment import Augment, seeded
 from cmt_mae.data.centre import load_image
 from cmt_mae.data.source import BadImage, Source
-from cmt_mae.data.tasks import train_batches
 from cmt_mae.engine.layer_decay import layer_decay_groups
 from cmt_mae.engine.optim import learning_rate
 from cmt_mae.engine.processes import make_accelerator
@@ -39,13 +38,13 @@ from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.confusion import confusion_picture
 from cmt_mae.evaluate.features import (
     count_classes,
-    describe_data,
+    data_facts,
     label_list,
     normalise,
     open_labelled,
 )
 from cmt_mae.evaluate.few_shot import few_shot_indexes
-from cmt_mae.evaluate.finetune_accuracy import accuracy, describe_classes, predict
+from cmt_mae.evaluate.finetune_accuracy import accuracy, class_facts, predict
 from cmt_mae.evaluate.finetune_model import Classifier, save_classifier
 from cmt_mae.evaluate.finetune_protocols import (
     FinetuneProtocol,
@@ -55,7 +54,7 @@ from cmt_mae.evaluate.finetune_protocols import (
     resolve,
 )
 from cmt_mae.evaluate.result import Result
-from cmt_mae.evaluate.training import open_run, train_and_measure
+from cmt_mae.evaluate.training import make_task, open_run, train_and_measure
 
 MOST_IMAGES = 256  # of a forward pass of one process in an evaluation
 
@@ -169,10 +168,10 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
         load_first(source, len(backbone.mean))
     run = open_run(out, config, asdict(recipe), accelerator)
     said = differences(config, recipe, width, len(train))
-    task = make_task(config, recipe, backbone, train, val, accelerator, run)
+    task = finetuning_task(config, recipe, backbone, train, val, accelerator, run)
     # the part of a few-shot run goes by its seed: results of several seeds are of the same data
     whole = train.parent if config.few_shot is not None else None
-    data = describe_data(config.data, whole or train, val) | {"train": len(train)}
+    data = data_facts(config.data, whole or train, val) | {"train": len(train)}
 
     def finish(last: Evaluation) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
         rows: list[Any] = [run.read_metrics() if accelerator.is_main_process else None]
@@ -193,7 +192,7 @@ def evaluate_finetune(config: FinetuneConfig) -> Result:
                 for row in history
             ],
         }
-        protocol = describe(config, recipe, backbone, train, accelerator, said)
+        protocol = result_protocol(config, recipe, backbone, train, accelerator, said)
         return {**last.metrics, "best_top1": best["val_top1"]}, protocol, details
 
     return train_and_measure(
@@ -218,7 +217,7 @@ def load_first(source: Source, channels: int) -> None:
         raise InputError(f"{source.name(0)}: {error}; fix or remove it") from None
 
 
-def make_task(
+def finetuning_task(
     config: FinetuneConfig,
     recipe: FinetuneProtocol,
     backbone: Backbone,
@@ -228,12 +227,8 @@ def make_task(
     run: RunDir,
 ) -> SupervisedTask:
     """Model, optimizer, batches, schedule and measurement of one fine-tuning."""
-    world, rank, device = (
-        accelerator.num_processes,
-        accelerator.process_index,
-        accelerator.device,
-    )
-    micro, accumulation = micro_batches(recipe.batch_size, config.micro_batch, world)
+    device = accelerator.device
+    micro, _ = micro_batches(recipe.batch_size, config.micro_batch, accelerator.num_processes)
     if recipe.mixes and micro % 2:
         raise InputError(
             f"mixup and cutmix pair the images of a micro-batch, and {micro} is odd: change batch_size or "
@@ -271,42 +266,26 @@ def make_task(
     average = copy.deepcopy(model).eval() if recipe.ema_decay else None
     steps_per_epoch = len(train) // recipe.batch_size
 
-    def batches(start_step: int) -> Generator[Any, None, None]:
-        return train_batches(
-            Sample(train, augment),
-            collate,
-            len(train),
-            seed=config.seed,
-            batch_size=recipe.batch_size,
-            micro_batch=micro,
-            rank=rank,
-            world=world,
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            start_step=start_step,
-            pin_memory=device.type == "cuda",
-        )
-
     def lr_at(step: int) -> float:
         lowest = min(recipe.min_lr, recipe.lr)
         epoch = step / steps_per_epoch
         return learning_rate(epoch, recipe.lr, recipe.warmup_epochs, recipe.epochs, lowest)
 
-    return SupervisedTask(
-        model=model,
-        optimizer=torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True),
+    return make_task(
+        config,
+        accelerator,
+        model,
+        groups,
+        sample=Sample(train, augment),
+        collate=collate,
+        images=len(train),
+        batch_size=recipe.batch_size,
+        total_steps=recipe.epochs * steps_per_epoch,
+        lr=recipe.lr,
         schedule=lr_at,
-        loader=batches,
         to_device=lambda batch: to_device(batch, backbone, device, mixup),
         measure=measurement(config, model, average, backbone, val, accelerator, run, micro),
         headline="top1",
-        seed=config.seed,
-        batch_size=recipe.batch_size,
-        micro_batch=micro,
-        accumulation=accumulation,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=recipe.epochs * steps_per_epoch,
-        eval_every=config.eval_every,
         average=average,
         average_decay=recipe.ema_decay,
     )
@@ -346,12 +325,12 @@ def measurement(
             title = f"step {step}: top-1 {metrics['top1']:.1f} % of {len(val)} images"
             path = run.path / "pictures" / "confusion.png"
             confusion_picture(path, confusion, names, title, mistakes=config.pictures)
-        return Evaluation(metrics, describe_classes(confusion, names))
+        return Evaluation(metrics, class_facts(confusion, names))
 
     return evaluate
 
 
-def describe(
+def result_protocol(
     config: FinetuneConfig,
     recipe: FinetuneProtocol,
     backbone: Backbone,

@@ -77,7 +77,7 @@ def accuracy(best: Tensor, labels: Tensor, classes: int) -> tuple[dict[str, floa
     return metrics, confusion
 
 
-def describe_classes(confusion: Tensor, names: list[str]) -> dict[str, Any]:
+def class_facts(confusion: Tensor, names: list[str]) -> dict[str, Any]:
     """``Result.details``: accuracy of each class and the confusion matrix without its zeros.
 
     ``scipy.sparse.coo_matrix((count, (truth, prediction)))`` makes it whole again.

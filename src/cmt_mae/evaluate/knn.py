@@ -8,19 +8,22 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
 
-from cmt_mae.backbones import load_backbone
+from cmt_mae.backbones import Backbone, load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import Count, Positive, check_fields
+from cmt_mae.data.source import Source
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import (
     CENTRE_CROP,
     Features,
     FrozenSettings,
     count_classes,
+    data_facts,
     default_pools,
-    describe_data,
+    extract,
     extract_split,
     open_labelled,
     start_processes,
@@ -29,6 +32,7 @@ from cmt_mae.evaluate.result import Result, make_result, save_where
 
 HELD_OUT = 2000
 """Training images, at most, by which the features to quote are chosen."""
+PROBE_POOL, PROBE_K = "mean", 20
 SIMILARITIES = 2**25  # entries of the similarity matrix held at a time: 128 MiB
 
 
@@ -174,6 +178,19 @@ def pool_by_train(
     return scores
 
 
+def probe(backbone: Backbone, train: Source, val: Source, accelerator: Accelerator) -> float:
+    """k-NN of a run that goes on: top-1 in percent, of the mean-pooled patch tokens (k 20, T 0.07)."""
+    of_train, of_val = (
+        extract(
+            backbone, source, device=accelerator.device, pools=(PROBE_POOL,),
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )
+        for source in (train, val)
+    )  # fmt: skip
+    k = min(PROBE_K, len(of_train))
+    return knn_accuracy(of_train, of_val, k=(k,))[f"{PROBE_POOL}/k{k}/top1"]
+
+
 def evaluate_knn(config: KnnConfig) -> Result:
     """k-NN accuracy of a frozen backbone. Every process may call it; the first one saves.
 
@@ -227,7 +244,7 @@ def evaluate_knn(config: KnnConfig) -> Result:
             "crop": CENTRE_CROP,
             "precision": config.precision,
         },
-        data=describe_data(config.data, train, val),
+        data=data_facts(config.data, train, val),
         device=where.device,
         processes=where.world,
         started=started,

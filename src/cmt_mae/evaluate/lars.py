@@ -1,4 +1,4 @@
-"""Optimizers of linear probes: LARS (MAE, specification 6.1), and SGD for many heads side by side."""
+"""The optimizer of MAE's linear probe: LARS (specification 6.1)."""
 
 from __future__ import annotations
 
@@ -73,55 +73,3 @@ class LARS(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 p.sub_(group["lr"] * state["momentum"].mul_(group["momentum"]).add_(d))
         return loss
-
-
-class SideBySideSGD(torch.optim.Optimizer):
-    """SGD with momentum for many small groups at once: torch's SGD takes them one after another.
-
-    Per tensor p with gradient g and the settings of its own group::
-
-        m = momentum * m + (g + weight_decay * p)
-        p = p - lr * m
-
-    All tensors and their gradients become pieces of one long vector each, so a step is four operations.
-    """
-
-    def __init__(
-        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.9
-    ) -> None:
-        """Take groups of tensors on one device, each with its own ``lr`` and ``weight_decay``."""
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
-        self.momentum = momentum
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        self.vector = torch.cat([p.detach().flatten() for p in tensors])
-        self.gradient, self.buffer = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
-        sizes = [p.numel() for p in tensors]
-        pieces = (self.vector.split(sizes), self.gradient.split(sizes))
-        for p, value, gradient in zip(tensors, *pieces, strict=True):
-            p.data, p.grad = value.view_as(p), gradient.view_as(p)
-        counts = [sum(p.numel() for p in group["params"]) for group in self.param_groups]
-        self.counts = torch.tensor(counts, device=self.vector.device)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 (torch's signature)
-        """To zero and never to None: gradients are pieces of one vector."""
-        self.gradient.zero_()
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every tensor; ``closure`` recomputes the loss."""
-        loss = loss_of(closure)
-        change = self.gradient
-        if any(group["weight_decay"] for group in self.param_groups):
-            change = change + self._each("weight_decay") * self.vector
-        self.buffer.mul_(self.momentum).add_(change)
-        self.vector.sub_(self._each("lr") * self.buffer)
-        return loss
-
-    def _each(self, setting: str) -> Tensor:
-        """A setting of the groups, for every element."""
-        values = [group[setting] for group in self.param_groups]
-        return self.vector.new_tensor(values).repeat_interleave(self.counts)

@@ -21,8 +21,8 @@ from cmt_mae.evaluate.features import (
     FrozenSettings,
     Where,
     count_classes,
+    data_facts,
     default_pools,
-    describe_data,
     extract_split,
     forward_parts,
     gather_rows,
@@ -32,7 +32,7 @@ from cmt_mae.evaluate.features import (
     pool_parts,
     start_processes,
 )
-from cmt_mae.evaluate.logistic import describe_logistic, logistic_probe
+from cmt_mae.evaluate.logistic import logistic_probe, logistic_protocol
 from cmt_mae.evaluate.result import Result, make_result, save_where
 from cmt_mae.evaluate.sweep import (
     IMAGES_SEEN,
@@ -62,8 +62,8 @@ class LinearConfig(FrozenSettings):
     100 epochs and a lower rate. dino: SGD at one rate. ibot: the best of 45 rates on the val images. sweep:
     rates x weight decays x features x BatchNorm; the default head counts, the best is told too."""
     augment: bool = False
-    """New random crops and flips for every epoch, as published (a forward pass an image an epoch).
-    Off: one centre crop an image, forwarded once; a published protocol is then called NAME-cached."""
+    """New random crops and flips for every epoch, as published (a forward pass per image and epoch).
+    Off: one centre crop per image, forwarded once; a published protocol is then called NAME-cached."""
     epochs: Count | None = None
     """Default: the protocol's; with cached features raised until 3 million images are seen."""
     batch_size: Count | None = None
@@ -104,7 +104,7 @@ def evaluate_linear(config: LinearConfig) -> Result:
         metrics=metrics,
         protocol=protocol
         | {"size": backbone.img_size, "crop": CENTRE_CROP, "precision": config.precision},
-        data=describe_data(config.data, train, val),
+        data=data_facts(config.data, train, val),
         device=where.device,
         processes=where.world,
         started=started,
@@ -147,7 +147,7 @@ def by_logistic(
     metrics, details = logistic_probe(
         of_train, of_val, classes, config.seed, where.device, progress
     )
-    return describe_logistic(pools, len(train)), metrics, details
+    return logistic_protocol(pools, len(train)), metrics, details
 
 
 def by_heads(
@@ -161,8 +161,8 @@ def by_heads(
     """The same for the protocols that train heads."""
     protocol, training = plan(config, backbone, len(train), where.world)
     table = probe(config, protocol, training, backbone, train, val, where, progress)
-    described = describe(config, protocol, training, len(train))
-    return described, summary(table, protocol), {"heads": table, "best": best_head(table)}
+    stated = result_protocol(config, protocol, training, len(train))
+    return stated, summary(table, protocol), {"heads": table, "best": best_head(table)}
 
 
 def plan(
@@ -200,7 +200,7 @@ def probe(
     where: Where,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Train every head and measure it on all val images: one row a head, the default one first."""
+    """Train every head and measure it on all val images: one row per head, the default one first."""
     pools, batch = protocol.pools, config.forward_batch
     of_val = extract_split(config, backbone, val, "val", pools, where, batch, progress)
     if config.augment:
@@ -304,7 +304,7 @@ def summary(table: list[dict[str, Any]], protocol: LinearProtocol) -> dict[str, 
     return metrics
 
 
-def describe(
+def result_protocol(
     config: LinearConfig, protocol: LinearProtocol, training: Training, n: int
 ) -> dict[str, Any]:
     """``Result.protocol`` of trained heads: every setting that moves the number."""

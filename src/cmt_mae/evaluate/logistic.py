@@ -177,7 +177,7 @@ def logistic_probe(
     return metrics, {"heads": rows, "quoted": quoted, "search": tables}
 
 
-def describe_logistic(pools: tuple[str, ...], n: int) -> dict[str, Any]:
+def logistic_protocol(pools: tuple[str, ...], n: int) -> dict[str, Any]:
     """``Result.protocol`` for ``n`` training images."""
     held_out = f"one of {FOLDS} folds" if n >= ONE_FOLD_FROM else f"{min(FOLDS, n)} folds"
     return {

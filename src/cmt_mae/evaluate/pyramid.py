@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +22,19 @@ from cmt_mae.core.errors import InputError
 Grid = tuple[int, int]
 
 STRIDES = (4, 8, 16, 32)
+
+
+def depth_of(backbone: Backbone) -> int:
+    """Number of blocks."""
+    blocks: Any = backbone.model.blocks
+    return len(blocks)
+
+
+def patch_of(backbone: Backbone) -> Grid:
+    """Height and width of a patch in pixels."""
+    embed: Any = backbone.model.patch_embed
+    rows, columns = embed.patch_size
+    return int(rows), int(columns)
 
 
 def default_taps(depth: int) -> tuple[int, int, int, int]:
@@ -247,12 +259,6 @@ def _level(width: int, doublings: int) -> nn.Module:
             layers += [nn.BatchNorm2d(width), nn.GELU()]
         layers.append(nn.ConvTranspose2d(width, width, 2, stride=2))
     return nn.Sequential(*layers)
-
-
-def pad_to_multiple(images: Tensor, patch: Grid, value: float = 0.0) -> Tensor:
-    """(B, C, H, W) padded at the right and the bottom to multiples of the patch."""
-    height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % patch[1], 0, -height % patch[0]), value=value)
 
 
 def sync_norms(model: nn.Module, device: torch.device, processes: int) -> nn.Module:

@@ -6,14 +6,12 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,7 +63,7 @@ class Result:
     def __post_init__(self) -> None:
         """Make every value plain JSON now, so that a stored result equals the one in memory."""
         for item in fields(self):
-            setattr(self, item.name, _plain(getattr(self, item.name)))
+            setattr(self, item.name, json_values(getattr(self, item.name)))
         self.metrics = {k: math.nan if v is None else float(v) for k, v in self.metrics.items()}
         for key in ("name", "headline"):
             if key not in self.protocol:
@@ -153,7 +151,7 @@ class Result:
 
     def to_json(self) -> str:
         """The whole result as one line of strict JSON."""
-        return json.dumps(_plain(asdict(self)), allow_nan=False)
+        return json.dumps(json_values(asdict(self)), allow_nan=False)
 
     def save(self, out: Path | str) -> Path:
         """Write ``out/results/TASK-PROTOCOL-HASH.json`` atomically and return its path.
@@ -165,7 +163,7 @@ class Result:
         words = (str(self.task), str(self.protocol["name"]))
         task, name = (re.sub(r"[^a-z0-9]+", "-", w.lower()).strip("-")[:60] for w in words)
         path = Path(out) / "results" / f"{task}-{name}-{self.identity()}.json"
-        write_text(path, json.dumps(_plain(asdict(self)), allow_nan=False, indent=1) + "\n")
+        write_text(path, json.dumps(json_values(asdict(self)), allow_nan=False, indent=1) + "\n")
         return path
 
     @classmethod
@@ -189,9 +187,9 @@ class Evaluated(Protocol):
     seed: int
 
 
-def backbone_name(settings: Evaluated) -> str:
+def backbone_name(name: str, key: str | None) -> str:
     """What the user called the backbone."""
-    return f"{settings.backbone} ({settings.key})" if settings.key else settings.backbone
+    return f"{name} ({key})" if key else name
 
 
 def make_result(
@@ -212,12 +210,14 @@ def make_result(
     Args:
         started: ``time.perf_counter()`` at the start of the evaluation.
     """
+    from cmt_mae.core.runs import environment  # loads torch, which tables of results need not
+
     return Result(
         task=task,
         metrics=metrics,
         protocol=protocol,
         backbone={
-            "name": backbone_name(settings),
+            "name": backbone_name(settings.backbone, settings.key),
             "architecture": backbone.architecture,
             "network": backbone.network,
             "digest": backbone.digest,
@@ -230,7 +230,7 @@ def make_result(
         },
         data=data,
         seed=settings.seed,
-        versions=versions(),
+        versions=environment()["versions"],
         hardware=hardware(device, processes),
         seconds=round(time.perf_counter() - started, 2),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -267,22 +267,13 @@ def half_interval(values: Sequence[float]) -> float:
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries a number depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("cmt-mae", "torch", "torchvision", "timm", "numpy", "pillow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def hardware(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """The device, the processor and how much of it was used."""
     import torch  # not above: tables and reports of results need none
 
-    name = _cpu_name() if device.type == "cpu" else str(device)
+    from cmt_mae.core.runs import processor
+
+    name = processor() if device.type == "cpu" else str(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {
@@ -294,22 +285,12 @@ def hardware(device: torch.device, processes: int = 1) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    """The processor's own name where Linux tells it, else what Python knows."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match.group(1) if match else platform.machine()
-
-
-def _plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """``value`` as JSON knows it: no tuple, path, numpy or torch number; NaN becomes None."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): json_values(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [json_values(v) for v in value]
     if isinstance(value, bool | str) or value is None:
         return value
     if hasattr(value, "item"):  # numpy and torch scalars

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from cmt_mae.data.ade20k import (
     read_mask,
 )
 from cmt_mae.data.segmentation_crops import SegmentationCrop, resize_image, resized_size
-from cmt_mae.data.tasks import each_once, train_batches
+from cmt_mae.data.tasks import each_once
 from cmt_mae.engine.layer_decay import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.supervised import SupervisedTask, poly, warmed_up
@@ -39,7 +39,7 @@ from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.features import normalise
 from cmt_mae.evaluate.miou import Scores, confusion_matrix, counts, intervals, scores
-from cmt_mae.evaluate.pyramid import default_taps, sync_norms
+from cmt_mae.evaluate.pyramid import default_taps, depth_of, patch_of, sync_norms
 from cmt_mae.evaluate.result import Result
 from cmt_mae.evaluate.segmentation_pictures import segmentation_picture
 from cmt_mae.evaluate.segmentation_protocols import (
@@ -50,7 +50,7 @@ from cmt_mae.evaluate.segmentation_protocols import (
     resolve,
 )
 from cmt_mae.evaluate.slide import resized_argmax, slide_logits
-from cmt_mae.evaluate.training import open_run, train_and_measure
+from cmt_mae.evaluate.training import make_task, open_run, train_and_measure
 from cmt_mae.evaluate.upernet import Segmenter
 
 TOLD_EVERY = 500  # images between two lines about how far an evaluation is
@@ -131,7 +131,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
     given = load_backbone(config.backbone, key=config.key, facts=config)
     backbone, padded = at_window(config, given, recipe.crop_size)
     run = open_run(out, config, asdict(recipe), accelerator)
-    task = make_task(config, recipe, backbone, data, accelerator, run)
+    task = segmentation_task(config, recipe, backbone, data, accelerator, run)
     check_data(data, accelerator)
     said = differences(config, recipe, int(given.model.embed_dim), padded)  # type: ignore[arg-type]
     about = {
@@ -142,7 +142,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
         "classes": len(data.classes),
         **({"range": list(data.limits)} if data.limits else {}),
     }
-    protocol = describe(config, recipe, backbone, task, accelerator, said)
+    protocol = result_protocol(config, recipe, backbone, task, accelerator, said)
     return train_and_measure(
         "ade20k", config, task, accelerator, run, given, about,
         lambda last: (last.metrics, protocol, last.details), said=said, started=started,
@@ -151,7 +151,7 @@ def evaluate_ade20k(config: Ade20kConfig) -> Result:
 
 def at_window(config: Ade20kConfig, given: Backbone, crop: int) -> tuple[Backbone, int]:
     """The backbone with positions for the window: ``crop`` made up to whole patches; and that side."""
-    rows, columns = given.model.patch_embed.patch_size  # type: ignore[union-attr, misc]
+    rows, columns = patch_of(given)
     if rows != columns:
         raise InputError(
             f"{config.backbone}: patches of {rows}x{columns}; UPerNet's pyramid needs square ones"
@@ -185,7 +185,7 @@ def check_data(data: Ade20k, accelerator: Accelerator) -> None:
     check_labels(data, *counts)
 
 
-def make_task(
+def segmentation_task(
     config: Ade20kConfig,
     recipe: SegmentationProtocol,
     backbone: Backbone,
@@ -194,8 +194,8 @@ def make_task(
     run: RunDir,
 ) -> SupervisedTask:
     """Model, optimizer, batches, schedule and measurement of one segmentation."""
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    micro, accumulation = micro_batches(recipe.batch_size, config.micro_batch, world)
+    world, device = accelerator.num_processes, accelerator.device
+    micro, _ = micro_batches(recipe.batch_size, config.micro_batch, world)
     if norm_images(micro, accelerator) < 2:
         raise InputError(
             "batch norm needs 2 or more images at a time in training, and there is 1: give a larger batch_size "
@@ -226,23 +226,6 @@ def make_task(
         recipe.cat_max_ratio,
         fill=tuple(round(255 * m) for m in backbone.mean),
     )
-    sample = TrainSample(data, len(backbone.mean), crop)
-
-    def batches(start_step: int) -> Generator[Any, None, None]:
-        return train_batches(
-            sample,
-            collate,
-            len(data.train),
-            seed=config.seed,
-            batch_size=recipe.batch_size,
-            micro_batch=micro,
-            rank=rank,
-            world=world,
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            start_step=start_step,
-            pin_memory=device.type == "cuda",
-        )
 
     def to_device(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, labels = (part.to(device, non_blocking=True) for part in batch)
@@ -252,21 +235,21 @@ def make_task(
         rate = poly(step, recipe.lr, recipe.iterations, recipe.power)
         return warmed_up(step, rate, recipe.warmup, recipe.warmup_ratio)
 
-    return SupervisedTask(
-        model=model,
-        optimizer=torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=True),
+    return make_task(
+        config,
+        accelerator,
+        model,
+        groups,
+        sample=TrainSample(data, len(backbone.mean), crop),
+        collate=collate,
+        images=len(data.train),
+        batch_size=recipe.batch_size,
+        total_steps=recipe.iterations,
+        lr=recipe.lr,
         schedule=lr_at,
-        loader=batches,
         to_device=to_device,
         measure=measurement(config, recipe, model, backbone, data, accelerator, run),
         headline="mIoU",
-        seed=config.seed,
-        batch_size=recipe.batch_size,
-        micro_batch=micro,
-        accumulation=accumulation,
-        steps_per_epoch=max(1, len(data.train) // recipe.batch_size),
-        total_steps=recipe.iterations,
-        eval_every=config.eval_every,
     )
 
 
@@ -345,7 +328,7 @@ def keep_prediction(run: Path, data: Ade20k, index: int, prediction: Tensor) -> 
 
 
 def class_table(found: Scores, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One row a class: name, IoU and accuracy in percent (None where it does not exist), labelled pixels."""
+    """One row per class: name, IoU and accuracy in percent (None where it does not exist), labelled pixels."""
 
     def percent(share: Tensor) -> float | None:
         return None if share.isnan() else 100 * share.item()
@@ -361,7 +344,7 @@ def class_table(found: Scores, names: tuple[str, ...]) -> list[dict[str, Any]]:
     ]
 
 
-def describe(
+def result_protocol(
     config: Ade20kConfig,
     recipe: SegmentationProtocol,
     backbone: Backbone,
@@ -380,7 +363,7 @@ def describe(
         "weights": WEIGHTS[config.preset],
         **asdict(recipe),
         "window": backbone.img_size,
-        "taps": default_taps(len(backbone.model.blocks)),  # type: ignore[arg-type]
+        "taps": default_taps(depth_of(backbone)),
         "optimizer": "AdamW, betas .9 and .999; vectors and biases do not decay; cls_token and pos_embed do, "
         "as in the published constructor, whose exemption misses them",
         "schedule": "poly to 0, linear warm-up, every iteration",

@@ -36,7 +36,7 @@ def class_colours(classes: int) -> np.ndarray:
 def segmentation_picture(
     path: Path, rows: list[tuple[Tensor, Tensor, Tensor]], classes: list[str], title: str
 ) -> None:
-    """Write a PNG with one row an image: the image, its truth, the prediction, where the two differ.
+    """Write a PNG with one row per image: the image, its truth, the prediction, where the two differ.
 
     rows: image uint8 (C, h, w), truth (H, W) and prediction (H, W), classes 0.., negative = unlabelled, which is
     light grey in the truth; the prediction is shown there all the same. The legend has the 20 largest classes of

@@ -7,8 +7,7 @@ feature share one matrix product. Nothing else connects them: each ends as it wo
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmt_mae.core.errors import InputError
-from cmt_mae.evaluate.lars import LARS, SideBySideSGD
+from cmt_mae.engine.optim import learning_rate
+from cmt_mae.evaluate.lars import LARS
 
 if TYPE_CHECKING:
     from cmt_mae.evaluate.features import Features
@@ -56,13 +56,6 @@ class Training:
     """Whether the schedule moves at every step (MAE) or stands still in an epoch (DINO)."""
     init: Literal["trunc_normal", "normal"] = "trunc_normal"
     """Distribution of the first weights, standard deviation 0.01; biases start at 0."""
-
-
-def warmup_cosine(epoch: float, epochs: float, warmup: float) -> float:
-    """Share of the full learning rate: linear from 0 to 1, then half a cosine down to 0 (MAE)."""
-    if epoch < warmup:
-        return epoch / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 class Heads(nn.Module):
@@ -131,7 +124,6 @@ def train_heads(
     steps_per_epoch: int,
     seed: int,
     device: torch.device,
-    after_step: Callable[[], Any] = lambda: None,
 ) -> tuple[Heads, list[float]]:
     """Train all heads together on the batches of ``steps``.
 
@@ -140,7 +132,6 @@ def train_heads(
 
     Args:
         dims: length of the feature of each pool.
-        after_step: called after every step (a progress bar).
 
     Returns:
         The heads in evaluation mode, and the mean training loss of each in the last epoch.
@@ -151,14 +142,14 @@ def train_heads(
         {"params": [w, b], "lr": head.blr * scale, "weight_decay": head.weight_decay}
         for head, w, b in zip(heads, model.weights, model.biases, strict=True)
     ]
-    kind = LARS if training.optimizer == "lars" else SideBySideSGD
+    kind = LARS if training.optimizer == "lars" else torch.optim.SGD
     optimizer: torch.optim.Optimizer = kind(groups, lr=0.0, momentum=0.9)
     full = [group["lr"] for group in groups]
     last = torch.zeros(len(heads), device=device)
     model.train()
     for step, (x, labels) in enumerate(steps):
         epoch = step / steps_per_epoch if training.lr_by == "step" else step // steps_per_epoch
-        share = warmup_cosine(epoch, training.epochs, training.warmup_epochs)
+        share = learning_rate(epoch, 1.0, training.warmup_epochs, training.epochs)
         for group, lr in zip(optimizer.param_groups, full, strict=True):
             group["lr"] = lr * share
         x = {pool: value.to(device) for pool, value in x.items()}
@@ -168,7 +159,6 @@ def train_heads(
         optimizer.step()
         if step >= (training.epochs - 1) * steps_per_epoch:
             last += losses.detach() / steps_per_epoch
-        after_step()
     return model.eval(), last.tolist()
 
 

@@ -1,20 +1,23 @@
 """What the three evaluations that train have in common: open a run, train in it, measure, save one result."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from cmt_mae.backbones import Backbone
 from cmt_mae.core.runs import RunDir, plain
 from cmt_mae.core.settings import resume_safe_settings
+from cmt_mae.data.tasks import Collate, Sample, train_batches
 from cmt_mae.engine.fit import fit
 from cmt_mae.engine.supervised import SupervisedTask
-from cmt_mae.engine.task import Evaluation
+from cmt_mae.engine.task import Evaluation, micro_batches
 from cmt_mae.engine.task_settings import TaskSettings
 from cmt_mae.evaluate.result import Result, backbone_name, make_result, save_where
 
@@ -38,6 +41,71 @@ def open_run(
     )
 
 
+def make_task(
+    config: TaskSettings,
+    accelerator: Accelerator,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    *,
+    sample: Sample,
+    collate: Collate,
+    images: int,
+    batch_size: int,
+    total_steps: int,
+    lr: float,
+    schedule: Callable[[int], float],
+    to_device: Callable[[Any], Any],
+    measure: Callable[[int], Evaluation],
+    headline: str,
+    pin_memory: bool = True,
+    **more: Any,
+) -> SupervisedTask:
+    """A training with AdamW on ``images`` labelled images.
+
+    Args:
+        model, groups: on the device, and its parameters as AdamW takes them.
+        sample, collate: see ``train_batches``.
+        lr, schedule: highest rate, and the rate of each step.
+        more: further fields of ``SupervisedTask``.
+    """
+    world = accelerator.num_processes
+    micro, accumulation = micro_batches(batch_size, config.micro_batch, world)
+
+    def batches(start: int) -> Generator[Any, None, None]:
+        return train_batches(
+            sample,
+            collate,
+            images,
+            seed=config.seed,
+            batch_size=batch_size,
+            micro_batch=micro,
+            rank=accelerator.process_index,
+            world=world,
+            workers=config.workers,
+            timeout_s=config.timeout_s,
+            start_step=start,
+            pin_memory=pin_memory and accelerator.device.type == "cuda",
+        )
+
+    return SupervisedTask(
+        model=model,
+        optimizer=torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True),
+        schedule=schedule,
+        loader=batches,
+        to_device=to_device,
+        measure=measure,
+        headline=headline,
+        seed=config.seed,
+        batch_size=batch_size,
+        micro_batch=micro,
+        accumulation=accumulation,
+        steps_per_epoch=max(1, images // batch_size),
+        total_steps=total_steps,
+        eval_every=config.eval_every,
+        **more,
+    )
+
+
 def train_and_measure(
     name: str,
     config: TaskSettings,
@@ -46,7 +114,7 @@ def train_and_measure(
     run: RunDir,
     backbone: Backbone,
     data: dict[str, Any],
-    describe: Callable[[Evaluation], tuple[dict[str, float], dict[str, Any], dict[str, Any]]],
+    finish: Callable[[Evaluation], tuple[dict[str, float], dict[str, Any], dict[str, Any]]],
     *,
     said: Sequence[str] = (),
     packages: Sequence[str] = (),
@@ -57,18 +125,22 @@ def train_and_measure(
     Args:
         name: of the task in results.
         data: ``Result.data``.
-        describe: the last evaluation -> metrics, protocol and details of the result; every process calls it.
+        finish: the last evaluation -> metrics, protocol and details of the result; every process calls it.
         said: where the run leaves the published protocol, printed before it starts.
         packages: further ones whose versions the number depends on.
         started: ``time.perf_counter()`` when the evaluation began.
     """
     for line in said if accelerator.is_main_process else ():
         print(f"{name}, preset {vars(config)['preset']}: {line}", file=sys.stderr)
-    about: dict[str, Any] = {"name": backbone_name(config), "architecture": backbone.architecture}
-    about |= {"digest": backbone.digest, "facts": backbone.facts}
+    about: dict[str, Any] = {
+        "name": backbone_name(config.backbone, config.key),
+        "architecture": backbone.architecture,
+        "digest": backbone.digest,
+        "facts": backbone.facts,
+    }
     with closing(run):
         last = fit(config, task, accelerator, run, {"task": name, "backbone": about, "data": data})
-        metrics, protocol, details = describe(last.evaluation)
+        metrics, protocol, details = finish(last.evaluation)
         result = make_result(
             name,
             config,

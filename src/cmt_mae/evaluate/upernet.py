@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.ade20k import IGNORED
-from cmt_mae.evaluate.pyramid import DeconvPyramid, Taps, default_taps
+from cmt_mae.evaluate.pyramid import DeconvPyramid, Taps, default_taps, depth_of, patch_of
 
 POOL_SIDES = (1, 2, 3, 6)
 AUXILIARY_LEVEL = 2
@@ -133,15 +133,15 @@ class Segmenter(nn.Module):
     ) -> None:
         """backbone: at the window's size (``backbone.img_size``), to which its positions are resized once.
 
-        relative_bias: a table a block for that grid (``Taps``). layer_scale: LayerScale of this value for blocks
-        that have none; 0: none. Raises InputError where the backbone has no place for these.
+        relative_bias: one table per block for that grid (``Taps``). layer_scale: LayerScale of this value for
+        blocks that have none; 0: none. Raises InputError where the backbone has no place for these.
         """
         super().__init__()
         height, width = backbone.img_size
-        rows, columns = backbone.model.patch_embed.patch_size  # type: ignore[union-attr, misc]
+        rows, columns = patch_of(backbone)
         self.window: tuple[int, int] = (height, width)
         grid = (height // rows, width // columns)
-        taps = default_taps(len(backbone.model.blocks))  # type: ignore[arg-type]
+        taps = default_taps(depth_of(backbone))
         bias = grid if relative_bias else None
         self.backbone = Taps(backbone, taps, drop_path, bias, save_memory)
         if layer_scale:

@@ -1,4 +1,4 @@
-"""``cmt-mae demo``: a small two-stage run beside MAE, measured and pictured, on the sample images or own ones."""
+"""``cmt-mae demo``: a small two-stage run and MAE, measured, with pictures, on the sample images or your own."""
 
 import math
 import time

@@ -44,7 +44,7 @@ class EmbedConfig(BackboneFacts):
     images: str
     """Folder of images, tar shards, parquet files or a packed folder."""
     out: str
-    """FILE.npz (arrays name, cls, mean, patches), FILE.parquet or FILE.csv (a row an image)."""
+    """FILE.npz (arrays name, cls, mean, patches), FILE.parquet or FILE.csv (a row per image)."""
     range: list[float] = field(default_factory=list)
     """Values of black and white in images of more than 8 bits, as `pretrain --data.range`. Default: measured."""
     patches: bool = False

@@ -32,15 +32,15 @@ def open_probe(
     limits: of the training images, if these have more than 8 bits: the probe's are read alike.
     Raises InputError for data without train, val or labels.
     """
-    from cmt_mae.evaluate.online import OnlineProbe
+    from cmt_mae.evaluate.features import open_labelled
+    from cmt_mae.evaluate.knn import probe
 
-    probe = OnlineProbe.open(config.runtime.probe_data, limits, config.data.val_share)
-    assert probe is not None
+    train, val = open_labelled(config.runtime.probe_data, limits, config.data.val_share)
 
     def measure(backbone: Backbone) -> float:
-        return probe.measure(backbone, accelerator)
+        return probe(backbone, train, val, accelerator)
 
-    return measure, {"train": len(probe.train), "val": len(probe.val)}
+    return measure, {"train": len(train), "val": len(val)}
 
 
 def refuse_days(task: Pretraining, run: RunDir, flop: float) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from cmt_mae.backbones import load_backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.settings import check_fields
+from cmt_mae.evaluate.pyramid import patch_of
 from cmt_mae.evaluate.video.evaluate import DavisConfig
-from cmt_mae.evaluate.video.features import TYPO_STD, make_extractor, patch_of, resize_linear
+from cmt_mae.evaluate.video.features import TYPO_STD, make_extractor, resize_linear
 from cmt_mae.evaluate.video.protocol import PRESETS, VideoProtocol, input_size, resolve
 
 DINO, VIDEOWALK, CROPMAE = (VideoProtocol(**preset) for preset in PRESETS.values())

@@ -35,7 +35,14 @@ from cmt_mae.backbones import Backbone
 from cmt_mae.core.errors import InputError
 from cmt_mae.evaluate.detection.protocols import DetectionProtocol
 from cmt_mae.evaluate.detection.vitdet import SimplePyramid, WindowedViT, default_global_blocks
-from cmt_mae.evaluate.pyramid import STRIDES, DeconvPyramid, Taps, default_taps
+from cmt_mae.evaluate.pyramid import (
+    STRIDES,
+    DeconvPyramid,
+    Taps,
+    default_taps,
+    depth_of,
+    patch_of,
+)
 
 LEVELS = ("0", "1", "2", "3")
 POOL = "pool"
@@ -359,16 +366,3 @@ def _mask_parts(
         "mask_head": MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm),
         "mask_predictor": MaskRCNNPredictor(channels, channels, classes),
     }
-
-
-def depth_of(backbone: Backbone) -> int:
-    """Number of blocks."""
-    blocks: Any = backbone.model.blocks
-    return len(blocks)
-
-
-def patch_of(backbone: Backbone) -> tuple[int, int]:
-    """Height and width of a patch."""
-    embed: Any = backbone.model.patch_embed
-    rows, columns = embed.patch_size
-    return int(rows), int(columns)

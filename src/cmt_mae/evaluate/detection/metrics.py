@@ -19,7 +19,7 @@ def coco_metrics(
 
     truth: a COCO dictionary (CocoSplit.ground_truth). boxes, masks: results with ``bbox`` and with
     ``segmentation`` (None: boxes alone). Metrics: box/AP (IoU .5:.95), box/AP50, box/AP75, box/APs, box/APm,
-    box/APl and the same with mask/; at most 100 detections an image (spec 7).
+    box/APl and the same with mask/; at most 100 detections per image (spec 7).
     """
     metrics: dict[str, float] = {}
     classes: dict[str, dict[str, float]] = {c["name"]: {} for c in truth["categories"]}
@@ -47,7 +47,7 @@ def objects_of(truth: dict[str, Any]) -> dict[str, int]:
 
 
 def _precision(truth: dict[str, Any], found: list[dict[str, Any]], iou_type: Any) -> np.ndarray:
-    """Interpolated precision (IoU, recall, class, area) at 100 detections an image; -1: undefined."""
+    """Interpolated precision (IoU, recall, class, area) at 100 detections per image; -1: undefined."""
     # both are written to by the library
     annotated = COCO(copy.deepcopy(truth))
     evaluation = COCOeval_faster(

@@ -55,11 +55,11 @@ class DetectionProtocol:
     anchors: tuple[Count, Count, Count, Count, Count] = OF_PRESET
     """Sides of the anchors in pixels, one for each of the five maps."""
     proposals: Count = OF_PRESET
-    """Boxes an image that the RPN hands on."""
+    """Boxes per image that the RPN hands on."""
     rpn_samples: Count = OF_PRESET
-    """Anchors an image that the RPN's loss is taken on."""
+    """Anchors per image that the RPN's loss is taken on."""
     roi_samples: Count = OF_PRESET
-    """Boxes an image that the heads' losses are taken on."""
+    """Boxes per image that the heads' losses are taken on."""
     epochs: Positive = OF_PRESET
     """Passes over the training images."""
     batch_size: Count = OF_PRESET
@@ -222,7 +222,7 @@ ONLY = {
 }
 
 
-def describe(
+def result_protocol(
     config: CocoConfig,
     protocol: DetectionProtocol,
     changed: list[str],

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmt_mae.backbones import Backbone, load_backbone, resized
 from cmt_mae.core.errors import InputError
-from cmt_mae.core.files import write_atomically
+from cmt_mae.core.files import write_text
 from cmt_mae.data.coco import CocoSplit, open_coco, same_classes
 from cmt_mae.data.detection_crops import (
     Example,
@@ -26,20 +26,25 @@ from cmt_mae.data.detection_crops import (
     resize_image,
     scaled_size,
 )
-from cmt_mae.data.tasks import each_once, train_batches
+from cmt_mae.data.tasks import each_once
 from cmt_mae.engine.layer_decay import layer_decay_groups
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.engine.supervised import SupervisedTask, step_decay, warmed_up
-from cmt_mae.engine.task import Evaluation, micro_batches
-from cmt_mae.evaluate.detection.detector import DetectionBatch, Detector, build_detector, depth_of
+from cmt_mae.engine.task import Evaluation
+from cmt_mae.evaluate.detection.detector import DetectionBatch, Detector, build_detector
 from cmt_mae.evaluate.detection.metrics import coco_metrics, objects_of
 from cmt_mae.evaluate.detection.pictures import detection_picture
 from cmt_mae.evaluate.detection.predict import to_coco
-from cmt_mae.evaluate.detection.protocols import CocoConfig, DetectionProtocol, describe, resolve
+from cmt_mae.evaluate.detection.protocols import (
+    CocoConfig,
+    DetectionProtocol,
+    resolve,
+    result_protocol,
+)
 from cmt_mae.evaluate.features import normalise
-from cmt_mae.evaluate.pyramid import sync_norms
+from cmt_mae.evaluate.pyramid import depth_of, sync_norms
 from cmt_mae.evaluate.result import Result
-from cmt_mae.evaluate.training import open_run, train_and_measure
+from cmt_mae.evaluate.training import make_task, open_run, train_and_measure
 
 SAY_EVERY = 60.0
 """Seconds between two lines that tell how far an evaluation is."""
@@ -74,7 +79,9 @@ def evaluate_coco(config: CocoConfig) -> Result:
     sync_norms(detector.to(accelerator.device), accelerator.device, accelerator.num_processes)
     evaluated = train if config.eval_split == "train" else val
     evaluate = Evaluator(detector, evaluated, protocol, backbone, accelerator, run.path, config)
-    task = make_task(config, protocol, detector, backbone, train, chosen, accelerator, evaluate)
+    task = detection_task(
+        config, protocol, detector, backbone, train, chosen, accelerator, evaluate
+    )
     both = hashlib.sha256(f"{train.fingerprint()} {val.fingerprint()}".encode())
     data = {
         "path": config.data,
@@ -87,10 +94,12 @@ def evaluate_coco(config: CocoConfig) -> Result:
         **({"range": list(train.limits)} if train.limits else {}),
     }
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    described = describe(config, protocol, changed, precision, masks) | {"steps": task.total_steps}
+    stated = result_protocol(config, protocol, changed, precision, masks) | {
+        "steps": task.total_steps
+    }
     return train_and_measure(
         "coco", config, task, accelerator, run, backbone, data,
-        lambda last: (last.metrics, described, {**last.details, "run": str(out)}),
+        lambda last: (last.metrics, stated, {**last.details, "run": str(out)}),
         said=said, packages=("faster-coco-eval", "accelerate"), started=started,
     )  # fmt: skip
 
@@ -173,7 +182,7 @@ def keep(samples: list[Any]) -> list[Any]:
     return samples
 
 
-def make_task(
+def detection_task(
     config: CocoConfig,
     protocol: DetectionProtocol,
     detector: Detector,
@@ -184,8 +193,6 @@ def make_task(
     evaluate: Callable[[int], Evaluation],
 ) -> SupervisedTask:
     """The training as ``fit`` takes it."""
-    world = accelerator.num_processes
-    micro, accumulation = micro_batches(protocol.batch_size, config.micro_batch, world)
     per_epoch = len(chosen) // protocol.batch_size
     total = max(1, round(protocol.epochs * per_epoch))
     drops = [round(epoch * per_epoch) for epoch in protocol.drops]
@@ -203,36 +210,22 @@ def make_task(
         rate = step_decay(step, protocol.lr, drops)
         return warmed_up(step, rate, protocol.warmup_steps, protocol.warmup_ratio)
 
-    def batches(start: int) -> Generator[list[Example], None, None]:
-        return train_batches(
-            TrainSample(train, chosen, protocol, len(backbone.mean)),
-            keep,
-            len(chosen),
-            seed=config.seed,
-            batch_size=protocol.batch_size,
-            micro_batch=micro,
-            rank=accelerator.process_index,
-            world=world,
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            start_step=start,
-        )
-
-    return SupervisedTask(
-        model=detector,
-        optimizer=torch.optim.AdamW(groups, lr=protocol.lr, betas=(0.9, 0.999), fused=True),
+    return make_task(
+        config,
+        accelerator,
+        detector,
+        groups,
+        sample=TrainSample(train, chosen, protocol, len(backbone.mean)),
+        collate=keep,
+        images=len(chosen),
+        batch_size=protocol.batch_size,
+        total_steps=total,
+        lr=protocol.lr,
         schedule=lr_at,
-        loader=batches,
         to_device=lambda examples: to_device(examples, backbone, accelerator.device),
         measure=evaluate,
         headline="box/AP",
-        seed=config.seed,
-        batch_size=protocol.batch_size,
-        micro_batch=micro,
-        accumulation=accumulation,
-        steps_per_epoch=per_epoch,
-        total_steps=total,
-        eval_every=config.eval_every,
+        pin_memory=False,
         clip=protocol.clip,
     )
 
@@ -339,8 +332,3 @@ class Evaluator:
         shown = range(min(self.config.pictures, len(self.split)))
         channels = len(self.backbone.mean)
         detection_picture(path, self.split, shown, boxes, masks, title, channels)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not there."""
-    write_atomically(path, lambda aside: aside.write_text(text))

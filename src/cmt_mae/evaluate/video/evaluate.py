@@ -18,8 +18,9 @@ from cmt_mae.core.settings import Count, CountOrNone, Device, check_fields
 from cmt_mae.data.davis import VideoSequence, open_davis
 from cmt_mae.engine.progress import evaluation_progress
 from cmt_mae.evaluate.features import Where, start_processes
-from cmt_mae.evaluate.result import Result, make_result, results_folder, save_where
-from cmt_mae.evaluate.video.features import Extractor, make_extractor, patch_of
+from cmt_mae.evaluate.pyramid import depth_of, patch_of
+from cmt_mae.evaluate.result import Result, backbone_name, make_result, results_folder, save_where
+from cmt_mae.evaluate.video.features import Extractor, make_extractor
 from cmt_mae.evaluate.video.metrics import statistics
 from cmt_mae.evaluate.video.pictures import draw_strips
 from cmt_mae.evaluate.video.protocol import (
@@ -28,7 +29,7 @@ from cmt_mae.evaluate.video.protocol import (
     input_size,
     resolve,
 )
-from cmt_mae.evaluate.video.sequence import Followed, Shelf, follow
+from cmt_mae.evaluate.video.sequence import Followed, SequenceStore, follow
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -92,7 +93,7 @@ def evaluate_davis(config: DavisConfig) -> Result:
     check_fields(config)
     started = time.perf_counter()
     name, protocol = resolve(config.protocol, config)
-    described = describe_protocol(name, protocol)
+    stated = result_protocol(name, protocol)
     where = start_processes(config.device)
     sequences = open_davis(config.data, config.sequences)
     keep = results_folder(config.out, config.backbone)
@@ -111,16 +112,16 @@ def evaluate_davis(config: DavisConfig) -> Result:
     outcomes = []
     with evaluation_progress(config.progress and where.rank == 0) as bar:
         for rival, key, native, todo in rivals:
-            shelf = make_shelf(keep, native, described, config.save_masks)
-            runner = Runner(rival, key, native, protocol, where, config, shelf)
+            store = make_store(keep, native, stated, config.save_masks)
+            runner = Runner(rival, key, native, protocol, where, config, store)
             outcomes.append(runner.run(todo, bar))
     result = make_result(
         "davis",
         config,
         backbone,
         metrics=summarise(outcomes[0]),
-        protocol=described,
-        data=describe_sequences(config.data, sequences),
+        protocol=stated,
+        data=sequence_facts(config.data, sequences),
         device=where.device,
         processes=where.world,
         started=started,
@@ -128,7 +129,7 @@ def evaluate_davis(config: DavisConfig) -> Result:
     )
     if config.compare is not None:
         result.details["compare"] = {
-            "name": label(config.compare, config.compare_key),
+            "name": backbone_name(config.compare, config.compare_key),
             "digest": rivals[1][2].digest,
             "sequences": [sequence.name for sequence in drawn],
             "metrics": summarise(outcomes[1]),
@@ -136,16 +137,11 @@ def evaluate_davis(config: DavisConfig) -> Result:
     if where.rank == 0:
         save_where(result, config.out, config.backbone)
         if drawn:
-            shelves = [make_shelf(keep, rival[2], described, True) for rival in rivals]
-            titles = [label(rival[0], rival[1]) for rival in rivals]
-            rows = [(t, s) for t, s in zip(titles, shelves, strict=True) if s is not None]
+            stores = [make_store(keep, rival[2], stated, True) for rival in rivals]
+            titles = [backbone_name(rival[0], rival[1]) for rival in rivals]
+            rows = [(t, s) for t, s in zip(titles, stores, strict=True) if s is not None]
             draw_strips(drawn, rows, outcomes, config.columns)
     return result
-
-
-def label(name: str, key: str | None) -> str:
-    """What to call a backbone in results."""
-    return f"{name} ({key})" if key else name
 
 
 def check_sizes(
@@ -154,26 +150,26 @@ def check_sizes(
     """Refuse before any work what some sequence's size or some setting makes impossible."""
     for sequence in sequences:
         input_size(sequence.size, protocol, patch_of(backbone))
-    depth = len(backbone.model.blocks)  # type: ignore[arg-type]
+    depth = depth_of(backbone)
     if protocol.layer is not None and protocol.layer > depth:
         raise InputError(
             f"DAVIS: layer is {protocol.layer}; {backbone.architecture} has {depth} blocks"
         )
 
 
-def make_shelf(
-    keep: Path | None, backbone: Backbone, described: dict[str, Any], masks: bool
-) -> Shelf | None:
+def make_store(
+    keep: Path | None, backbone: Backbone, stated: dict[str, Any], masks: bool
+) -> SequenceStore | None:
     """Folder of what belongs to these weights under this protocol: KEEP/davis/PROTOCOL-HASH."""
     if keep is None:
         return None
     normalisation = [backbone.mean, backbone.std]
-    what = [VERSION, backbone.digest, normalisation, described]
+    what = [VERSION, backbone.digest, normalisation, stated]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-    return Shelf(keep / "davis" / f"{described['name'].replace('+', '-')}-{digest}", masks)
+    return SequenceStore(keep / "davis" / f"{stated['name'].replace('+', '-')}-{digest}", masks)
 
 
-def describe_protocol(name: str, protocol: VideoProtocol) -> dict[str, Any]:
+def result_protocol(name: str, protocol: VideoProtocol) -> dict[str, Any]:
     """``Result.protocol``: every quirk by name, and how the numbers are averaged."""
     return {
         "name": name,
@@ -184,7 +180,7 @@ def describe_protocol(name: str, protocol: VideoProtocol) -> dict[str, Any]:
     }
 
 
-def describe_sequences(path: str, sequences: list[VideoSequence]) -> dict[str, Any]:
+def sequence_facts(path: str, sequences: list[VideoSequence]) -> dict[str, Any]:
     """``Result.data``."""
     names = hashlib.sha256("\n".join(s.names_fingerprint for s in sequences).encode())
     content = hashlib.sha256("\n".join(s.fingerprint for s in sequences).encode())
@@ -207,7 +203,7 @@ class Runner:
     protocol: VideoProtocol
     where: Where
     config: DavisConfig
-    shelf: Shelf | None
+    store: SequenceStore | None
 
     def run(self, sequences: list[VideoSequence], bar: Progress) -> list[Followed]:
         """Outcomes of all sequences, in their order, on every process; each is followed once.
@@ -242,7 +238,7 @@ class Runner:
         with ThreadPoolExecutor(self.config.threads) as pool:
             for sequence in share:
                 bar.update(task, description=f"{self.config.protocol} {sequence.name}")
-                kept = self.shelf.load(sequence) if self.shelf is not None else None
+                kept = self.store.load(sequence) if self.store is not None else None
                 if kept is not None:
                     done.append(kept)
                     bar.advance(task, len(sequence))
@@ -255,7 +251,7 @@ class Runner:
                     extractor,
                     pool=pool,
                     batch_size=self.config.batch_size,
-                    shelf=self.shelf,
+                    store=self.store,
                 )
                 for step in steps:
                     if step is None:

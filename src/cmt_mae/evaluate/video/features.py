@@ -1,4 +1,4 @@
-"""Features of video frames: resized as the published script does, one forward pass a frame."""
+"""Features of video frames: resized as the published script does, one forward pass per frame."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from cmt_mae.backbones import Backbone, resized
 from cmt_mae.backbones.backbone import IMAGENET_MEAN, IMAGENET_STD
 from cmt_mae.core.errors import InputError
+from cmt_mae.evaluate.pyramid import depth_of, patch_of
 from cmt_mae.evaluate.video.protocol import VideoProtocol
 
 TYPO_STD = (0.228, 0.224, 0.225)
@@ -125,7 +126,7 @@ def make_extractor(
         InputError: a layer that is not there, or positions that cannot be resized as asked.
     """
     patch = patch_of(native)
-    depth = len(native.model.blocks)  # type: ignore[arg-type]
+    depth = depth_of(native)
     if protocol.layer is not None and protocol.layer > depth:
         raise InputError(f"DAVIS: layer {protocol.layer}; {native.architecture} has {depth} blocks")
     backbone = native if size == native.img_size else resized(native, size)
@@ -135,12 +136,6 @@ def make_extractor(
     typo = protocol.std_typo and (backbone.mean, backbone.std) == (IMAGENET_MEAN, IMAGENET_STD)
     std = TYPO_STD if typo else backbone.std
     return Extractor(backbone, protocol, device, size, patch, backbone.mean, std)
-
-
-def patch_of(backbone: Backbone) -> tuple[int, int]:
-    """Height and width of a patch in pixels."""
-    height, width = backbone.model.patch_embed.patch_size  # type: ignore[union-attr, misc]
-    return int(height), int(width)  # type: ignore[arg-type]
 
 
 def _positions_by_factor(backbone: Backbone, native: Backbone, patch: tuple[int, int]) -> None:

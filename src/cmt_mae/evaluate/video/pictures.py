@@ -15,7 +15,7 @@ from cmt_mae.core.text import printable
 from cmt_mae.data.davis import VideoSequence, palette_bytes, read_frame, read_mask
 from cmt_mae.evaluate.drawing import save_picture
 from cmt_mae.evaluate.video.metrics import outlines
-from cmt_mae.evaluate.video.sequence import Followed, Shelf
+from cmt_mae.evaluate.video.sequence import Followed, SequenceStore
 
 Row = tuple[str, list[NDArray[np.uint8] | None]]
 """Its name, and a mask uint8 (H, W) for each frame; None shows the frame alone."""
@@ -29,7 +29,7 @@ WIDTH = 1.9
 
 def draw_strips(
     sequences: list[VideoSequence],
-    rows: list[tuple[str, Shelf]],
+    rows: list[tuple[str, SequenceStore]],
     outcomes: list[list[Followed]],
     columns: int,
 ) -> list[Path]:
@@ -45,11 +45,11 @@ def draw_strips(
         numbers = np.unique(np.linspace(0, len(sequence) - 1, columns).round().astype(int))
         strip: list[Row] = [("frames", [None] * len(numbers))]
         strip.append(("ground truth", [read_mask(sequence.masks[n]) for n in numbers]))
-        for (name, shelf), found in zip(rows, outcomes, strict=True):
+        for (name, store), found in zip(rows, outcomes, strict=True):
             outcome = next(o for o in found if o.name == sequence.name)
             score = 50 * (np.mean(outcome.j) + np.mean(outcome.f))
             title = f"{short(name)}\nJ&F {score:.1f}"
-            strip.append((title, [read_mask(shelf.mask_file(sequence, n)) for n in numbers]))
+            strip.append((title, [read_mask(store.mask_file(sequence, n)) for n in numbers]))
         path = rows[0][1].folder / "strips" / f"{sequence.name}.png"
         frames = [read_frame(sequence.frames[n]) for n in numbers]
         save_picture(strip_figure(frames, strip, numbers.tolist()), path)

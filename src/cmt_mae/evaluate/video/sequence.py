@@ -38,7 +38,7 @@ class Followed:
     vanished: list[int]
     """Objects that the first mask loses at grid size, so that they cannot be followed."""
     j: list[list[float]]
-    """J, 0..1: one row an object, one number for each frame but the first and the last."""
+    """J, 0..1: one row per object, one number for each frame but the first and the last."""
     f: list[list[float]]
     """F, likewise."""
     seconds: dict[str, float]
@@ -46,7 +46,7 @@ class Followed:
 
 
 @dataclass
-class Shelf:
+class SequenceStore:
     """Where masks and scores of one backbone under one protocol are kept."""
 
     folder: Path
@@ -89,7 +89,7 @@ def follow(
     *,
     pool: Executor,
     batch_size: int = 4,
-    shelf: Shelf | None = None,
+    store: SequenceStore | None = None,
 ) -> Iterator[Followed | None]:
     """Carry the first mask through the video; yields None after every frame and the outcome at the end.
 
@@ -110,9 +110,9 @@ def follow(
     if protocol.objects == "seen":
         last = max(n for n in range(len(classes)) if classes[n] not in vanished)
         classes, labels = classes[: last + 1], labels[: last + 1]
-    if shelf is not None and shelf.masks:
-        make_folder(shelf.mask_folder(sequence))
-        write_mask(shelf.mask_file(sequence, 0), mask)
+    if store is not None and store.masks:
+        make_folder(store.mask_folder(sequence))
+        write_mask(store.mask_file(sequence, 0), mask)
     propagation: Propagation | None = None
     spent = {"features": 0.0, "propagation": 0.0}
     scored: list[Future[tuple[NDArray[np.float64], NDArray[np.float64]]]] = []
@@ -128,7 +128,7 @@ def follow(
             else:
                 soft = propagation.step(one)
                 ids = decide(soft, classes, extractor.size, sequence.size, protocol)
-                scored.append(pool.submit(settle, sequence, number, ids, shelf))
+                scored.append(pool.submit(settle, sequence, number, ids, store))
             spent["propagation"] += time.perf_counter() - start
             number += 1
             yield None
@@ -147,17 +147,17 @@ def follow(
         f=np.stack([f for _, f in scores], axis=1).tolist(),
         seconds={k: round(v, 3) for k, v in spent.items()},
     )
-    if shelf is not None:
-        shelf.save(sequence, outcome)
+    if store is not None:
+        store.save(sequence, outcome)
     yield outcome
 
 
 def settle(
-    sequence: VideoSequence, number: int, ids: NDArray[np.uint8], shelf: Shelf | None
+    sequence: VideoSequence, number: int, ids: NDArray[np.uint8], store: SequenceStore | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Write one predicted mask, and score it: J and F, each (objects,)."""
-    if shelf is not None and shelf.masks:
-        write_mask(shelf.mask_file(sequence, number), ids)
+    if store is not None and store.masks:
+        write_mask(store.mask_file(sequence, number), ids)
     return score_frame(ids, read_mask(sequence.masks[number]), sequence.objects)
 
 

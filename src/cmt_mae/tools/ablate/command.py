@@ -20,14 +20,21 @@ from cmt_mae.core.text import hint
 from cmt_mae.data.sources import has_splits
 from cmt_mae.engine.signals import StopRequest
 from cmt_mae.evaluate.tasks import TASKS
-from cmt_mae.tools.ablate.grid import Grid, load_grid
+from cmt_mae.tools.ablate.grid import Experiment, load_grid
 from cmt_mae.tools.ablate.one import (
     check_evaluations,
     is_done,
     read_status,
     write_status,
 )
-from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun, make_plan, read_plan, settle
+from cmt_mae.tools.ablate.plan import (
+    Evaluation,
+    PlannedRun,
+    RunPlan,
+    make_run_plan,
+    read_run_plan,
+    settle,
+)
 from cmt_mae.tools.ablate.table import write_table
 
 STOP_S = 120.0
@@ -86,7 +93,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         raise InputError(f"--only: no variant '{word}'{hint(word, names)}: use {', '.join(names)}")
     failed: list[str] = []
     if not config.table_only:
-        failed = Crew(config, plan, out).work()
+        failed = Workers(config, plan, out).work()
     content = write_table(plan, out)
     Console(stderr=True).print(f"table: {out / 'table.md'}", markup=False, highlight=False)
     if failed:
@@ -107,10 +114,10 @@ def check(config: AblateConfig) -> None:
         )
 
 
-def plan_of(config: AblateConfig, out: Path) -> Plan:
+def plan_of(config: AblateConfig, out: Path) -> RunPlan:
     """The plan that the settings ask for, joined with what the folder holds; or that of the folder alone."""
     if not config.experiment:
-        return read_plan(out)
+        return read_run_plan(out)
     grid = load_grid(config.experiment)
     if not config.data:
         raise InputError("no images: give --data FOLDER")
@@ -118,7 +125,7 @@ def plan_of(config: AblateConfig, out: Path) -> Plan:
     further: dict[str, Any] = {}
     if config.teacher:
         further["teacher"] = {"name": absolute(config.teacher)}
-    plan = make_plan(
+    plan = make_run_plan(
         grid, out=out.absolute(), data=data, recipe=absolute_recipe(config.recipe), seeds=config.seeds,
         evaluations=evaluations(config, grid, data), further=further,
     )  # fmt: skip
@@ -137,7 +144,7 @@ def absolute_recipe(names: str) -> str:
     )
 
 
-def evaluations(config: AblateConfig, grid: Grid, data: str) -> list[Evaluation]:
+def evaluations(config: AblateConfig, grid: Experiment, data: str) -> list[Evaluation]:
     """What every run gets: the grid's evaluations on the training data's labels, then those asked for."""
     found = []
     if has_splits(data):
@@ -162,10 +169,10 @@ def evaluations(config: AblateConfig, grid: Grid, data: str) -> list[Evaluation]
     return found
 
 
-class Crew:
+class Workers:
     """The processes of this machine."""
 
-    def __init__(self, config: AblateConfig, plan: Plan, out: Path) -> None:
+    def __init__(self, config: AblateConfig, plan: RunPlan, out: Path) -> None:
         self.config, self.plan, self.out = config, plan, out
         wanted = set(config.only) or {one["name"] for one in plan.variants}
         part = plan.runs[config.index :: config.of]

@@ -17,7 +17,7 @@ EVALUATE: dict[str, dict[str, Any]] = {
     "linear": {"pools": ["mean", "cls"]},
 }
 MAX_VARIANTS = 1000
-"""A grid of more variants is taken for a mistake."""
+"""A grid of more variants counts as a mistake."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Variant:
 
 
 @dataclass
-class Grid:
+class Experiment:
     """An experiment without its seeds, data and scale."""
 
     name: str
@@ -61,7 +61,7 @@ def grid_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
-def load_grid(name: str) -> Grid:
+def load_grid(name: str) -> Experiment:
     """A built-in experiment, or one of a YAML file. Raises InputError with one line for what is wrong in it."""
     if name.endswith((".yaml", ".yml")):
         text, short = recipe_text(name), name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
@@ -99,7 +99,7 @@ def load_grid(name: str) -> Grid:
     evaluate = section(content, "evaluate", where) or EVALUATE
     if not all(isinstance(settings, dict) for settings in evaluate.values()):
         raise InputError(f"{where}: write evaluate as 'TASK: {{setting: value}}', e.g. 'knn: {{}}'")
-    return Grid(short, str(content.get("title", short)), baseline, variants, axes, evaluate)
+    return Experiment(short, str(content.get("title", short)), baseline, variants, axes, evaluate)
 
 
 def check_keys(content: dict[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -1,6 +1,6 @@
 """One run of a plan, in a process of its own: training, then the evaluations. ``python -m cmt_mae.tools.ablate``.
 
-A process a run: whatever one of them dies of, the others go on.
+One process per run: whatever one of them dies of, the others go on.
 """
 
 import json
@@ -21,13 +21,13 @@ from cmt_mae.core.lock import Lock
 from cmt_mae.core.text import one_line
 from cmt_mae.evaluate.tasks import TASKS
 from cmt_mae.pretraining import assembly
-from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun, read_plan, settings_of
+from cmt_mae.tools.ablate.plan import Evaluation, PlannedRun, RunPlan, read_run_plan, settings_of
 from cmt_mae.tools.ablate.share import borrow_stage_one
 
 
 def main(out: Path, name: str) -> int:
     """Work off one run; 0 done, 1 failed (OUT/status/NAME.json says why), 75 stopped or already taken."""
-    plan = read_plan(out)
+    plan = read_run_plan(out)
     run = next(run for run in plan.runs if run.name == name)
     make_folder(out / "status")
     lock = Lock(out / "status" / f"{name}.lock")
@@ -57,7 +57,7 @@ def main(out: Path, name: str) -> int:
     return 0
 
 
-def work(run: PlannedRun, plan: Plan, out: Path) -> tuple[str, list[str]]:
+def work(run: PlannedRun, plan: RunPlan, out: Path) -> tuple[str, list[str]]:
     """Train (or continue) and measure.
 
     Returns the sibling whose stage one was taken, or "", and below the run's folder the result file of each
@@ -141,13 +141,13 @@ def read_status(out: Path, name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def is_done(run: PlannedRun, plan: Plan, out: Path) -> bool:
+def is_done(run: PlannedRun, plan: RunPlan, out: Path) -> bool:
     """Whether the run was trained and got every evaluation of the plan."""
     status = read_status(out, run.name)
     return status.get("state") == "done" and status.get("evaluations") == plan.evaluation_key()
 
 
-def check_evaluations(plan: Plan) -> None:
+def check_evaluations(plan: RunPlan) -> None:
     """Raise InputError for settings that a task does not have, before anything runs."""
     for evaluation in plan.evaluations:
         settings = settings_of_task(evaluation, plan.runs[0], Path("run"))

@@ -19,7 +19,7 @@ from cmt_mae.core.runs import plain
 from cmt_mae.core.settings import resume_safe_settings
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.pretraining.start import take_shape
-from cmt_mae.tools.ablate.grid import Grid
+from cmt_mae.tools.ablate.grid import Experiment
 
 FORMAT = 1
 # settings that stage one does not depend on, where runs agree in all others
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """Everything that is to be done, and how the table is to be read."""
 
     experiment: str
@@ -76,8 +76,8 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def make_plan(
-    grid: Grid,
+def make_run_plan(
+    grid: Experiment,
     *,
     out: Path,
     data: str,
@@ -85,7 +85,7 @@ def make_plan(
     seeds: int,
     evaluations: list[Evaluation],
     further: dict[str, Any],
-) -> Plan:
+) -> RunPlan:
     """Settings of every run: the variant's method, then the scale, then ``further``, then the variant's own.
 
     Raises InputError for settings that `pretrain` refuses, before anything runs.
@@ -111,19 +111,19 @@ def make_plan(
         {"name": one.name, "what": one.what, "paper": one.paper, "levels": one.levels}
         for one in grid.variants
     ]
-    return Plan(
+    return RunPlan(
         grid.name, grid.title, grid.baseline, recipe, variants, grid.axes, runs, evaluations
     )
 
 
-def settle(plan: Plan, out: Path) -> Plan:
+def settle(plan: RunPlan, out: Path) -> RunPlan:
     """Join a plan with the one in the folder and write it: more seeds, variants and evaluations may come.
 
     Raises InputError where a run of the same name would have other settings, or the folder another experiment.
     """
     path = out / "plan.json"
     if path.exists():
-        before = read_plan(out)
+        before = read_run_plan(out)
         if before.experiment != plan.experiment:
             raise InputError(
                 f"{out} holds the experiment {before.experiment}: give another --out for {plan.experiment}"
@@ -149,7 +149,7 @@ def settle(plan: Plan, out: Path) -> Plan:
     return plan
 
 
-def read_plan(out: Path) -> Plan:
+def read_run_plan(out: Path) -> RunPlan:
     """The plan in a folder. Raises InputError where it is missing or damaged."""
     path = out / "plan.json"
     try:
@@ -158,7 +158,7 @@ def read_plan(out: Path) -> Plan:
             raise ValueError("another version wrote it")
         content["runs"] = [PlannedRun(**run) for run in content["runs"]]
         content["evaluations"] = [Evaluation(**one) for one in content["evaluations"]]
-        return Plan(**content)
+        return RunPlan(**content)
     except FileNotFoundError:
         raise InputError(f"{out} holds no plan.json: give the experiment and its data") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -23,10 +23,10 @@ from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import plain
 from cmt_mae.pretraining.plan import make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
-from cmt_mae.tools.ablate.plan import Plan, PlannedRun, settings_of, stage_one_key
+from cmt_mae.tools.ablate.plan import PlannedRun, RunPlan, settings_of, stage_one_key
 
 
-def borrow_stage_one(run: PlannedRun, plan: Plan, out: Path) -> str:
+def borrow_stage_one(run: PlannedRun, plan: RunPlan, out: Path) -> str:
     """Begin a new run with the furthest checkpoint of a sibling's stage one; the sibling's name, or "".
 
     Nothing is done where the run has a checkpoint of its own, or no sibling has one common to both.

@@ -102,7 +102,7 @@ def against_baseline(
     """Every other variant against one: Dunnett's test with seeds as blocks, and the fit behind it.
 
     values: variant -> seed -> value. The noise is taken to be the same in all variants: with three seeds a
-    variant's own is hardly known (a test of two rows alone would see little but differences of several spreads).
+    variant's own is not known well (a test of two rows alone would only see differences of several spreads).
     """
     groups = {name: list(seeds.values()) for name, seeds in values.items() if seeds}
     if baseline not in groups or len(groups) < 2:

@@ -1,6 +1,5 @@
 """The table of an experiment: OUT/table.md and table.json, from the results in the run directories."""
 
-import json
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -12,10 +11,10 @@ from cmt_mae.core.errors import InputError
 from cmt_mae.core.files import write_json, write_text
 from cmt_mae.core.run_reader import read_metrics
 from cmt_mae.core.runs import environment
-from cmt_mae.evaluate.result import Result
+from cmt_mae.evaluate.result import Result, json_values
 from cmt_mae.evaluate.tasks import TASKS
 from cmt_mae.tools.ablate.one import is_done, read_status
-from cmt_mae.tools.ablate.plan import Evaluation, Plan, PlannedRun
+from cmt_mae.tools.ablate.plan import Evaluation, PlannedRun, RunPlan
 from cmt_mae.tools.ablate.statistics import (
     TESTS,
     Effect,
@@ -45,7 +44,7 @@ class Column:
     """Smallest true difference that these seeds would show, about."""
 
 
-def write_table(plan: Plan, out: Path) -> dict[str, Any]:
+def write_table(plan: RunPlan, out: Path) -> dict[str, Any]:
     """Collect what is done and write both files; returns the content of the JSON."""
     columns = collect(plan, out)
     for column in columns:
@@ -66,7 +65,7 @@ def write_table(plan: Plan, out: Path) -> dict[str, Any]:
         "settings": common_settings(plan),
         **environment(),
     }  # fmt: skip
-    content = json.loads(json.dumps(strict(content)))
+    content = json_values(content)
     write_json(out / "table.json", content)
     from cmt_mae.tools.ablate.text import markdown
 
@@ -74,7 +73,7 @@ def write_table(plan: Plan, out: Path) -> dict[str, Any]:
     return content
 
 
-def collect(plan: Plan, out: Path) -> list[Column]:
+def collect(plan: RunPlan, out: Path) -> list[Column]:
     """The columns in the order of the evaluations, with every value that is there."""
     columns: dict[tuple[int, str], Column] = {}
     for run in plan.runs:
@@ -113,14 +112,14 @@ def metrics_of(result: Result) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def title_of(evaluation: Evaluation, metric: str, plan: Plan) -> str:
+def title_of(evaluation: Evaluation, metric: str, plan: RunPlan) -> str:
     """E.g. "k-NN mean"; with the data set's name where it is not the first one."""
     data = Path(evaluation.data).name
     where = "" if evaluation.data == plan.evaluations[0].data else data
     return " ".join(part for part in (TASKS[evaluation.task].title, metric, where) if part)
 
 
-def judge(column: Column, plan: Plan) -> None:
+def judge(column: Column, plan: RunPlan) -> None:
     """Differences, tests, spread and power of one column."""
     groups = [list(seeds.values()) for seeds in column.values.values()]
     column.effects, fit = against_baseline(column.values, plan.baseline)
@@ -136,7 +135,7 @@ def judge(column: Column, plan: Plan) -> None:
         column.axes[axis] = axis_effects(values, place, words)
 
 
-def facts(variant: str, plan: Plan, out: Path) -> dict[str, Any]:
+def facts(variant: str, plan: RunPlan, out: Path) -> dict[str, Any]:
     """Runs done, mean and spread of each variant's training time."""
     runs = [run for run in plan.runs if run.variant == variant]
     done = [run for run in runs if is_done(run, plan, out)]
@@ -161,7 +160,7 @@ def training_minutes(run: PlannedRun, out: Path) -> float:
     return sum(seconds) / 60
 
 
-def paper_of(plan: Plan) -> dict[str, dict[str, float]]:
+def paper_of(plan: RunPlan) -> dict[str, dict[str, float]]:
     """Variant -> task metric -> the paper's number, of the tasks that the plan has."""
     tasks = {one.task for one in plan.evaluations}
     names = {one["paper"]: one["name"] for one in plan.variants if one["paper"]}
@@ -173,7 +172,7 @@ def paper_of(plan: Plan) -> dict[str, dict[str, float]]:
     return found
 
 
-def common_settings(plan: Plan) -> dict[str, Any]:
+def common_settings(plan: RunPlan) -> dict[str, Any]:
     """Settings that all trained runs share; what differs is in the plan."""
     from cmt_mae.core.parsing import flatten
 
@@ -186,12 +185,3 @@ def common_settings(plan: Plan) -> dict[str, Any]:
         for key, value in first.items()
         if key != "out" and all(one.get(key) == value for one in flat)
     }
-
-
-def strict(value: Any) -> Any:
-    """NaN and infinity as None, keys as text."""
-    if isinstance(value, dict):
-        return {str(key): strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -38,7 +38,7 @@ def last_part(path: Any) -> str:
 
 
 def main_table(content: dict[str, Any]) -> str:
-    """A row a variant."""
+    """A row per variant."""
     columns, numbers = content["columns"], content["paper"]["numbers"]
     papers = list(dict.fromkeys(key for row in numbers.values() for key in row))
     head = [
@@ -85,7 +85,7 @@ def number(column: dict[str, Any], variant: str) -> str:
 
 
 def axis_tables(content: dict[str, Any]) -> list[str]:
-    """One small table an axis: what its values change on average over everything else."""
+    """One small table for each axis: what its values change on average over everything else."""
     tables = []
     for axis in content["columns"][0]["axes"] if content["columns"] else []:
         columns = content["columns"]

@@ -59,6 +59,7 @@ def app(config: AppConfig) -> dict[str, Any]:
 
 def start(config: AppConfig, folder: Path) -> tuple[Any, str]:
     """The running page and its address. folder: for uploads and pictures; it may go when the page is closed."""
+    runs = find_runs(config.runs)  # before gradio, which takes seconds to import
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -68,7 +69,6 @@ def start(config: AppConfig, folder: Path) -> tuple[Any, str]:
         raise InputError("the app needs gradio: pip install 'gradio>=6.20'") from error
     from cmt_mae.tools.app.page import CSS, build, theme
 
-    runs = find_runs(config.runs)
     explorer = Explorer(runs, config.backbones, config.teachers, config)
     page = build(explorer, first_image(runs, folder), folder)
     try:

@@ -69,7 +69,7 @@ def make_trainer(
 def make_task(
     config: PretrainConfig, backbone: Backbone | None = None, images: int | None = None
 ) -> Pretraining:
-    """This run in an imagined data set of ``STEPS`` steps an epoch (or ``images`` images).
+    """This run in an imagined data set of ``STEPS`` steps per epoch (or ``images`` images).
 
     backbone: the teacher; made from the settings by default. Normalisation: ImageNet's, or the settings'.
     """

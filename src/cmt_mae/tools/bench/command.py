@@ -75,7 +75,7 @@ class BenchConfig(PretrainConfig):
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure, show a table on stderr, write ``config.out`` if given, and return its content.
 
-    For each stage of the run: images a second (all processes), MFU (share of the peak in ``peak_flops`` that the
+    For each stage of the run: images per second (all processes), MFU (share of the peak in ``peak_flops`` that the
     step's matrix products reach), the share of time spent waiting for data, peak memory. Raises InputError for
     settings that cannot work.
     """
@@ -198,7 +198,7 @@ def show(content: dict[str, Any]) -> None:
     """The table for people, on stderr."""
     stages = content["stages"]
     table = Table(
-        title=f"{content['images_per_step']} images a step, {content['device']}, {content['precision']}"
+        title=f"{content['images_per_step']} images per step, {content['device']}, {content['precision']}"
     )
     table.add_column("")
     for name in stages:
@@ -212,7 +212,7 @@ def show(content: dict[str, Any]) -> None:
         lambda s: "{median:.4g} ({low:.4g} to {high:.4g})".format(**s["images_per_second"]),
     )
     row("MFU", lambda s: f"{s['mfu']:.1%}")
-    row("GFLOP an image", lambda s: f"{s['gflop_per_image']:.4g}")
+    row("GFLOP per image", lambda s: f"{s['gflop_per_image']:.4g}")
     row("waiting for data", lambda s: f"{s['data_wait_share']:.1%}")
     row("peak memory, GB", lambda s: f"{s['peak_memory_gb']:.2f}")
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Images a second, and the peak of memory."""
+"""Images per second, and the peak of memory."""
 
 import contextlib
 import statistics
@@ -23,7 +23,7 @@ def spread(numbers: list[float]) -> dict[str, float]:
 def rates(
     trainer: Trainer, batches: Iterator[Batch], step: int, images: int, rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Images a second of this process: each round times ``steps`` steps with one wait for the device."""
+    """Images per second of this process: each round times ``steps`` steps with one wait for the device."""
     for _ in range(2):  # allocations, kernels chosen, loader filled
         trainer.step(batches, step)
     seconds, waits = [], []
@@ -46,7 +46,7 @@ def rates(
 
 
 def forget_peak(device: torch.device) -> bool:
-    """Start the peak of memory anew; False where the system cannot (then it is that of the whole process)."""
+    """Measure the peak of memory from here on; False where the system cannot: then it is the whole process's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

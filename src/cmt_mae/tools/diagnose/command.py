@@ -58,7 +58,7 @@ class DoctorConfig(PretrainConfig):
     """Images with known objects (COCO's or DAVIS's layout, or images/ and masks/; `sample`: scenes of the
     package): says whether the attention that guides the mask lies on objects; of `sample` no finding is made."""
     machine: bool = True
-    """Look at the machine too, which takes a few seconds (an estimate always does)."""
+    """Look at the machine too (an estimate always does)."""
     estimate: bool = True
     """Measure steps and say what the run will take (with --data or --recipe, without a run directory)."""
     seconds: Positive = 15.0
@@ -99,9 +99,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     if config.machine or (will_run and config.estimate):
         with console.status("the machine"):
             where = str(run.path) if run else config.out
-            note("machine", check_machine(
-                settings.runtime.device, settings.precision, where, settings.runtime.compile
-            ))  # fmt: skip
+            note("machine", check_machine(settings.runtime.device, settings.precision, where))
     source = open_images(path, run is None, findings)
     planned = run or RunRecord(Path(settings.out), "planned", config=plain(settings))
     if source is not None:
@@ -190,7 +188,7 @@ def judge_settings(
 def can_run(findings: list[Finding]) -> bool:
     """Whether steps can be measured at all: the disk and the teacher are there."""
     stops = (
-        "the disk cannot be written", "the teacher cannot be had", "the teacher is not finite", UNFIT,
+        "the disk cannot be written", "the teacher cannot be loaded", "the teacher is not finite", UNFIT,
     )  # fmt: skip
     return not any(one.what in stops for one in findings)
 
@@ -207,9 +205,7 @@ def judge_estimate(
     if "out_of_memory" in facts:
         return facts, [problem("estimate", "out of memory", facts["out_of_memory"], fix)]
     if report["settings"]["images"] is None:
-        facts["seconds"] = facts["seconds_range"] = (
-            None  # nobody has said how many images there are
-        )
+        facts["seconds"] = facts["seconds_range"] = None  # the number of images is not known
     free = machine.get("gpu_memory_gb", machine["memory"]["free_gb"])
     if facts["memory_gb"] > FULL * free:
         found.append(problem(

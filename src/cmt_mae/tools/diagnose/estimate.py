@@ -21,8 +21,8 @@ from cmt_mae.core.checkpoint import save_checkpoint
 from cmt_mae.data.loader import Batch
 from cmt_mae.data.source import Source
 from cmt_mae.engine.trainer import Trainer
-from cmt_mae.evaluate.features import extract
-from cmt_mae.evaluate.online import POOL, OnlineProbe
+from cmt_mae.evaluate.features import extract, open_labelled
+from cmt_mae.evaluate.knn import PROBE_POOL
 from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.plan import Plan, make_plan
 from cmt_mae.pretraining.settings import PretrainConfig
@@ -210,7 +210,7 @@ def drain(batches: Iterator[Batch], workers: int) -> None:
 def kept_gb(trainer: Trainer, task: Pretraining, batch: Batch, step: int) -> float:
     """GB that the forward pass of these images keeps for the backward pass, weights left out.
 
-    Counted, since a process's memory hardly differs between small steps: what was freed is used again.
+    Counted, since the memory of a process is almost the same for small steps: what was freed is used again.
     """
     weights = {p.untyped_storage().data_ptr() for p in task.learner.parameters()}
     kept: dict[int, int] = {}
@@ -256,17 +256,18 @@ def time_checkpoint(
 
 def time_probe(config: PretrainConfig, task: Pretraining, plan: Plan) -> dict[str, Any]:
     """Seconds of one k-NN measurement, from the features of a few images, and how many there will be."""
-    probe = OnlineProbe.open(config.runtime.probe_data, config.data.range, config.data.val_share)
-    if probe is None or config.runtime.probe_every <= 0:
+    runtime = config.runtime
+    if not runtime.probe_data or runtime.probe_every <= 0:
         return {"seconds": 0.0, "measured": 0}
-    images = len(probe.train) + len(probe.val)
-    some = probe.train.subset(range(min(PROBED, len(probe.train))))
+    train, val = open_labelled(runtime.probe_data, config.data.range, config.data.val_share)
+    images = len(train) + len(val)
+    some = train.subset(range(min(PROBED, len(train))))
     backbone = as_backbone(config, task.learner.student, assembly.IMAGENET)
     begin = time.perf_counter()
-    extract(backbone, some, device=task.device, pools=(POOL,))
+    extract(backbone, some, device=task.device, pools=(PROBE_POOL,))
     each = (time.perf_counter() - begin) / len(some)
     task.learner.train()
-    every = max(1, round(config.runtime.probe_every * plan.steps_per_epoch))
+    every = max(1, round(runtime.probe_every * plan.steps_per_epoch))
     measured = 1 + math.ceil(plan.total_steps / every)  # once before the first step
     return {"seconds": round(each * images, 2), "measured": measured}
 

@@ -24,7 +24,6 @@ FLAT = 2.0  # grey levels: an image whose pixels spread less shows nothing
 MANY_FLAT = 0.1
 MANY_TWICE = 0.01
 LARGE_PIXELS = 4e6  # where decoding is most of the work
-UNEVEN = 10  # largest class over smallest
 
 
 @dataclass
@@ -81,7 +80,6 @@ def check_images(
         *judge_left_out(splits),
         *judge_readable(train),
         *judge_content(train),
-        *judge_classes(facts["classes"]),
     ]
     if "val" in seen:
         facts["in_both_splits"] = in_both(train, seen["val"])
@@ -244,17 +242,6 @@ def judge_content(seen: Seen) -> list[Finding]:
             f"{' = '.join(twice[0][:3])}", "keep one of each: copies add epochs, not images",
         ))  # fmt: skip
     return found
-
-
-def judge_classes(classes: dict[str, Any] | None) -> list[Finding]:
-    """Classes of which some have next to no images."""
-    if not classes or classes["least"][1] * UNEVEN >= classes["most"][1]:
-        return []
-    (small, few), (large, many) = classes["least"], classes["most"]
-    return [warning(
-        "data", "uneven classes", f"{small} has {few} images, {large} {many}",
-        "nothing to fix for pre-training, which sees no labels; accuracy is then mostly that of large classes",
-    )]  # fmt: skip
 
 
 def judge_leak(both: list[list[str]], val: Seen) -> list[Finding]:

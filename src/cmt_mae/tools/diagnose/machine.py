@@ -1,4 +1,4 @@
-"""The machine: torch, device, compiler, JPEG decoder, disk, cores and memory."""
+"""The machine: device, cores, memory and disk, as the run will find them."""
 
 import os
 import shutil
@@ -11,20 +11,16 @@ import torch
 
 from cmt_mae.core.runs import environment
 from cmt_mae.data import jpeg
-from cmt_mae.engine.compiling import why_not
 from cmt_mae.engine.processes import make_accelerator
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 
 CGROUP = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")
 LEAST_SHM = 2**28  # bytes for the batches that loader processes hand over
-BUSY = 0.5  # others' load, as a share of the cores, that makes measured times worth little
 
 
-def check_machine(
-    device: str, precision: str, folder: str, compiles: bool
-) -> tuple[dict[str, Any], list[Finding]]:
-    """Facts about this machine, and what is wrong with it; with ``compiles`` it takes up to a minute.
+def check_machine(device: str, precision: str, folder: str) -> tuple[dict[str, Any], list[Finding]]:
+    """Facts about this machine, and what is wrong with it.
 
     folder: where the run will be written; its nearest existing parent is looked at.
     Raises InputError for a device that is not there.
@@ -37,9 +33,7 @@ def check_machine(
         "device": str(on),
         "precision": used,
         "cores": usable_cores(),
-        "load": round(os.getloadavg()[0], 2),
         "memory": memory(),
-        "compiler": compiler(on, compiles),
         "jpeg": "Pillow" if jpeg.simplejpeg is None else "simplejpeg",
         "disk": disk(nearest(folder)),
         "shared_memory_gb": round(shutil.disk_usage(SHM).total / 1e9, 2) if SHM.is_dir() else None,
@@ -48,10 +42,10 @@ def check_machine(
         one = torch.cuda.get_device_properties(on)
         facts["gpu_memory_gb"] = round(one.total_memory / 1e9, 1)
         facts["gpus"] = torch.cuda.device_count()
-    return facts, judge(facts, compiles)
+    return facts, judge(facts)
 
 
-def judge(facts: dict[str, Any], compiles: bool) -> list[Finding]:
+def judge(facts: dict[str, Any]) -> list[Finding]:
     """What is wrong, from the facts alone."""
     found: list[Finding] = []
     cores, threads = facts["cores"], facts["hardware"]["threads"]
@@ -60,11 +54,6 @@ def judge(facts: dict[str, Any], compiles: bool) -> list[Finding]:
         found.append(warning(
             "machine", "more threads than cores", f"torch computes with {threads} threads on {cores:g} cores",
             f"set OMP_NUM_THREADS={max(1, int(cores))}",
-        ))  # fmt: skip
-    if facts["load"] > BUSY * cores and cores:
-        found.append(warning(
-            "machine", "others are computing", f"load {facts['load']} on {cores:g} cores in the last minute",
-            "times measured now are those of a busy machine: look again when it is quiet",
         ))  # fmt: skip
     if on_cpu and facts["hardware"]["gpu"] is not None:
         found.append(warning(
@@ -82,11 +71,6 @@ def judge(facts: dict[str, Any], compiles: bool) -> list[Finding]:
         found.append(warning(
             "machine", "slow JPEG decoder", "Pillow decodes",
             "pip install simplejpeg, which gives the same pixels faster",
-        ))  # fmt: skip
-    if compiles and facts["compiler"]["works"] is False:
-        found.append(warning(
-            "machine", "no compiler", f"runtime.compile cannot work here: {facts['compiler']['why_not']}",
-            "install g++ (CPU) or Triton (GPU), or leave runtime.compile at false",
         ))  # fmt: skip
     disk_facts = facts["disk"]
     if disk_facts["error"]:
@@ -125,13 +109,6 @@ def read_words(path: Path) -> list[str]:
         return path.read_text().split()
     except OSError:
         return []
-
-
-def compiler(device: torch.device, tries: bool) -> dict[str, Any]:
-    """Which C++ compiler there is, and (``tries``) whether torch.compile works with it."""
-    name = next((n for n in (os.environ.get("CXX"), "g++", "clang++") if n and shutil.which(n)), "")
-    reason = why_not(device) if tries else None
-    return {"name": name, "works": None if reason is None else not reason, "why_not": reason}
 
 
 def nearest(folder: str) -> Path:

@@ -95,7 +95,7 @@ def blind_teacher(run: RunRecord) -> list[Finding]:
 
 
 def dull_images(run: RunRecord) -> list[Finding]:
-    """Targets that are the same for every image: the images are, or the teacher cannot tell them apart."""
+    """Targets that are the same for every image: the images are alike, or the teacher sees no difference."""
     for name in TARGETS[:-1]:
         share = late_mean(run, f"image_share_{name}")
         spread = late_mean(run, f"spread_target_{name}")

@@ -13,7 +13,7 @@ Line = tuple[str, str]
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Facts, then findings, then one line that counts them. Nothing in a name is taken for markup."""
+    """Facts, then findings, then one line that counts them. Nothing in a name is read as markup."""
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -39,25 +39,17 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def machine_lines(facts: dict[str, Any]) -> Iterator[Line]:
-    """Environment."""
+    """The machine."""
     hardware, disk, memory = facts["hardware"], facts["disk"], facts["memory"]
-    yield "versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     gpu = f", {hardware['gpu']} of {facts['gpu_memory_gb']} GB" if "gpu_memory_gb" in facts else ""
     yield "device", f"{facts['device']}{gpu}, {facts['precision']}"
     yield "cores", (
         f"{facts['cores']:g} usable of {hardware['cores']} ({hardware['processor']}), {hardware['threads']} "
-        f"thread(s) for torch, load {facts['load']}"
+        "thread(s) for torch"
     )  # fmt: skip
     shared = facts["shared_memory_gb"]
     beside = "" if shared is None else f"; /dev/shm {shared} GB"
     yield "memory", f"{memory['free_gb']} of {memory['total_gb']} GB free{beside}"
-    works = {
-        None: "torch.compile not tried (runtime.compile is false)",
-        True: "torch.compile works",
-        False: "torch.compile fails",
-    }
-    yield "compiler", f"{facts['compiler']['name'] or 'none'}; {works[facts['compiler']['works']]}"
-    yield "JPEG decoder", facts["jpeg"]
     yield "disk", f"{disk['folder']}: {disk['error'] or str(disk['free_gb']) + ' GB free'}"
 
 
@@ -151,7 +143,7 @@ def estimate_lines(facts: dict[str, Any]) -> Iterator[Line]:
         span = f"{duration(low)} to {duration(high)}"
         yield "time", f"{duration(facts['seconds'])} ({span}), one process"
     else:
-        yield "time", "give --data or --images: nobody has said how many images there are"
+        yield "time", "unknown, as the number of images is: give --data or --images"
     yield "memory", f"{facts['memory_gb']:.2f} GB at the peak"
     one = facts["checkpoint"]
     yield "disk", (

@@ -1,4 +1,4 @@
-"""The teacher: are its weights and its network those that belong together, and does it tell images apart?"""
+"""The teacher: do its weights and its network belong together, and do its features differ between images?"""
 
 import contextlib
 import json
@@ -20,10 +20,8 @@ from cmt_mae.data.centre import center_crop, load_image
 from cmt_mae.data.sample import pictures
 from cmt_mae.data.source import BadImage, Source
 from cmt_mae.method import targets as T
-from cmt_mae.method.attention import attention_rows
 from cmt_mae.method.frozen import as_shares
 from cmt_mae.method.teacher import Teacher
-from cmt_mae.method.vit import has_class_token, num_prefix
 from cmt_mae.pretraining import assembly
 from cmt_mae.pretraining.settings import PretrainConfig
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
@@ -39,7 +37,7 @@ def check_teacher(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Facts about the teacher of these settings as the run would use it, and what is wrong with it.
 
-    source: images to show it; None: the sample images. A teacher that cannot be had is a finding, not an error.
+    source: images to show it; None: the sample images. A teacher that cannot be loaded is a finding, not an error.
     """
     channels = config.student.in_chans
     stats = assembly.IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
@@ -48,7 +46,7 @@ def check_teacher(
         teacher, backbone = assembly.build_teacher(config, stats)
     except InputError as error:
         found = problem(
-            "teacher", "the teacher cannot be had", str(error), "give another --teacher"
+            "teacher", "the teacher cannot be loaded", str(error), "give another --teacher"
         )
         return {"name": config.teacher.name, "error": str(error)}, [found]
     assert teacher is not None
@@ -101,18 +99,16 @@ def look(teacher: Teacher, images: Tensor, mean: Tensor, std: Tensor) -> dict[st
 
     mean, std: (C,), with which the student's images are normalised.
     """
-    maps, masses, features, rows = [], [], [], []
+    maps, masses, features = [], [], []
     for batch in images.split(AT_ONCE):
         state = teacher.run_to_last((batch - mean[:, None, None]) / std[:, None, None])
         raw, mass = teacher.attention(state)
         maps.append(as_shares(raw))
         masses.append(mass)
-        if has_class_token(teacher.model):
-            rows.append(attention_rows(teacher.model, state)[:, :, num_prefix(teacher.model) :])
         features.append(teacher.features(state, None))
     shares, tokens = torch.cat(maps), torch.cat(features)
     each = entropy_of(shares)
-    facts = {
+    return {
         "attention_entropy": round(each.mean().item(), 4),
         "attention_entropy_range": [round(each.min().item(), 4), round(each.max().item(), 4)],
         "attention_class_mass": round(torch.cat(masses).mean().item(), 4),
@@ -124,10 +120,6 @@ def look(teacher: Teacher, images: Tensor, mean: Tensor, std: Tensor) -> dict[st
         "feature_image_share": round(T.image_share(tokens, None, tokens.shape[1]).item(), 4),
         "finite": bool(torch.isfinite(tokens).all() and torch.isfinite(shares).all()),
     }
-    if rows:
-        heads = entropy_of(as_shares(torch.cat(rows))).mean(0)
-        facts["attention_entropy_heads"] = [round(value, 3) for value in heads.tolist()]
-    return facts
 
 
 def entropy_of(shares: Tensor) -> Tensor:

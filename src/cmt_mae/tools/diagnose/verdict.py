@@ -20,7 +20,7 @@ SMALLEST_RISE = 1.0
 LOSS_FALL = 0.02
 """Share of the loss, of the same stage, that a fall needs to count as one."""
 EDGE = 0.1
-"""Share of a stage's lines at its begin and its end whose means are compared."""
+"""Share of a stage's lines at its beginning and its end whose means are compared."""
 NEVER_MIND_KNN = ("signs of collapse", "steps that are not finite")
 """Problems that outweigh a k-NN that rises; it outweighs all others."""
 
@@ -130,7 +130,7 @@ def by_knn(run: RunRecord, knn: list[tuple[int, float]]) -> Learning:
 
 
 def needed(run: RunRecord, one: float, other: float) -> float:
-    """Points of k-NN between two measurements that chance alone seldom makes.
+    """Points of k-NN between two measurements that chance alone rarely makes.
 
     Both are taken on the same images, which makes differences smaller than between two sets: careful.
     """
@@ -143,7 +143,7 @@ def needed(run: RunRecord, one: float, other: float) -> float:
 
 
 def by_loss(run: RunRecord) -> Learning:
-    """The loss at the begin and the end of the stage that the run is in: between stages it does not compare."""
+    """The loss at the beginning and the end of the run's present stage: between stages it does not compare."""
     rows = [row for row in run.log_rows() if "loss" in row]
     stage = rows[-1].get("stage") if rows else None
     losses = [row["loss"] for row in rows if row.get("stage") == stage]

@@ -41,7 +41,7 @@ def attention_sheet(
     notes: Mapping[str, Sequence[str]] | None = None,
     largest: float = LARGEST,
 ) -> Sheet:
-    """A row an image: the image, each map over it, the visible patches; one colour scale.
+    """A row per image: the image, each map over it, the visible patches; one colour scale.
 
     images uint8, or float in 0..1, (B, C, H, W); maps: name -> (B, L) that sum to 1, or none; hidden (B, L) bool;
     titles of the maps in place of TITLES; notes: name -> a line under the map of each image; largest: inches, the
@@ -73,7 +73,7 @@ def attention_sheet(
 
 
 def heads_sheet(images: Tensor, heads: Tensor, grid: Grid, title: str) -> Sheet:
-    """A row an image: the image, the mean of the heads' maps, each head; one colour scale.
+    """A row per image: the image, the mean of the heads' maps, each head; one colour scale.
 
     heads (B, heads, L), each summing to 1, on the network's own grid.
     """
@@ -100,7 +100,7 @@ def growth_sheet(
     title: str,
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Sheet:
-    """As ``attention_sheet`` with a column a checkpoint; maps: title of the column -> (B, L)."""
+    """As ``attention_sheet`` with a column per checkpoint; maps: title of the column -> (B, L)."""
     return attention_sheet(
         images, maps, None, grid, title, titles={name: name for name in maps}, notes=notes
     )
@@ -109,7 +109,7 @@ def growth_sheet(
 def masks_sheet(
     images: Tensor, masks: dict[str, Tensor], grid: Grid, title: str, own: str = ""
 ) -> Sheet:
-    """A row an image: the image, then what each rule leaves visible. masks: rule -> (B, L) bool, True = hidden.
+    """A row per image: the image, then what each rule leaves visible. masks: rule -> (B, L) bool, True = hidden.
 
     own: the rule of the run, its title in bold.
     """

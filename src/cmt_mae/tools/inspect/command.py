@@ -10,10 +10,10 @@ from rich.progress import Progress
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
 from cmt_mae.tools.inspect import of_images
-from cmt_mae.tools.inspect.desk import Desk, NotHere
+from cmt_mae.tools.inspect.opened import NothingToShow, Opened
 from cmt_mae.tools.inspect.settings import KINDS, OF_IMAGES, ExplainConfig
 
-MAKERS: dict[str, Callable[[Desk], None]] = {kind: getattr(of_images, kind) for kind in KINDS}
+MAKERS: dict[str, Callable[[Opened], None]] = {kind: getattr(of_images, kind) for kind in KINDS}
 
 
 def explain(config: ExplainConfig) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
     Raises InputError for what the user can fix; pictures made before stay.
     """
     config.check()
-    desk = Desk(config)
+    opened = Opened(config)
     wanted = config.what or OF_IMAGES
     console = Console(stderr=True)
     quiet = not config.progress or not console.is_terminal
@@ -32,18 +32,18 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
         for number, kind in enumerate(wanted, start=1):
             bar.update(task, description=kind)
             try:
-                MAKERS[kind](desk)
-            except NotHere as error:
+                MAKERS[kind](opened)
+            except NothingToShow as error:
                 if config.what:  # it was asked for by name
                     raise InputError(f"--what {kind}: {error}") from error
-                desk.left_out[kind] = str(error)
+                opened.left_out[kind] = str(error)
             bar.update(task, completed=number)
-    for kind, reason in desk.left_out.items():
+    for kind, reason in opened.left_out.items():
         print(f"left out {kind}: {printable(reason)}", file=sys.stderr)
-    size = sum(path.stat().st_size for path in desk.written) / 1e6
-    names = printable(", ".join(path.name for path in desk.written))
+    size = sum(path.stat().st_size for path in opened.written) / 1e6
+    names = printable(", ".join(path.name for path in opened.written))
     where = printable(str(config.folder()))
     print(
-        f"wrote {len(desk.written)} pictures, {size:.1f} MB, in {where}: {names}", file=sys.stderr
+        f"wrote {len(opened.written)} pictures, {size:.1f} MB, in {where}: {names}", file=sys.stderr
     )
-    return {"written": [str(path) for path in desk.written], "left_out": desk.left_out}
+    return {"written": [str(path) for path in opened.written], "left_out": opened.left_out}

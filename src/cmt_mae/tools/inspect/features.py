@@ -24,7 +24,7 @@ LIKENESS = Scale(1.0, clipped=False, below=True, colours="viridis")
 
 
 def features_sheet(images: Tensor, features: dict[str, tuple[Tensor, Grid]], title: str) -> Sheet:
-    """A row an image: the image, the features of each network as colours.
+    """A row per image: the image, the features of each network as colours.
 
     images uint8 (B, C, H, W); features: title of the column -> colours (B, L, 3) in 0..1 and their grid.
     """
@@ -60,7 +60,7 @@ def predictions_sheet(
     grid: Grid,
     title: str,
 ) -> Sheet:
-    """A row an image: image, visible patches, and for each target its colours, the prediction's, their cosine.
+    """A row per image: image, visible patches, and for each target its colours, the prediction's, their cosine.
 
     hidden (B, L) bool. counted (B, L) bool: where the loss was taken; the others are left grey.
     """
@@ -91,7 +91,7 @@ def predictions_sheet(
 def reconstruction_sheet(
     images: Tensor, hidden: Tensor, made: Tensor, grid: Grid, title: str
 ) -> Sheet:
-    """A row an image: the image, visible patches, prediction at hidden patches with the visible ones pasted.
+    """A row per image: the image, visible patches, prediction at hidden patches with the visible ones pasted.
 
     images uint8 (B, C, H, W) at the network's size; made (B, C, H, W) in 0..1.
     """
@@ -114,7 +114,7 @@ def neighbours_sheet(
     found: Sequence[Sequence[tuple[Tensor, str, float]]],
     title: str,
 ) -> Sheet:
-    """A row an image: the image and its nearest ones (image, class or "", cosine), nearest first.
+    """A row per image: the image and its nearest ones (image, class or "", cosine), nearest first.
 
     Neighbours of the same class have their line in bold.
     """

@@ -74,10 +74,6 @@ class Inspector:
         """How many blocks the network has."""
         return len(self._model(who).blocks)
 
-    def heads(self, who: Who) -> int:
-        """How many heads its last block has."""
-        return self.head_maps(who)[0].shape[1]
-
     def _model(self, who: Who) -> Vit:
         teacher = self.networks.teacher
         if who == "student":
@@ -171,7 +167,7 @@ class Inspector:
             return self.at_crops(who, finish(model, state, with_prefix=False), grid_of(model))
 
     def pooled(self, who: Who) -> Tensor:
-        """One vector an image (B, D): the mean of its patch tokens."""
+        """One vector per image (B, D): the mean of its patch tokens."""
         return self.features(who)[0].mean(1)
 
     def targets(self) -> dict[str, Tensor]:

@@ -289,12 +289,12 @@ def open_teacher(name: str, grid_align: Any, config: PretrainConfig, stats: Stat
 
 
 def _own_teacher(config: PretrainConfig, stats: Statistics, folder: Path) -> Teacher:
-    """The run's teacher. Raises InputError, with the way round, where it is not to be had any more."""
+    """The run's teacher. Raises InputError, saying what to do, where it cannot be loaded."""
     try:
         return assembly.make_teacher(config.teacher, config.student.grid(), stats)[0]
     except InputError as error:
         raise InputError(
-            f"the teacher of {folder} is not to be had ({error}): give its place with --teacher, or --teacher "
+            f"the teacher of {folder} cannot be loaded ({error}): say with --teacher where it is, or --teacher "
             f"{NO_TEACHER} to go without"
         ) from error
 

@@ -11,7 +11,6 @@ from cmt_mae.tools.inspect.aim import auc, object_patches, read_objects
 from cmt_mae.tools.inspect.attention import attention_sheet, growth_sheet, heads_sheet, masks_sheet
 from cmt_mae.tools.inspect.canvas import LARGEST, Sheet
 from cmt_mae.tools.inspect.colours import explained, fit_basis, likeness
-from cmt_mae.tools.inspect.desk import Desk, NotHere
 from cmt_mae.tools.inspect.features import (
     Predicted,
     features_sheet,
@@ -23,14 +22,15 @@ from cmt_mae.tools.inspect.images import Album, cut
 from cmt_mae.tools.inspect.look import Inspector, every_rule, hidden, overlap
 from cmt_mae.tools.inspect.neighbours import embed, make_gallery, nearest
 from cmt_mae.tools.inspect.networks import Networks, Run, Who
+from cmt_mae.tools.inspect.opened import NothingToShow, Opened
 from cmt_mae.tools.inspect.settings import ExplainConfig
 
 
-def attention(desk: Desk) -> None:
+def attention(opened: Opened) -> None:
     """A_t, A_s, A_c and the mask."""
-    config = desk.config
-    sheet = attention_of(desk.look(), config.alpha, config.layer, config.rule, config.seed)
-    desk.save(sheet.figure, "attention")
+    config = opened.config
+    sheet = attention_of(opened.look, config.alpha, config.layer, config.rule, config.seed)
+    opened.save(sheet.figure, "attention")
 
 
 def attention_of(
@@ -56,27 +56,27 @@ def attention_of(
     return attention_sheet(shown, maps, mask.mask, networks.grid, title, titles, notes, largest)
 
 
-def heads(desk: Desk) -> None:
-    """Each head's map, a figure a network."""
-    look = desk.look()
+def heads(opened: Opened) -> None:
+    """Each head's map, a figure per network."""
+    look = opened.look
     for who in look.networks.known():
-        maps, grid = look.head_maps(who, desk.config.layer)
-        title = f"{look.networks.name}: heads of the {called(who, look.networks)}{of_layer(desk.config.layer)}"
-        desk.save(heads_sheet(look.inputs.shown, maps, grid, title).figure, f"heads_{who}")
+        maps, grid = look.head_maps(who, opened.config.layer)
+        title = f"{look.networks.name}: heads of the {called(who, look.networks)}{of_layer(opened.config.layer)}"
+        opened.save(heads_sheet(look.inputs.shown, maps, grid, title).figure, f"heads_{who}")
 
 
-def growth(desk: Desk) -> None:
+def growth(opened: Opened) -> None:
     """The student's attention at checkpoints in a row."""
-    if not desk.config.run:
-        raise NotHere("a plain backbone has no checkpoints: give --run")
-    run = desk.run()
-    steps, two_stages = chosen_steps(run, desk.config), run.config.needs_momentum()
+    if not opened.config.run:
+        raise NothingToShow("a plain backbone has no checkpoints: give --run")
+    run = opened.run
+    steps, two_stages = chosen_steps(run, opened.config), run.config.needs_momentum()
     columns: dict[str, Tensor] = {}
     notes: dict[str, list[str]] = {}
     for step in steps:
         networks = run.at(step)
-        look = Inspector(networks, desk.inputs(networks))
-        maps = look.maps(layer=desk.config.layer)
+        look = Inspector(networks, opened.inputs(networks))
+        maps = look.maps(layer=opened.config.layer)
         if "teacher" in maps and not columns:
             columns["teacher $A_t$"] = maps["teacher"]
         name = f"step {step}"
@@ -87,13 +87,13 @@ def growth(desk: Desk) -> None:
             notes[name] = found["student"]
     title = f"{run.folder.name}: how the student's attention grows"
     grid = look.networks.grid
-    desk.save(growth_sheet(look.inputs.shown, columns, grid, title, notes).figure, "growth")
+    opened.save(growth_sheet(look.inputs.shown, columns, grid, title, notes).figure, "growth")
 
 
-def masks(desk: Desk) -> None:
+def masks(opened: Opened) -> None:
     """What every rule hides."""
-    look = desk.look()
-    masks = {rule: mask.mask for rule, mask in every_rule(look, desk.config.seed).items()}
+    look = opened.look
+    masks = {rule: mask.mask for rule, mask in every_rule(look, opened.config.seed).items()}
     networks, own = look.networks, look.networks.config.mask.rule
     guide = guide_of(networks)
     hidden_count, patches = networks.n_mask, networks.grid[0] * networks.grid[1]
@@ -101,28 +101,28 @@ def masks(desk: Desk) -> None:
     sheet = masks_sheet(
         look.inputs.shown, masks, networks.grid, title, own if networks.learner else ""
     )
-    desk.save(sheet.figure, "masks")
+    opened.save(sheet.figure, "masks")
 
 
-def features(desk: Desk) -> None:
+def features(opened: Opened) -> None:
     """Three principal axes of the features of each network, over all images together."""
-    look, layer = desk.look(), desk.config.layer
+    look, layer = opened.look, opened.config.layer
     shown: dict[str, tuple[Tensor, tuple[int, int]]] = {}
     for who in look.networks.known():
         tokens, grid = look.features(who, layer)
         name = f"{called(who, look.networks)}\n{grid[0]} x {grid[1]}, {tokens.shape[-1]} ch."
         shown[name] = (fit_basis(tokens).colours(tokens), grid)
     title = f"{look.networks.name}: features{of_layer(layer)}, principal axes as red, green, blue"
-    desk.save(features_sheet(look.inputs.shown, shown, title).figure, "features")
+    opened.save(features_sheet(look.inputs.shown, shown, title).figure, "features")
 
 
-def predictions(desk: Desk) -> None:
+def predictions(opened: Opened) -> None:
     """Predicted features beside their targets, in the colours of the target's axes."""
-    look = desk.look()
+    look = opened.look
     targets = {name: one for name, one in look.targets().items() if name != "pixel"}
     if not targets:
-        raise NotHere("no features are predicted here (reconstruction shows pixels)")
-    rule, mask = desk.mask()
+        raise NothingToShow("no features are predicted here (reconstruction shows pixels)")
+    rule, mask = opened.mask()
     said = look.predictions(mask)
     only_hidden = look.networks.config.target.tokens == "masked"
     counted = mask.mask if only_hidden else torch.ones_like(mask.mask)
@@ -142,34 +142,34 @@ def predictions(desk: Desk) -> None:
     sheet = predictions_sheet(
         look.inputs.shown, predicted, mask.mask, counted, networks.grid, title
     )
-    desk.save(sheet.figure, "predictions")
+    opened.save(sheet.figure, "predictions")
 
 
-def reconstruction(desk: Desk) -> None:
+def reconstruction(opened: Opened) -> None:
     """Predicted pixels."""
-    look = desk.look()
+    look = opened.look
     if "pixel" not in look.targets():
-        raise NotHere("this run predicts no pixels")
-    rule, mask = desk.mask()
+        raise NothingToShow("this run predicts no pixels")
+    rule, mask = opened.mask()
     networks = look.networks
     title = f"{networks.name}: pixels predicted at patches hidden by rule {rule}"
     if networks.config.target.norm == "mae":
         title += " (each keeps its own mean and contrast)"
     made = look.reconstruction(mask)
     sheet = reconstruction_sheet(look.inputs.images, mask.mask, made, networks.grid, title)
-    desk.save(sheet.figure, "reconstruction")
+    opened.save(sheet.figure, "reconstruction")
 
 
-def neighbours(desk: Desk) -> None:
-    """The images most like each, a figure a network."""
-    look, config = desk.look(), desk.config
+def neighbours(opened: Opened) -> None:
+    """The images most like each, a figure per network."""
+    look, config = opened.look, opened.config
     networks, names = look.networks, look.inputs.names
     album = Album([config.gallery] if config.gallery else config.images)
     gallery = make_gallery(networks, album.read(len(networks.stats[0]), config.gallery_size))
     if len(gallery.names) < 2:
-        raise NotHere("neighbours need more images: give --gallery FOLDER")
+        raise NothingToShow("neighbours need more images: give --gallery FOLDER")
     queries = embed(networks, look.inputs)
-    kinds = desk.kinds()
+    kinds = opened.kinds()
     for who in networks.known():
         numbers, cosines = nearest(gallery, who, queries[who], names, config.columns)
         found = [
@@ -180,15 +180,15 @@ def neighbours(desk: Desk) -> None:
         title = f"{networks.name}: nearest of {len(gallery.names)} images by the {whose}'s features"
         title += " (cosine around their mean)"
         sheet = neighbours_sheet(look.inputs.shown, kinds, found, title)
-        desk.save(sheet.figure, f"neighbours_{who}")
+        opened.save(sheet.figure, f"neighbours_{who}")
 
 
-def aim(desk: Desk) -> None:
+def aim(opened: Opened) -> None:
     """Objects, and how each map finds them: AUC of an image under its map."""
-    config = desk.config
+    config = opened.config
     if not config.data:
-        raise NotHere("give images with known objects with --data")
-    networks = desk.networks()
+        raise NothingToShow("give images with known objects with --data")
+    networks = opened.networks
     images = read_objects(config.data, config.count)
     look = Inspector(networks, cut([photo for photo, _ in images], networks))
     objects = np.stack([object_patches(mask, networks).ravel() for _, mask in images])
@@ -207,14 +207,14 @@ def aim(desk: Desk) -> None:
     sheet = attention_sheet(
         look.inputs.shown, shown, mask.mask, networks.grid, title, titles, notes
     )
-    desk.save(sheet.figure, "aim")
+    opened.save(sheet.figure, "aim")
 
 
 def chosen_steps(run: Run, config: ExplainConfig) -> list[int]:
     """Steps of ``growth``, rising; says so in one line where few checkpoints are left."""
     known = run.steps()
     if not known:
-        raise NotHere(f"no checkpoint is left in {run.folder}/checkpoints")
+        raise NothingToShow(f"no checkpoint is left in {run.folder}/checkpoints")
     if config.checkpoints:
         return sorted(set(config.checkpoints))
     if len(known) < 3:
@@ -229,7 +229,7 @@ def chosen_steps(run: Run, config: ExplainConfig) -> list[int]:
 
 
 def called(who: Who, networks: Networks) -> str:
-    """In titles: a plain backbone is nobody's student."""
+    """In titles: a plain backbone is not called student."""
     return "backbone" if who == "student" and networks.step is None else who
 
 

@@ -71,7 +71,7 @@ CHARTS = (
     Chart("class_mass", "Attention of the class token to itself",
           "What it does not spend on patches: a high share leaves little to guide the mask.", ("class_mass_",)),
     Chart("gradient", "Norm of the gradient", "Peaks stand for steps that hurt.", ("gradient_norm",)),
-    Chart("speed", "Images a second", "Of all processes together.", ("images_per_second",)),
+    Chart("speed", "Images per second", "Of all processes together.", ("images_per_second",)),
     Chart("wait", "Share of time spent waiting for data", "High = the loader is too slow: more workers, or pack.",
           ("data_wait_share",), "%", 100.0),
     Chart("memory", "Peak memory", "Of the GPU, or of the process on a CPU.", ("peak_memory_gb",), "GB"),
@@ -89,7 +89,7 @@ NETWORKS = {
 LABELS = {
     "loss": "whole loss", "lr": "learning rate", "knn_top1": "k-NN top-1", "alpha_mask": "mask (Eq. 3)",
     "alpha_loss": "loss (Eq. 4)", "overlap": "teacher and momentum student",
-    "images_per_second": "images a second", "data_wait_share": "waiting",
+    "images_per_second": "images per second", "data_wait_share": "waiting",
     "other_image_loss": "loss", "image_gain": "added to the loss",
     "peak_memory_gb": "peak memory", "collapse_signs": "signs",
 }  # fmt: skip
@@ -141,12 +141,12 @@ def charts(records: list[RunRecord]) -> list[dict[str, Any]]:
 
 
 def rows_of(record: RunRecord) -> list[dict[str, float]]:
-    """One line a step, in order, with alpha of Eqs. 3 and 4, which is a setting and is not logged.
+    """One line per step, in order, with alpha of Eqs. 3 and 4, which is a setting and is not logged.
 
     Both sides of the switch of stages are there, so that a line of alpha rises where it did.
     """
     alpha, switch = alphas(record), record.switch_step
-    by_step: dict[int, dict[str, float]] = {}  # one line a step: k-NN has lines of its own
+    by_step: dict[int, dict[str, float]] = {}  # one line per step: k-NN has lines of its own
     for row in record.rows:
         step = int(row["step"])
         logged = {} if alpha is None or "knn_top1" in row else alpha(step)
@@ -273,7 +273,7 @@ def shown(value: float | None) -> str:
 
 
 def sampled(table: dict[str, Any]) -> list[dict[str, Any]]:
-    """Evenly spaced lines of a chart's table, for the table under it: step, x and one text a number."""
+    """Evenly spaced lines of a chart's table, for the table under it: step, x and one text per number."""
     count = len(table["steps"])
     rows = min(count, TABLE_ROWS)
     places = sorted({round(i * (count - 1) / max(1, rows - 1)) for i in range(rows)})

@@ -36,7 +36,7 @@ PARTS = {
 
 @dataclass
 class CompareConfig:
-    """One table of results: a row a backbone, a column a task, a mark a protocol."""
+    """One table of results: a row per backbone, a column per task, a mark per protocol."""
 
     runs: list[str]
     """Run directories, folders of them, or result files."""

@@ -94,12 +94,12 @@ def _heading(column: Column) -> str:
 
 
 def _cell(row: Row, column: Column) -> str:
-    """One line a mark, so that each number stands beside its own."""
+    """One line per mark, so that each number stands beside its own."""
     return "\n".join(f"{shown(n)} [{n.mark}]" for n in row.cells.get(column, [])) or "–"
 
 
 def make_table(comparison: Comparison) -> Table:
-    """A rich table. Text objects: nothing in a name is taken for markup."""
+    """A rich table. Text objects: nothing in a name is read as markup."""
     table = Table()
     for name in ("backbone", "network"):
         table.add_column(name, overflow="fold", min_width=NARROWEST)
@@ -159,7 +159,7 @@ def shown(number: Number) -> str:
 
 
 def gain_lines(comparison: Comparison) -> list[str]:
-    """``runs/a minus its teacher embedded: k-NN top-1 -7.50 (-12.10 to -2.90)``, one line a student and task."""
+    """``runs/a minus its teacher embedded: k-NN top-1 -7.50 (-12.10 to -2.90)``, one line per student and task."""
     lines = []
     for one in comparison.gains:
         task, metric = one.column
@@ -184,8 +184,8 @@ def footnote_lines(comparison: Comparison, whole: bool = True) -> list[tuple[str
     for mark, note in comparison.footnotes.items():
         if "source" in note:
             continue
-        kin = (note["task"], str(note["protocol"]["name"]))
-        first_mark, first = before.setdefault(kin, (mark, note))
+        same_name = (note["task"], str(note["protocol"]["name"]))
+        first_mark, first = before.setdefault(same_name, (mark, note))
         head = f"{_title(note['task'])}, protocol {note['protocol']['name']}"
         like = _differences(first, note) if first is not note else None
         text = (

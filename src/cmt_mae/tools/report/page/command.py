@@ -39,7 +39,7 @@ def make_report(config: ReportConfig) -> dict[str, Any]:
         )
     text = page(records)
     if out.parent.is_dir():
-        sweep(out.parent)  # what a killed report left aside
+        sweep(out.parent)  # temporary files of a killed report
     write_text(out, text)
     verdicts = {record.label: judge(record).line for record in records}
     for label, line in verdicts.items():

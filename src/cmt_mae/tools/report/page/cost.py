@@ -1,4 +1,4 @@
-"""What a run has cost: images a second, hours, memory; energy where it was counted."""
+"""What a run has cost: images per second, hours, memory; energy where it was counted."""
 
 import statistics
 
@@ -13,7 +13,7 @@ def cost(record: RunRecord) -> Pairs:
     rows = [row for row in record.log_rows() if row.get("images_per_second", 0) > 0]
     if not rows:
         return []
-    pairs = [("Images a second", speed(record, rows))]
+    pairs = [("Images per second", speed(record, rows))]
     seconds = training_seconds(record, rows)
     if seconds:
         pairs.append(
@@ -57,7 +57,7 @@ def speed(record: RunRecord, rows: list[dict[str, float]]) -> str:
 
 
 def training_seconds(record: RunRecord, rows: list[dict[str, float]]) -> float:
-    """Wall time of all steps that count: images / (images a second), line by line. 0 where it is not known."""
+    """Wall time of all steps that count: images / (images per second), line by line. 0 where it is not known."""
     batch = record.setting("batch_size")
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         return 0.0

@@ -193,7 +193,7 @@ def as_command(words: list[str], launch: str) -> str:
 
 
 def differences(records: list[RunRecord]) -> list[dict[str, Any]]:
-    """Settings and facts that are not the same in all runs: name, one text a run, whether it moves the result.
+    """Settings and facts that are not the same in all runs: name, one text per run, whether it moves the result.
 
     Names of folders (out, the label) always differ and are left out.
     """

@@ -20,7 +20,7 @@ PER_INCH = 130
 """CSS pixels for an inch of a picture: letters of 6.5 points are then 12 pixels high."""
 STEP = re.compile(r"^(?P<what>.+?)_step_(?P<step>\d+)$")
 WORDS = {
-    "attention": "One row an image: the photo, the attention map of each network, the patches left visible. "
+    "attention": "One row per image: the photo, the attention map of each network, the patches left visible. "
     "Brighter is more attention than an even spread.",
     "heads": "The attention of each head by itself.",
     "growth": "The student's attention at several checkpoints in a row, from the random start on.",
@@ -29,7 +29,7 @@ WORDS = {
     "predictions": "Predicted features beside their targets, in the same colours.",
     "reconstruction": "Pixels that the network predicts for hidden patches.",
     "neighbours": "The nearest images of each image by the features.",
-    "confusion": "One row a true class, one column an answer.",
+    "confusion": "One row per true class, one column per answer.",
     "detections": "Found objects beside the true ones.",
     "segmentations": "Predicted masks beside the true ones.",
     "davis": "Frames of videos with the true and the carried masks.",
@@ -110,7 +110,7 @@ def linked(record: RunRecord, most: int = 12) -> list[Shown]:
     for path, kind, step in chosen(record, most):
         try:
             with Image.open(path) as image:
-                size, description = page_size(image), described(image.info)
+                size, description = page_size(image), description_of(image.info)
             changed = path.stat().st_mtime_ns
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue  # being written, or none
@@ -146,7 +146,7 @@ def fitted(path: Path, changed: int, most: int) -> tuple[tuple[int, int], bytes,
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
-        description, size = described(image.info), page_size(image)
+        description, size = description_of(image.info), page_size(image)
         clear = "A" in image.getbands() or "transparency" in image.info
         picture = image.convert("RGBA" if clear else "RGB")
     for side in SIDES:
@@ -167,7 +167,7 @@ def page_size(image: Image.Image) -> tuple[int, int]:
     return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
-def described(info: dict[Any, Any]) -> str:
+def description_of(info: dict[Any, Any]) -> str:
     """What the picture says of itself (PNG text Description), for the alternative text."""
     said = info.get("Description")
     return one_line(said, 500) if isinstance(said, str) else ""

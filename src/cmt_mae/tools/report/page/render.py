@@ -87,7 +87,7 @@ def content_of(records: list[RunRecord], live: str) -> dict[str, Any]:
 
 
 def side_by_side(pairs: list[list[tuple[str, str]]]) -> list[dict[str, Any]]:
-    """One line a label with the text of every run, "" where a run has none."""
+    """One line per label with the text of every run, "" where a run has none."""
     texts = [dict(one) for one in pairs]
     names = dict.fromkeys(name for one in texts for name in one)
     return [{"name": name, "values": [one.get(name, "") for one in texts]} for name in names]

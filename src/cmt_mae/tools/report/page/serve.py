@@ -57,7 +57,7 @@ class WatchConfig:
 
 
 def watch(config: WatchConfig) -> dict[str, Any]:
-    """Serve until Ctrl-C. Raises InputError for a folder that is no run and an address that cannot be had."""
+    """Serve until Ctrl-C. Raises InputError for a folder that is no run and an address that cannot be used."""
     check_fields(config)
     read_run(config.run)  # refuses what is no run before anything listens
     server = make_server(config)
@@ -95,7 +95,7 @@ class Server(ThreadingHTTPServer):
 
 
 def make_server(config: WatchConfig) -> Server:
-    """Bound and listening. Raises InputError where the address cannot be had."""
+    """Bound and listening. Raises InputError where the address cannot be used."""
     if not 0 <= config.port < 65536:
         raise InputError(f"--port {config.port} is out of range: give 0 to 65535")
     try:

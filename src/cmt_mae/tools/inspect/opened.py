@@ -1,5 +1,6 @@
 """What one call of explain has opened: the run, its networks on the images, the pictures written."""
 
+from functools import cached_property
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,50 +14,42 @@ from cmt_mae.tools.inspect.networks import Networks, Run, open_backbone
 from cmt_mae.tools.inspect.settings import ExplainConfig
 
 
-class NotHere(InputError):
+class NothingToShow(InputError):
     """A picture that this run, backbone or image set has nothing for."""
 
 
-class Desk:
+class Opened:
     """Everything is opened when it is first wanted, and kept for the next picture."""
 
     def __init__(self, config: ExplainConfig) -> None:
         self.config = config
         self.written: list[Path] = []
         self.left_out: dict[str, str] = {}
-        self._run: Run | None = None
-        self._networks: Networks | None = None
-        self._look: Inspector | None = None
         self._photos: list[Photo] = []
 
+    @cached_property
     def run(self) -> Run:
-        """The run directory, opened once."""
-        if self._run is None:
-            config = self.config
-            self._run = Run(
-                config.run, teacher=config.teacher, grid_align=config.grid_align, size=config.size
-            )
-        return self._run
+        """The run directory."""
+        config = self.config
+        return Run(
+            config.run, teacher=config.teacher, grid_align=config.grid_align, size=config.size
+        )
 
+    @cached_property
     def look(self) -> Inspector:
         """The networks of the last checkpoint (or of the backbone) on the images."""
-        if self._look is None:
-            networks = self.networks()
-            self._look = Inspector(networks, self.inputs(networks))
-        return self._look
+        return Inspector(self.networks, self.inputs(self.networks))
 
+    @cached_property
     def networks(self) -> Networks:
         """Those of the last checkpoint that is asked for, or of the backbone."""
-        if self._networks is None:
-            config = self.config
-            if config.run:
-                self._networks = self.run().at(max(config.checkpoints, default=None))
-            else:
-                self._networks = open_backbone(
-                    config.backbone, key=config.key or None, teacher=config.teacher,
-                    grid_align=config.grid_align, size=config.size, facts=config,
-                )  # fmt: skip
-        return self._networks
+        config = self.config
+        if config.run:
+            return self.run.at(max(config.checkpoints, default=None))
+        return open_backbone(
+            config.backbone, key=config.key or None, teacher=config.teacher,
+            grid_align=config.grid_align, size=config.size, facts=config,
+        )  # fmt: skip
 
     def inputs(self, networks: Networks) -> Inputs:
         """The images, cut for these networks."""
@@ -71,7 +64,7 @@ class Desk:
 
     def mask(self) -> tuple[str, Mask]:
         """The rule in force and what it hides."""
-        config, look = self.config, self.look()
+        config, look = self.config, self.look
         rule = config.rule or look.networks.config.mask.rule
         scores = look.scores(config.alpha, config.layer)
         return rule, hidden(look, rule, scores=scores, seed=config.seed)
