@@ -10,7 +10,6 @@ from statistics import fmean
 
 from cmt_mae.core.run_reader import RunRecord, section
 from cmt_mae.engine.collapse import FIX, signs
-from cmt_mae.engine.optim import learning_rate
 from cmt_mae.tools.diagnose.finding import Finding, problem, warning
 from cmt_mae.tools.diagnose.limits import FAR, GREEDY, SAME, UNIFORM
 from cmt_mae.tools.diagnose.settings import check_settings, few_images
@@ -116,9 +115,8 @@ def too_low(run: RunRecord) -> list[Finding]:
     peak, blr = section(run.facts, "plan").get("lr"), run.number("optim.blr")
     if not isinstance(peak, float) or steps < SETTLED or not warmup < epochs:
         return []  # told as too few steps, as a warm-up that is too long
-    points = [epochs * (i + 0.5) / 200 for i in range(200)]
-    lowest = run.number("optim.min_lr", 0.0)
-    moved = steps * fmean(learning_rate(e, peak, warmup, epochs, lowest) for e in points)
+    rising = warmup / epochs  # then half a cosine, whose mean is that of its two ends
+    moved = steps * (rising * peak + (1 - rising) * (peak + run.number("optim.min_lr", 0.0))) / 2
     if moved >= LEAST_MOVED:
         return []
     return [problem(
