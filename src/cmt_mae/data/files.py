@@ -9,6 +9,7 @@ from cmt_mae.data.source import BadImage
 
 # An image file above this is not an image: memory stays bounded whatever lies in the folder.
 MAX_BYTES = 2**30
+SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test"))
 _LITTER = frozenset(("__macosx", "@eadir", "lost+found", "thumbs.db", "desktop.ini"))
 
 

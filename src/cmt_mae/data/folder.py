@@ -9,10 +9,8 @@ import numpy as np
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.data.decode import IMAGE_SUFFIXES
-from cmt_mae.data.files import is_litter, open_file, read_file
+from cmt_mae.data.files import SPLIT_NAMES, is_litter, open_file, read_file
 from cmt_mae.data.source import BadImage, Names, Source, shown
-
-SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test"))
 
 
 def open_folder(root: str | Path, classes: list[str] | None = None) -> Source:

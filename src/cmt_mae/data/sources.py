@@ -11,7 +11,7 @@ from typing import Literal
 
 from cmt_mae.core.errors import InputError
 from cmt_mae.core.text import printable
-from cmt_mae.data.files import is_litter
+from cmt_mae.data.files import SPLIT_NAMES, is_litter
 from cmt_mae.data.source import Limits, Names, Source, held_out
 
 _ALIASES = {
@@ -86,8 +86,6 @@ def has_splits(path: str) -> bool:
 
 def _report_others(split: Path) -> None:
     """A line about folders beside a split's: a class may be called train."""
-    from cmt_mae.data.folder import SPLIT_NAMES
-
     names = sorted(p.name for p in split.parent.iterdir() if p.is_dir() and not is_litter(p.name))
     others = [name for name in names if name.lower() not in SPLIT_NAMES]
     if others:
