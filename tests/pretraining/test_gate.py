@@ -23,7 +23,7 @@ torch.Tensor.backward = first
 main(sys.argv[1:])
 """
 FILES, LINES = 54, 7_600
-"""53 and 7,520 were reached; 40 and 5,000 are the aim. These limits may only fall."""
+"""53 and 7,550 were reached; 40 and 5,000 are the aim. These limits may only fall."""
 SOURCE = Path(cmt_mae.__file__).parent
 
 
