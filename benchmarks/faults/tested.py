@@ -79,8 +79,7 @@ TESTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "broken images in training": (
         "named, counted, replaced; too many stop the run", "core/test_cli.py",
-        ("test_broken_images_are_named_skipped_and_stop_the_run_when_too_many",
-         "test_a_broken_image_in_the_first_batch_does_not_stop_the_run"),
+        ("test_broken_images_are_named_skipped_and_stop_the_run_when_too_many",),
     ),
     "a loader worker hurt": (
         "replaced; the stream is the same; always: the run stops", "data/test_loader.py",

@@ -184,7 +184,7 @@ def test_hostile_or_damaged_archive_is_refused(archive: tuple[str, CLIP], tmp_pa
     path, _ = archive
     bad = tmp_path / "created"
     evil = rewritten(path, tmp_path / "evil.pt", data_pkl=pickle.dumps(Payload(bad), protocol=2))
-    with pytest.raises(InputError, match=r"refused, the archive asks for '.*system'"):
+    with pytest.raises(InputError, match=r"refused, the archive needs '.*system'"):
         load_backbone(evil)
     assert not bad.exists()
     short = rewritten(path, tmp_path / "short.pt", data_0=b"12")

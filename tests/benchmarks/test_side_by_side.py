@@ -156,4 +156,4 @@ def test_contestants_in_processes_of_their_own_keep_their_state_and_their_memory
     if turns.facts["a"]["of_steps_alone"]:
         assert 0.09 < turns.facts["a"]["above_start_gb"] < 0.5
     runs = [(tmp_path / name).stat().st_size for name in contestants]
-    assert runs[0] == runs[1] >= 1 + 2 * 2  # several a turn, the same for all
+    assert runs[0] == runs[1] >= 1 + 2  # the same for all; several a turn where the machine is free
