@@ -331,6 +331,8 @@ def curve(entries: dict[str, Any], name: str, key: str) -> list[tuple[float, flo
     """(seconds, mean, standard deviation over seeds) at every point."""
     runs = [e["points"] for k, e in entries.items() if k.startswith(f"run/{name}/") and "points" in e]
     start = [e["points"][0] for k, e in entries.items() if k.startswith("run/untrained/") and "points" in e]
+    shortest = min((len(points) for points in runs), default=0)  # one step's rounding makes one point more
+    runs = [[*points[: shortest - 1], points[-1]] for points in runs]
     rows = []
     for points in [start, *zip(*runs, strict=False)] if runs and start else zip(*runs, strict=False):
         values = [p[key] for p in points if key in p]
@@ -386,7 +388,8 @@ def page(content: dict[str, Any]) -> str:
         f"{hardware['cores']} cores. Command: `{content['command']}`.",
         "",
         "`best`, `cmt`, `mae`: our recipes; the seconds of `best` hold the teacher's looks at whole photos. "
-        "`distil`: plain distillation on timm, all patches seen, the teacher at its own size on every crop. "
+        "`distil`: plain distillation on timm, all patches seen, the teacher at its own size on every crop "
+        "(`distil_half`: at half the learning rate). "
         "`transformers`, `lightly`: MAE by their code, in a plain loop. One learning rate for all, the scale's, "
         "unless the file says otherwise (scale_of_rate).",
         "", markdown(["contestant", "n", *measures], ends),

@@ -61,6 +61,7 @@ def test_curves_say_when_a_level_is_reached_and_the_page_says_it_in_words() -> N
     entries = {"run/mae/0": run([10, 20, 30]), "run/mae/1": run([12, 22, 32]), "run/fast/0": run([40, 50, 60])}
     start = {"seconds": 0.0, "knn d": 5.0, "linear d": 6.0}
     entries["run/untrained/0"] = {"points": [start]}
+    entries["run/mae/1"]["points"].insert(2, {"seconds": 29.0, "steps": 2, "knn d": 0.0})  # one more, near the end
     rows = quality.curve(entries, "mae", "knn d")
     assert [(s, v) for s, v, _ in rows] == [(0, 5), (10, 11), (20, 21), (30, 31)]
     assert rows[1][2] == pytest.approx(math.sqrt(2))

@@ -237,7 +237,8 @@ class PretrainConfig:
 
     def _check_blocks(self) -> None:
         """What is read from the student's blocks is there."""
-        depth = self.student.architecture()[1]["depth"]
+        # timm's name alone may say the depth: of preset init_from, start.take_shape has written it
+        depth = self.student.depth or self.student.architecture()[1]["depth"]
         if self.target.momentum_last_k > depth:
             raise InputError(
                 f"target.momentum_last_k {self.target.momentum_last_k}: the student has {depth} blocks, give at "

@@ -68,8 +68,9 @@ def take_shape(config: PretrainConfig) -> None:
             "teacher of a student of another shape (student.preset)"
         )
     student.network = json.dumps([backbone.architecture, backbone.kwargs])
-    patches: Any = vit.patch_embed
-    student.patch_size, student.in_chans = int(patches.patch_size[0]), len(backbone.mean)
+    parts: Any = vit
+    student.width, student.depth = int(parts.embed_dim), len(parts.blocks)
+    student.patch_size, student.in_chans = int(parts.patch_embed.patch_size[0]), len(backbone.mean)
     if not config.data.mean and not config.data.std:
         config.data.mean, config.data.std = list(backbone.mean), list(backbone.std)
 
