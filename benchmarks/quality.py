@@ -395,7 +395,7 @@ def page(content: dict[str, Any]) -> str:
         "", markdown(["contestant", "n", *measures], ends),
         "", f"When the mean curve of k-NN on {content['data']} reaches what `mae` has at its end:",
         "", markdown(["contestant", "seconds in all", "steps", "reached after"], times),
-        "", "![k-NN over seconds of training](quality.png)", "",
+        "", "![k-NN over seconds of training](quality.png)", "", *content.get("notes", []),
     ])  # fmt: skip
 
 
