@@ -5,7 +5,6 @@ import io
 import multiprocessing
 import shutil
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -321,12 +320,18 @@ def test_two_packs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     module = importlib.import_module("cmt_mae.data.pack")
     plain = module.center_crop
 
-    def slow(*args: object, **more: object) -> object:
-        time.sleep(0.01)
+    told = context.Event()
+
+    def waiting(*args: object, **more: object) -> object:
+        told.wait(20)  # the first is at it until the second has had its answer
         return plain(*args, **more)
 
-    monkeypatch.setattr(module, "center_crop", slow)
-    processes = [context.Process(target=_pack, args=(data, out, results)) for data in sets]
+    def packing(data: str) -> None:
+        _pack(data, out, results)
+        told.set()
+
+    monkeypatch.setattr(module, "center_crop", waiting)
+    processes = [context.Process(target=packing, args=(data,)) for data in sets]
     for process in processes:
         process.start()
     said = sorted(results.get(timeout=30) for _ in processes)
