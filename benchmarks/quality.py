@@ -52,13 +52,17 @@ from cmt_mae.tools.bench.build import frozen_backbone
 from cmt_mae.tools.pretrain import pretrain
 
 OTHERS = ("transformers", "lightly", "distil")
+HALF = "_half"
+"""A contestant's name that ends so has half the learning rate."""
 RATES = (0.5, 1.0, 2.0)
 """Multiples of the base learning rate that ``--tune`` tries."""
 
 
 def settings(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0) -> PretrainConfig:
     """Of a run of ours; the others take student, decoder, mask ratio, batch and rate from those of ``mae``."""
-    recipe = "mae" if name in OTHERS else name
+    plain = name.removesuffix(HALF)
+    scale *= 1.0 if plain == name else 0.5
+    recipe = "mae" if plain in OTHERS else plain
     run = PretrainConfig.from_recipe(
         f"{recipe},{given.scale}",
         data=given.data,
@@ -275,7 +279,7 @@ def measured(backbone: str, sets: list[str], folder: Path, linear: bool) -> dict
 
 def one_run(given: argparse.Namespace, name: str, seed: int, scale: float = 1.0) -> dict[str, Any]:
     """Train and measure; an entry of the JSON file."""
-    points = trained(name, settings(given, name, seed, scale), given.minutes, given.points)
+    points = trained(name.removesuffix(HALF), settings(given, name, seed, scale), given.minutes, given.points)
     folder = given.work / name / f"seed{seed}"
     for point in points[:-1]:
         point |= measured(point["backbone"], [given.data], folder, False)

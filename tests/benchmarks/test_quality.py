@@ -91,3 +91,5 @@ def test_rates_are_tuned_on_seed_0_and_contestants_share_student_and_batch(tmp_p
     assert mine.student == theirs.student
     assert mine.batch_size == theirs.batch_size == 16
     assert quality.settings(given, "mae", 0, 2.0).optim.blr == 2 * theirs.optim.blr
+    half = quality.settings(given, "distil_half", 0)
+    assert (half.optim.blr, half.student) == (theirs.optim.blr / 2, theirs.student)
